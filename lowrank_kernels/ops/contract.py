@@ -1,0 +1,168 @@
+"""The contract of the three operations: shapes, dtypes, scalars and errors, for every backend.
+
+Notation (GaLore, arXiv 2403.03507; Fira, arXiv 2410.01623), for a weight W of rows x cols:
+
+    side    basis P    projected gradient R    a channel is      moments M, V, direction N
+    LEFT    rows x r   R = P^T G, r x cols     a column of G, R  r x cols
+    RIGHT   cols x r   R = G P,   rows x r     a row of G, R     rows x r
+
+The rank axis of R is axis 0 on the left and axis 1 on the right. G is summed over that same axis
+for its channel norms, so `rank_axis(side)` serves every channel sum.
+
+Moments are float32, or float64 for float64 weights; that dtype is the dtype of all arithmetic.
+"""
+
+import enum
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Side(enum.IntEnum):
+    """The side of the gradient that the basis multiplies. State stores it as a plain int."""
+
+    LEFT = 0
+    RIGHT = 1
+
+
+def rank_axis(side: Side) -> int:
+    """The axis of R that has length r; G is reduced over the same axis for channel sums."""
+    return 0 if side is Side.LEFT else 1
+
+
+def basis_shape(shape: tuple[int, int], side: Side, rank: int) -> tuple[int, int]:
+    """Shape of the basis P of a weight of this shape."""
+    return (shape[0] if side is Side.LEFT else shape[1], rank)
+
+
+def projected_shape(shape: tuple[int, int], side: Side, rank: int) -> tuple[int, int]:
+    """Shape of R, and so of the moments and the direction."""
+    return (rank, shape[1]) if side is Side.LEFT else (shape[0], rank)
+
+
+def moment_dtype(dtype: torch.dtype) -> torch.dtype:
+    """float64 for float64 weights, else float32: a bf16 V never decays at beta2 = 0.999."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+@dataclass(frozen=True, slots=True)
+class AdamScalars:
+    """Run-time scalars of the moment update, N = (M / c1) / (sqrt(V / c2) + eps).
+
+    The official GaLore and Fira code keeps c1 = c2 = 1 here and multiplies the step size by
+    sqrt(1 - beta2^t) / (1 - beta1^t); the paper form of Fira corrects the moments themselves.
+    """
+
+    beta1: float
+    beta2: float
+    eps: float
+    bias_correction1: float = 1.0
+    bias_correction2: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Residual:
+    """Fira's residual S = phi (x) (G - kappa back(R)), which enters the update times rho.
+
+    Official code: kappa = scale, rho = 1. Paper, algorithm 1: kappa = 1, rho = scale.
+    """
+
+    kappa: float
+    rho: float
+
+
+class ChannelSums(NamedTuple):
+    """Sums of squares over the rank axis, one value a channel, in the moments' dtype."""
+
+    direction: Tensor
+    projected: Tensor
+    back_projected: Tensor
+    grad: Tensor
+
+
+class Projection(NamedTuple):
+    """What operation 1 hands to the other two."""
+
+    direction: Tensor
+    projected: Tensor
+    sums: ChannelSums | None
+
+
+def check_project_moments(
+    grad: Tensor, basis: Tensor, side: Side, exp_avg: Tensor, exp_avg_sq: Tensor
+) -> None:
+    """Raises before anything is written if operation 1 cannot run on these tensors."""
+    _check_matrix("grad", grad)
+    _check_matrix("basis", basis)
+    rank = basis.shape[1]
+    _check_like("basis", basis, basis_shape(_shape(grad), side, rank), None, grad.device)
+    expected = projected_shape(_shape(grad), side, rank)
+    _check_like("exp_avg", exp_avg, expected, None, grad.device)
+    if exp_avg.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"exp_avg must be float32 or float64, got {exp_avg.dtype}")
+    _check_like("exp_avg_sq", exp_avg_sq, expected, exp_avg.dtype, grad.device)
+    for name, moment in (("exp_avg", exp_avg), ("exp_avg_sq", exp_avg_sq)):
+        if not moment.is_contiguous():
+            raise ValueError(f"{name} must be contiguous, got strides {moment.stride()}")
+
+
+def check_channel_scale(sums: ChannelSums, limiter_norm: Tensor) -> None:
+    """Raises before anything is written if operation 2 cannot run on these tensors."""
+    first = sums.direction
+    for name, value in zip(ChannelSums._fields, sums, strict=True):
+        _check_like(f"sums.{name}", value, (first.shape[0],), first.dtype, first.device)
+    _check_like("limiter_norm", limiter_norm, (), first.dtype, first.device)
+
+
+def check_back_project_update(
+    param: Tensor,
+    grad: Tensor,
+    basis: Tensor,
+    side: Side,
+    projection: Projection,
+    residual: Residual | None,
+    factor: Tensor | None,
+) -> None:
+    """Raises before anything is written if operation 3 cannot run on these tensors."""
+    _check_matrix("param", param)
+    _check_like("grad", grad, _shape(param), None, param.device)
+    rank = basis.shape[1]
+    _check_like("basis", basis, basis_shape(_shape(param), side, rank), None, param.device)
+    expected = projected_shape(_shape(param), side, rank)
+    dtype = projection.direction.dtype
+    _check_like("direction", projection.direction, expected, dtype, param.device)
+    _check_like("projected", projection.projected, expected, dtype, param.device)
+    if (residual is None) != (factor is None):
+        raise ValueError("residual and factor go together: give both (Fira) or neither (GaLore)")
+    if factor is not None:
+        channels = param.shape[1 - rank_axis(side)]
+        _check_like("factor", factor, (channels,), dtype, param.device)
+
+
+def _shape(matrix: Tensor) -> tuple[int, int]:
+    return (matrix.shape[0], matrix.shape[1])
+
+
+def _check_matrix(name: str, tensor: Tensor) -> None:
+    if tensor.dim() != 2 or not tensor.is_floating_point():
+        raise ValueError(
+            f"{name} must be a real floating-point matrix, got shape {tuple(tensor.shape)}"
+            f" and {tensor.dtype}"
+        )
+
+
+def _check_like(
+    name: str,
+    tensor: Tensor,
+    shape: tuple[int, ...],
+    dtype: torch.dtype | None,
+    device: torch.device,
+) -> None:
+    if tuple(tensor.shape) != shape:
+        raise ValueError(f"{name} must have shape {shape}, got {tuple(tensor.shape)}")
+    if dtype is not None and tensor.dtype is not dtype:
+        raise TypeError(f"{name} must be {dtype}, got {tensor.dtype}")
+    if tensor.device != device:
+        raise ValueError(f"{name} must be on {device}, got {tensor.device}")

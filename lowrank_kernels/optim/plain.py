@@ -1,0 +1,54 @@
+"""AdamW for the parameters that are not projected, by torch's own implementation."""
+
+from typing import Any
+
+from torch import Tensor
+from torch.optim.adamw import adamw
+
+from .groups import Group
+
+FUSED_DEVICES = ("cpu", "cuda")
+
+
+def step_plain(params: list[Tensor], states: list[dict[str, Any]], group: Group) -> None:
+    """One torch AdamW step of parameters that all have a gradient.
+
+    torch's fused kernels want one dtype throughout. A bf16 weight has float32 moments here, so it
+    goes through the unfused code, alone, with a float32 copy of its own gradient.
+    """
+    fused: list[tuple[Tensor, Tensor, dict[str, Any]]] = []
+    for param, state in zip(params, states, strict=True):
+        grad = param.grad
+        assert grad is not None
+        dtype = state["exp_avg"].dtype
+        if param.dtype is grad.dtype is dtype and param.device.type in FUSED_DEVICES:
+            fused.append((param, grad, state))
+        else:
+            _adamw([(param, grad.to(dtype), state)], group, fused=False)
+    if fused:
+        _adamw(fused, group, fused=True)
+
+
+def _adamw(work: list[tuple[Tensor, Tensor, dict[str, Any]]], group: Group, *, fused: bool) -> None:
+    for param, _, state in work:
+        # torch counts steps on the device in its fused kernels and on the CPU elsewhere.
+        state["step"] = state["step"].to(param.device if fused else "cpu")
+    beta1, beta2 = group["betas"]
+    params, grads, states = map(list, zip(*work, strict=True))
+    adamw(
+        params,
+        grads,
+        [state["exp_avg"] for state in states],
+        [state["exp_avg_sq"] for state in states],
+        [],
+        [state["step"] for state in states],
+        fused=fused,
+        foreach=False,
+        amsgrad=False,
+        beta1=float(beta1),
+        beta2=float(beta2),
+        lr=float(group["lr"]),
+        weight_decay=float(group["weight_decay"]),
+        eps=float(group["eps"]),
+        maximize=group["maximize"],
+    )

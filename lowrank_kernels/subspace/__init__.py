@@ -1,0 +1,5 @@
+"""Where a basis comes from and when it changes."""
+
+from .refresh import RANGE_FINDERS, is_due, refresh_basis
+
+__all__ = ["RANGE_FINDERS", "is_due", "refresh_basis"]

@@ -1,0 +1,90 @@
+"""The trajectories of the official packages, `galore-torch` 1.0 and `fira` 1.0.2."""
+
+import itertools
+
+import pytest
+import torch
+from fira import FiraAdamW as OfficialFira
+from galore_torch import GaLoreAdamW as OfficialGaLore
+from oracles.low_rank import low_rank_gradient
+
+from lowrank_kernels import FiraAdamW, GaLoreAdamW
+from lowrank_kernels.ops import Side
+from lowrank_kernels.subspace import RANGE_FINDERS
+
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
+
+STEPS, GAP, RANK = 50, 20, 7
+SHAPES = {"wide": (24, 61), "tall": (61, 24), "square": (32, 32), "odd": (37, 41)}
+METHODS = {"galore": (OfficialGaLore, GaLoreAdamW), "fira": (OfficialFira, FiraAdamW)}
+SETTINGS = list(itertools.product((1.0, 0.25), (0.0, 0.1)))
+
+
+def official_basis(grad, side, rank):
+    """The SVD call of both official projectors: float32 whatever the gradient is."""
+    left, _, right = torch.linalg.svd(grad.float(), full_matrices=False)
+    return left[:, :rank] if side is Side.LEFT else right[:rank].mT
+
+
+def run_both(method, shape, proj_type, scale, weight_decay, dtype, **ours):
+    """Relative distance of the two trajectories, at its worst step."""
+    rng = torch.Generator().manual_seed(sum(shape))
+    start = torch.randn(shape, generator=rng, dtype=torch.float64).to(dtype)
+    weights = [start.clone() for _ in range(2)]
+    official_class, our_class = METHODS[method]
+    alpha = "alpha" if method == "fira" else "scale"
+    groups = [
+        [
+            {
+                "params": [w],
+                "rank": RANK,
+                "update_proj_gap": GAP,
+                alpha: scale,
+                "proj_type": proj_type,
+            }
+        ]
+        for w in weights
+    ]
+    options = {"lr": 0.02, "weight_decay": weight_decay}
+    official = official_class(groups[0], no_deprecation_warning=True, **options)
+    optimizer = our_class(groups[1], **options, **ours)
+    worst = 0.0
+    for _ in range(STEPS):
+        grad = low_rank_gradient(*shape, rng).to(dtype)
+        for weight in weights:
+            weight.grad = grad.clone()
+        official.step()
+        optimizer.step()
+        distance = torch.linalg.norm(weights[1] - weights[0]) / torch.linalg.norm(weights[0])
+        worst = max(worst, float(distance))
+    assert torch.linalg.norm(weights[0] - start) > 0.01 * torch.linalg.norm(start)
+    return worst
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("proj_type", ["std", "reverse_std", "left", "right"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_same_basis_float64(method, shape, proj_type, monkeypatch):
+    monkeypatch.setitem(RANGE_FINDERS, "official", official_basis)
+    for scale, weight_decay in SETTINGS:
+        worst = run_both(
+            method,
+            SHAPES[shape],
+            proj_type,
+            scale,
+            weight_decay,
+            torch.float64,
+            subspace="official",
+        )
+        assert worst <= 1e-10
+
+
+@pytest.mark.parametrize("backend", ["reference", "native"])
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_own_svd_float32(method, shape, backend):
+    for scale, weight_decay in SETTINGS:
+        worst = run_both(
+            method, SHAPES[shape], "std", scale, weight_decay, torch.float32, backend=backend
+        )
+        assert worst <= 1e-4

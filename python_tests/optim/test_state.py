@@ -1,0 +1,236 @@
+"""State dicts: what they hold, that they resume bit for bit, and what is refused."""
+
+import copy
+import io
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+from lowrank_kernels import FiraAdamW, GaLoreAdamW, LowRankAdamW, param_groups
+
+GAP, STOP, STEPS = 4, 6, 13
+METHODS = {
+    "galore": lambda groups, **kw: GaLoreAdamW(groups, lr=0.01, **kw),
+    "fira": lambda groups, **kw: FiraAdamW(groups, lr=0.01, weight_decay=0.1, **kw),
+    "fira-paper": lambda groups, **kw: FiraAdamW(groups, lr=0.01, residual="paper", **kw),
+}
+
+
+def model(dtype):
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(12, 24), nn.LayerNorm(24), nn.Linear(24, 10)).to(dtype)
+
+
+def setup(method, dtype, backend="auto"):
+    module = model(dtype)
+    groups = param_groups(module, rank=3, update_proj_gap=GAP, weight_decay=0.1)
+    return module, METHODS[method](groups, backend=backend)
+
+
+def train(module, optimizer, seeds):
+    for seed in seeds:
+        rng = torch.Generator().manual_seed(seed)
+        for param in module.parameters():
+            param.grad = torch.randn(param.shape, generator=rng).to(param.dtype)
+        optimizer.step()
+
+
+def saved_and_loaded(value):
+    stream = io.BytesIO()
+    torch.save(value, stream)
+    stream.seek(0)
+    return torch.load(stream, weights_only=True)
+
+
+def assert_same(first, second):
+    module, optimizer = first
+    twin_module, twin = second
+    for a, b in zip(module.parameters(), twin_module.parameters(), strict=True):
+        assert torch.equal(a, b)
+        assert optimizer.state[a].keys() == twin.state[b].keys()
+        for entry, value in optimizer.state[a].items():
+            other = twin.state[b][entry]
+            assert type(value) is type(other)
+            if isinstance(value, torch.Tensor):
+                assert value.dtype is other.dtype
+                assert torch.equal(value, other), entry
+            else:
+                assert value == other, entry
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_resume_between_two_refreshes_is_bitwise(method, dtype, backend):
+    assert STOP % GAP
+    whole = setup(method, dtype, backend)
+    train(*whole, range(STEPS))
+    half = setup(method, dtype, backend)
+    train(*half, range(STOP))
+    files = saved_and_loaded([half[0].state_dict(), half[1].state_dict()])
+    resumed = setup(method, dtype, backend)
+    resumed[0].load_state_dict(files[0])
+    resumed[1].load_state_dict(state_dict=files[1])
+    assert_same(half, resumed)
+    train(*resumed, range(STOP, STEPS))
+    assert_same(whole, resumed)
+
+
+SCRIPT = """
+import sys, torch
+sys.path.insert(0, {tests!r})
+from optim.test_state import setup, train
+run = setup("fira", torch.bfloat16)
+if {first} > 0:
+    saved = torch.load({path!r}, weights_only=True)
+    run[0].load_state_dict(saved["model"])
+    run[1].load_state_dict(saved["optimizer"])
+torch.set_num_threads(1)
+train(*run, range({first}, {last}))
+torch.save({{"model": run[0].state_dict(), "optimizer": run[1].state_dict()}}, {path!r})
+"""
+
+
+def test_resume_in_a_new_process_is_bitwise(tmp_path, request):
+    """2N steps equal N, save, new process, load, N: bf16 weights, N no multiple of the gap."""
+    tests = str(request.config.rootpath / "python_tests")
+
+    def run(path, first, last):
+        script = SCRIPT.format(tests=tests, path=str(path), first=first, last=last)
+        subprocess.run([sys.executable, "-c", script], check=True)
+
+    run(tmp_path / "whole.pt", 0, 2 * STOP)
+    run(tmp_path / "parts.pt", 0, STOP)
+    run(tmp_path / "parts.pt", STOP, 2 * STOP)
+    whole, parts = (
+        torch.load(tmp_path / name, weights_only=True) for name in ("whole.pt", "parts.pt")
+    )
+    flat = torch.utils._pytree.tree_leaves
+    for a, b in zip(flat(whole), flat(parts), strict=True):
+        assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+
+
+def test_state_holds_tensors_and_numbers_only_and_loads_safely():
+    run = setup("fira", torch.bfloat16)
+    train(*run, range(3))
+    state_dict = run[1].state_dict()
+    for state in state_dict["state"].values():
+        assert {type(value) for value in state.values()} <= {torch.Tensor, int}
+    loaded = saved_and_loaded(state_dict)
+    assert loaded["param_groups"][0]["format"] == 1
+    assert loaded["param_groups"][0]["param_names"]
+
+
+def test_loaded_state_does_not_share_memory_with_the_state_dict():
+    run = setup("fira", torch.float32)
+    train(*run, range(2))
+    state_dict = copy.deepcopy(run[1].state_dict())
+    before = copy.deepcopy(state_dict)
+    twin = setup("fira", torch.float32)
+    twin[1].load_state_dict(state_dict)
+    train(*twin, range(2, 4))
+    for key, state in before["state"].items():
+        for entry, value in state.items():
+            assert torch.equal(
+                torch.as_tensor(value), torch.as_tensor(state_dict["state"][key][entry])
+            )
+
+
+def test_step_that_comes_back_as_a_float_is_taken():
+    run = setup("fira", torch.float32)
+    train(*run, range(STOP))
+    state_dict = copy.deepcopy(run[1].state_dict())
+    for state in state_dict["state"].values():
+        state["step"] = float(state["step"])
+    twin = setup("fira", torch.float32)
+    twin[0].load_state_dict(run[0].state_dict())
+    twin[1].load_state_dict(state_dict)
+    assert_same(run, twin)
+
+
+def test_user_hooks_on_loading_are_respected():
+    run = setup("fira", torch.float32)
+    train(*run, range(2))
+    twin = setup("fira", torch.float32)
+
+    def forget_everything(_, state_dict):
+        return {**state_dict, "state": {}}
+
+    twin[1].register_load_state_dict_pre_hook(forget_everything)
+    twin[1].load_state_dict(run[1].state_dict())
+    assert not twin[1].state
+
+
+def test_galore_state_continues_with_fira():
+    run = setup("galore", torch.float32)
+    train(*run, range(2))
+    twin = setup("fira", torch.float32)
+    twin[1].load_state_dict(run[1].state_dict())
+    train(*twin, range(2, 4))
+    assert float(twin[1].state[twin[0][0].weight]["limiter_norm"]) > 0
+
+
+def other_shape(state_dict):
+    state_dict["state"][0]["exp_avg"] = torch.zeros(24, 4)
+
+
+def other_basis(state_dict):
+    state_dict["state"][0]["basis"] = torch.zeros(24, 3)
+
+
+def newer_format(state_dict):
+    state_dict["param_groups"][1]["format"] = 2
+
+
+def no_format(state_dict):
+    del state_dict["param_groups"][0]["format"]
+
+
+def no_basis(state_dict):
+    del state_dict["state"][0]["basis"]
+
+
+def not_projected(state_dict):
+    del state_dict["param_groups"][0]["rank"]
+
+
+def fewer_groups(state_dict):
+    del state_dict["param_groups"][-1]
+
+
+@pytest.mark.parametrize(
+    ("damage", "text"),
+    [
+        (other_shape, r"state of 0\.weight does not fit its shape \(24, 12\): exp_avg has"),
+        (other_basis, r"state of 0\.weight does not fit its shape \(24, 12\): basis has"),
+        (newer_format, r"group 1 of the state dict has format 2.*upgrade"),
+        (no_format, r"group 0 of the state dict has no format number"),
+        (no_basis, r"state of 0\.weight has no 'basis'"),
+        (not_projected, r"group 0 is a projected group here and an AdamW group in the state dict"),
+        (fewer_groups, r"different number of parameter groups"),
+    ],
+)
+def test_wrong_state_dict_is_refused_and_nothing_changes(damage, text):
+    run = setup("fira", torch.float32)
+    train(*run, range(2))
+    state_dict = copy.deepcopy(run[1].state_dict())
+    damage(state_dict)
+    untouched = copy.deepcopy(run)
+    with pytest.raises(ValueError, match=text):
+        run[1].load_state_dict(state_dict)
+    assert_same(run, untouched)
+    assert not run[1]._optimizer_load_state_dict_pre_hooks
+
+
+def test_nothing_per_parameter_is_cached_before_the_first_step():
+    """Trainers swap parameters after construction: on a device, by shards, by another dtype."""
+    weight = nn.Parameter(torch.ones(24, 12))
+    optimizer = LowRankAdamW([{"params": [weight], "rank": 3}], residual="official")
+    optimizer.param_groups[0]["params"][0] = replaced = nn.Parameter(torch.ones(6, 40).double())
+    replaced.grad = torch.randn(6, 40, dtype=torch.float64)
+    optimizer.step()
+    assert optimizer.state[replaced]["basis"].shape == (6, 3)
+    assert weight not in optimizer.state
