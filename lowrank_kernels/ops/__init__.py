@@ -71,15 +71,12 @@ def project_moments(
     return load(backend).project_moments(grad, basis, side, exp_avg, exp_avg_sq, adam, residual)
 
 
-def channel_scale(
-    sums: ChannelSums, limiter_norm: Tensor, residual: Residual, *, backend: str = "reference"
-) -> Tensor:
+def channel_scale(sums: ChannelSums, limiter_norm: Tensor, *, backend: str = "reference") -> Tensor:
     """Operation 2: Fira's channel factors, limited; no look at G or W, no host synchronization.
 
     Args:
         sums: the channel sums of operation 1, one value a channel each.
         limiter_norm: 0-d, the norm that the limiter stored last, 0 for none; in place.
-        residual: Fira's residual form.
         backend: who computes it.
 
     Returns:
@@ -93,7 +90,7 @@ def channel_scale(
     Source: Fira (arXiv 2410.01623), equations of norm-based scaling and norm-growth limiter.
     """
     check_channel_scale(sums, limiter_norm)
-    factor: Tensor = load(backend).channel_scale(sums, limiter_norm, residual)
+    factor: Tensor = load(backend).channel_scale(sums, limiter_norm)
     return factor
 
 

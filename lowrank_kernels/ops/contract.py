@@ -74,12 +74,14 @@ class Residual:
 
 
 class ChannelSums(NamedTuple):
-    """Sums of squares over the rank axis, one value a channel, in the moments' dtype."""
+    """Squared norms of each channel of N, R and E = G - kappa back(R), in the moments' dtype.
+
+    E need not be formed: for an orthonormal basis |e_j|^2 = |g_j|^2 - (2 kappa - kappa^2) |r_j|^2.
+    """
 
     direction: Tensor
     projected: Tensor
-    back_projected: Tensor
-    grad: Tensor
+    residual: Tensor
 
 
 class Projection(NamedTuple):

@@ -42,35 +42,28 @@ def project_moments(
     direction = (exp_avg / adam.bias_correction1 / denominator).where(finite, 0.0)
     if residual is None:
         return Projection(direction, projected, None)
+    outside = grad - residual.kappa * back_project(projected, basis, side)
     axis = rank_axis(side)
-    sums = ChannelSums(
-        direction=direction.square().sum(axis),
-        projected=projected.square().sum(axis),
-        back_projected=back_project(projected, basis, side).square().sum(axis),
-        grad=grad.square().sum(axis),
-    )
+    sums = ChannelSums(*(x.square().sum(axis) for x in (direction, projected, outside)))
     return Projection(direction, projected, sums)
 
 
-def channel_scale(sums: ChannelSums, limiter_norm: Tensor, residual: Residual) -> Tensor:
+def channel_scale(sums: ChannelSums, limiter_norm: Tensor) -> Tensor:
     """phi' = lambda phi: Fira's channel factors under its norm-growth limiter.
 
         phi_j = |N_j| / (|R_j| + 1e-8)
-        nu    = |S| with |S_j|^2 = phi_j^2 (|g_j|^2 - 2 kappa |r_j|^2 + kappa^2 |back(r)_j|^2)
+        nu    = |S| = |phi (x) E|
         L     = max(nu / (nu_prev + 1e-8), 1.01) / 1.01,   lambda = 1 / L,   nu_prev <- lambda nu
 
     `limiter_norm` holds nu_prev; 0 means that none was stored yet, and then lambda = 1. A zero or
     non-finite norm is never stored: after a stored zero the official limiter needs over 1,300 steps
     to let an ordinary residual through again, and a stored NaN stays for ever.
     """
-    kappa = residual.kappa
     phi = sums.direction.sqrt() / (sums.projected.sqrt() + NORM_EPS)
-    residual_sq = sums.grad - 2 * kappa * sums.projected + kappa**2 * sums.back_projected
-    scaled_sq = phi.square() * residual_sq
+    scaled_sq = phi.square() * sums.residual
     finite = scaled_sq.isfinite()
     phi = phi.where(finite, 0.0)
-    # Rounding can leave a tiny negative sum when the gradient lies in the span of the basis.
-    norm = scaled_sq.where(finite, 0.0).sum().clamp(min=0.0).sqrt()
+    norm = scaled_sq.where(finite, 0.0).sum().sqrt()
 
     growth = (norm / (limiter_norm + NORM_EPS)).clamp(min=LIMITER_GROWTH) / LIMITER_GROWTH
     limit = torch.where(limiter_norm > 0, 1 / growth, 1.0)

@@ -248,11 +248,8 @@ class LowRankAdamW(Optimizer):
             backend=backend,
         )
         factor = None
-        if scalars.residual is not None and projection.sums is not None:
-            limiter_norm = state["limiter_norm"]
-            factor = ops.channel_scale(
-                projection.sums, limiter_norm, scalars.residual, backend=backend
-            )
+        if projection.sums is not None:
+            factor = ops.channel_scale(projection.sums, state["limiter_norm"], backend=backend)
         ops.back_project_update(
             param,
             grad,

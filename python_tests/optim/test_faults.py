@@ -128,6 +128,15 @@ def test_rank_one_gradient(method):
     assert run[0].isfinite().all()
 
 
+@pytest.mark.parametrize("value", [0.0, float("nan"), float("inf")])
+def test_no_factorization_of_a_zero_or_non_finite_gradient(value, monkeypatch):
+    """On a GPU it may return NaN, or take minutes; on a CPU it raises or returns any basis."""
+    calls = []
+    monkeypatch.setitem(RANGE_FINDERS, "svd", lambda *args: calls.append(args))
+    step(*start("fira", (24, 12)), torch.full((24, 12), value))
+    assert not calls
+
+
 def failing_range_finder(grad, side, rank):
     raise torch.linalg.LinAlgError("did not converge")
 
