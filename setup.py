@@ -5,10 +5,12 @@ Environment:
         leaves it out.
     LOWRANK_CUDA_ARCHITECTURES: such as `90` or `80;90`; PTX of the last is embedded too.
     MAX_JOBS: how many compilers run at once.
+    CMAKE_ARGS: further arguments for CMake, such as `-DLOWRANK_CPU_DISPATCH=OFF`.
 """
 
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -95,7 +97,8 @@ class BuildNative(build_ext):
         )
         cmake = find_tool("cmake")
         configure = [
-            *(cmake, "-S", str(ROOT), "-B", str(build), "-G", "Ninja"),
+            # Fresh: a cache left in build/ may name the tools of an isolated build long gone.
+            *(cmake, "--fresh", "-S", str(ROOT), "-B", str(build), "-G", "Ninja"),
             f"-DCMAKE_MAKE_PROGRAM={find_tool('ninja')}",
             f"-DCMAKE_BUILD_TYPE={'Debug' if self.debug else 'Release'}",
             f"-DCMAKE_INSTALL_PREFIX={target.parent}",
@@ -107,6 +110,7 @@ class BuildNative(build_ext):
         if nvcc:
             configure.append(f"-DCMAKE_CUDA_COMPILER={nvcc}")
             configure.append(f"-DLOWRANK_CUDA_ARCHITECTURES={cuda_architectures()}")
+        configure += shlex.split(os.environ.get("CMAKE_ARGS", ""))
         subprocess.run(configure, check=True)
         subprocess.run([cmake, "--build", str(build), "--parallel", str(jobs())], check=True)
         subprocess.run([cmake, "--install", str(build)], check=True)

@@ -20,8 +20,8 @@ namespace lowrank::cpu {
 namespace {
 
 // A sum is taken in blocks of 16 float terms, and over the blocks in double: its error is that of
-// 32 terms however long the channel, and the doubles are 1/16 of the additions. Lanes, blocks and
-// tree are fixed, hence the same bits for any threads and any ISA.
+// 16 terms however long the channel. Lanes, blocks and tree are fixed, hence the same bits for any
+// number of threads and any ISA.
 constexpr int64_t kBlock = 16;
 constexpr int kLanes = 16;
 

@@ -167,13 +167,20 @@ class LowRankAdamW(Optimizer):
             check_loadable(self.param_groups, candidate)
             incoming.update(candidate)
 
-        # The last pre-hook sees what the user's own hooks made of the state dict.
-        handle = self.register_load_state_dict_pre_hook(inspect)
+        def put_back(_: Optimizer) -> None:
+            restore(self.state, self.param_groups, incoming)
+
+        # Between the user's own hooks: after those that change the state dict, before those that
+        # change what was loaded.
+        handles = (
+            self.register_load_state_dict_pre_hook(inspect),
+            self.register_load_state_dict_post_hook(put_back, prepend=True),
+        )
         try:
             super().load_state_dict(state_dict)
         finally:
-            handle.remove()
-        restore(self.state, self.param_groups, incoming)
+            for handle in handles:
+                handle.remove()
 
     def __getstate__(self) -> dict[str, Any]:
         parts = {"residual": self.residual, "subspace": self.subspace, "backend": self.backend}

@@ -13,6 +13,9 @@ from .groups import PROJECTION_DEFAULTS, PROJECTION_TYPES, Group, side_of
 
 logger = logging.getLogger("lowrank_kernels")
 
+IN_A_BLOCK = re.compile(r"(^|\.)\d+(\.|$)")
+ROUTER = re.compile(r"(^|\.)(router|gate|shared_expert_gate)(\.|$)")
+
 
 class Candidate(NamedTuple):
     """A linear weight; `transposed` if it is stored as in_features x out_features."""
@@ -36,8 +39,8 @@ def param_groups(
 
     Projected are the weights of `nn.Linear` and of transformers' `Conv1D` that belong to a numbered
     block ("model.layers.3.mlp.up_proj"). Embeddings, the output head (tied or not), norms, biases,
-    convolutions and fused 3-D experts are not, and neither is a matrix so small that its low-rank
-    state would not be smaller than AdamW's.
+    routers of experts, convolutions and fused 3-D experts are not, and neither is a matrix so small
+    that its low-rank state would not be smaller than AdamW's.
 
     A `Conv1D` weight is the transpose of a linear weight, so its `proj_type` is turned around where
     the shape alone would choose another side than for the linear layer (square matrices).
@@ -63,6 +66,8 @@ def param_groups(
     """
     if proj_type not in PROJECTION_TYPES:
         raise ValueError(f"proj_type must be one of {', '.join(PROJECTION_TYPES)}")
+    if targets is not None and not isinstance(targets, str):
+        targets = list(targets)
     candidates = _linear_weights(model)
     chosen = [c for c in candidates if _matches(c.name, targets)]
     if not chosen:
@@ -95,12 +100,12 @@ def param_groups(
 def _linear_weights(model: nn.Module) -> list[Candidate]:
     """Linear weights by module name, without the output head and without tied embeddings."""
     excluded = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-    head = getattr(model, "get_output_embeddings", lambda: None)()
-    if head is not None:
-        excluded.add(id(head.weight))
+    for module in model.modules():  # the model may be wrapped, by DDP or PEFT
+        head = getattr(module, "get_output_embeddings", lambda: None)()
+        excluded.add(id(getattr(head, "weight", None)))
     found: dict[int, Candidate] = {}
     for name, module in model.named_modules():
-        transposed = type(module).__name__ == "Conv1D"
+        transposed = _is_transformers_conv1d(module)
         if not transposed and not isinstance(module, nn.Linear):
             continue
         # A parametrized weight is no parameter and is not trained itself.
@@ -110,9 +115,17 @@ def _linear_weights(model: nn.Module) -> list[Candidate]:
     return list(found.values())
 
 
+def _is_transformers_conv1d(module: nn.Module) -> bool:
+    """Told by name: transformers is no dependency, and users call their convolutions so too."""
+    return any(
+        base.__name__ == "Conv1D" and base.__module__.startswith("transformers.")
+        for base in type(module).__mro__
+    )
+
+
 def _matches(name: str, targets: str | Iterable[str] | None) -> bool:
     if targets is None:
-        return re.search(r"(^|\.)\d+(\.|$)", name) is not None
+        return bool(IN_A_BLOCK.search(name)) and not ROUTER.search(name)
     if targets == "all-linear":
         return True
     patterns = [targets] if isinstance(targets, str) else targets

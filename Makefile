@@ -1,0 +1,66 @@
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+# The build tools are pinned too; pip reads the second name for those since 25.3.
+export PIP_CONSTRAINT := constraints.txt
+export PIP_BUILD_CONSTRAINT := constraints.txt
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+PIP := $(BIN)/python -m pip -q
+
+TORCH := $(shell sed -n 's/^torch==//p' constraints.txt)
+NATIVE := setup.py CMakeLists.txt $(shell find csrc -type f)
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint build wheel clean
+
+help:
+	@echo "make demo    train a tiny LLaMA on this machine; results in demo/"
+	@echo "make test    run the tests"
+	@echo "make lint    check formatting, lint and types"
+	@echo "make build   editable install into $(VENV)"
+	@echo "make wheel   build a wheel into dist/"
+	@echo "make clean   remove $(VENV) and everything built"
+
+demo: $(VENV)/.bench
+	@$(BIN)/python -m bench.pretrain --out demo
+
+test: $(VENV)/.bench $(VENV)/.test
+	@$(BIN)/python -m pytest
+
+lint: $(VENV)/.lint
+	@$(BIN)/ruff format --check .
+	@$(BIN)/ruff check .
+	@$(BIN)/clang-format --dry-run -Werror $$(find csrc -type f)
+	@$(BIN)/mypy
+
+build: $(VENV)/.package
+
+wheel: $(VENV)/.torch
+	@$(PIP) wheel . --no-deps -w dist
+
+clean:
+	@rm -rf $(VENV) build demo dist *.egg-info lowrank_kernels/_native*.so
+	@rm -rf .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# Without an NVIDIA GPU the CUDA build of torch is gigabytes of libraries that nothing can use. The
+# CPU build for Linux is on torch's own index, unless pip is configured to find it elsewhere.
+$(VENV)/.torch: constraints.txt
+	@$(PYTHON) -m venv $(VENV)
+	@if [ "$$(uname)" = Linux ] && ! command -v nvidia-smi >/dev/null; then \
+	  $(PIP) install "torch==$(TORCH)+cpu" 2>/dev/null || $(PIP) install "torch==$(TORCH)+cpu" \
+	    --index-url https://download.pytorch.org/whl/cpu; \
+	else \
+	  $(PIP) install "torch==$(TORCH)"; \
+	fi
+	@touch $@
+
+$(VENV)/.package: $(VENV)/.torch pyproject.toml $(NATIVE)
+	@$(PIP) install -e .
+	@touch $@
+
+# The package is installed by now, so this adds the extra's dependencies without building again.
+$(VENV)/.%: $(VENV)/.package
+	@$(PIP) install "lowrank-kernels[$*]"
+	@touch $@

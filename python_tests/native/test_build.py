@@ -1,0 +1,128 @@
+"""What the compiled module says of itself, and what setup.py says of a bad environment."""
+
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from lowrank_kernels import _native
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def build(monkeypatch, tmp_path) -> ModuleType:
+    """setup.py as a module, on a machine without nvcc and without settings."""
+    for name in ("CUDA_HOME", "LOWRANK_CUDA", "LOWRANK_CUDA_ARCHITECTURES", "MAX_JOBS"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    spec = importlib.util.spec_from_file_location("lowrank_setup", ROOT / "setup.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def cuda_home(tmp_path) -> Path:
+    nvcc = tmp_path / "cuda" / "bin" / "nvcc"
+    nvcc.parent.mkdir(parents=True)
+    nvcc.touch(mode=0o755)
+    return nvcc.parents[1]
+
+
+def test_build_info_describes_the_build():
+    info = _native.build_info()
+    assert info.keys() == {
+        *("version", "compiler", "cuda", "cuda_architectures", "openmp", "cpu_capability")
+    }
+    assert info["version"] == version("lowrank-kernels")
+    assert re.fullmatch(r"\w+ \d+(\.\d+)*", info["compiler"])
+    assert isinstance(info["openmp"], bool)
+    assert info["cpu_capability"] in ("avx512", "avx2", "default")
+    if info["cuda"] is None:
+        assert info["cuda_architectures"] == []
+    else:
+        *codes, ptx = info["cuda_architectures"]
+        assert codes
+        assert all(re.fullmatch(r"sm_\d+[af]?", code) for code in codes)
+        assert ptx == codes[-1].replace("sm_", "compute_")
+
+
+@pytest.mark.skipif(not Path("/proc/cpuinfo").is_file(), reason="needs /proc/cpuinfo")
+def test_cpu_capability_is_that_of_this_machine():
+    flags = re.search(r"^flags\s*:(.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    flags = flags[1].split() if flags else []
+    best = "avx512" if "avx512f" in flags else "avx2" if "avx2" in flags else "default"
+    assert _native.build_info()["cpu_capability"] == best
+
+
+def test_cuda_is_left_out_where_there_is_no_nvcc(build):
+    assert build.choose_nvcc() is None
+
+
+def test_required_cuda_without_nvcc_says_what_is_missing_and_how_to_go_on(tmp_path):
+    run = subprocess.run(
+        [sys.executable, "setup.py", "build_ext", f"-t{tmp_path}", f"-b{tmp_path}"],
+        cwd=ROOT,
+        env={"PATH": str(tmp_path), "LOWRANK_CUDA": "on"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode != 0
+    assert "Traceback" not in run.stderr
+    for part in ("no nvcc on PATH or in $CUDA_HOME/bin", "Install the CUDA", "LOWRANK_CUDA=off"):
+        assert part in run.stderr
+
+
+@pytest.mark.parametrize("choice", ["auto", "on", "ON", "off"])
+def test_nvcc_is_found_in_cuda_home(choice, build, cuda_home, monkeypatch):
+    monkeypatch.setenv("CUDA_HOME", str(cuda_home))
+    monkeypatch.setenv("LOWRANK_CUDA", choice)
+    expected = None if choice == "off" else str(cuda_home / "bin" / "nvcc")
+    assert build.choose_nvcc() == expected
+
+
+def test_nvcc_is_found_on_path(build, cuda_home, monkeypatch):
+    monkeypatch.setenv("PATH", os.pathsep.join(["/nowhere", str(cuda_home / "bin")]))
+    assert build.choose_nvcc() == str(cuda_home / "bin" / "nvcc")
+
+
+def test_unknown_choice_is_an_error(build, monkeypatch):
+    monkeypatch.setenv("LOWRANK_CUDA", "1")
+    with pytest.raises(SystemExit, match="LOWRANK_CUDA must be auto, on or off, got '1'"):
+        build.choose_nvcc()
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"), [("", ""), ("90", "90"), ("80;90a", "80;90a"), ("80, 90", "80;90")]
+)
+def test_architectures(text, expected, build, monkeypatch):
+    monkeypatch.setenv("LOWRANK_CUDA_ARCHITECTURES", text)
+    assert build.cuda_architectures() == expected
+
+
+def test_unknown_architecture_is_an_error(build, monkeypatch):
+    monkeypatch.setenv("LOWRANK_CUDA_ARCHITECTURES", "80;hopper")
+    with pytest.raises(SystemExit, match="got 'hopper'"):
+        build.cuda_architectures()
+
+
+def test_jobs(build, monkeypatch):
+    assert build.jobs() >= 1
+    monkeypatch.setenv("MAX_JOBS", "3")
+    assert build.jobs() == 3
+    monkeypatch.setenv("MAX_JOBS", "many")
+    with pytest.raises(SystemExit, match="MAX_JOBS"):
+        build.jobs()
+
+
+def test_missing_tool_says_how_to_get_it(build):
+    with pytest.raises(SystemExit, match="pip install no-such-tool"):
+        build.find_tool("no-such-tool")

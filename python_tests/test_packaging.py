@@ -1,0 +1,109 @@
+"""The wheel as a user gets it: built without torch, installed beside nothing but torch."""
+
+import os
+import shutil
+import subprocess
+import sys
+import venv
+import zipfile
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+GENERATED = shutil.ignore_patterns(
+    *(".*", "build", "demo", "dist", "*.so", "*.egg-info", "__pycache__")
+)
+MEGABYTE = 2**20
+CPU_INDEX = "https://download.pytorch.org/whl/cpu"
+
+TRAIN = """
+import importlib.util, shutil
+
+import torch
+from torch import nn
+
+import lowrank_kernels
+
+assert shutil.which("nvcc") is None
+if torch.version.cuda is None:
+    assert importlib.util.find_spec("triton") is None
+backends = lowrank_kernels.backends()
+print(lowrank_kernels.__version__, lowrank_kernels.__file__, backends)
+assert backends["native"][0], backends["native"][1]
+
+torch.manual_seed(0)
+model = nn.Sequential(nn.Linear(48, 64), nn.Tanh(), nn.Linear(64, 32))
+inputs, targets = torch.randn(256, 48), torch.randn(256, 32)
+groups = lowrank_kernels.param_groups(model, rank=8)
+optimizer = lowrank_kernels.FiraAdamW(groups, lr=1e-2, backend="native")
+losses = []
+for _ in range(20):
+    optimizer.zero_grad()
+    loss = nn.functional.mse_loss(model(inputs), targets)
+    loss.backward()
+    optimizer.step()
+    losses.append(loss.item())
+print(losses)
+assert losses[-1] < 0.9 * losses[0]
+"""
+
+
+def run(*command: str | Path, **options) -> str:
+    """Runs in the root, where a relative PIP_CONSTRAINT means what it says."""
+    result = subprocess.run(
+        [*map(str, command)],
+        **{"cwd": ROOT, "text": True, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+        | options,
+    )
+    assert result.returncode == 0, result.stdout
+    return result.stdout
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory) -> Path:
+    """Built in isolation, that is without torch, from a tree without anything built before."""
+    source = tmp_path_factory.mktemp("tree") / "source"
+    shutil.copytree(ROOT, source, ignore=GENERATED)
+    folder = tmp_path_factory.mktemp("wheel")
+    run(sys.executable, "-m", "pip", "wheel", source, "--no-deps", "-w", folder)
+    (wheel,) = folder.glob("*.whl")
+    return wheel
+
+
+@pytest.mark.timeout(900)
+def test_wheel_holds_the_package_and_nothing_else(wheel):
+    assert wheel.stat().st_size < 20 * MEGABYTE
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+    release = f"lowrank_kernels-{version('lowrank-kernels')}.dist-info"
+    assert {name.split("/")[0] for name in names} == {"lowrank_kernels", release}
+    assert {Path(name).suffix for name in names if not name.startswith(release)} <= {
+        *(".py", ".pyi", ".typed", ".json", ".so")
+    }
+    expected = {path.relative_to(ROOT).as_posix() for path in ROOT.glob("lowrank_kernels/**/*.py*")}
+    expected = {name for name in expected if "__pycache__" not in name}
+    assert expected | {"lowrank_kernels/py.typed"} <= set(names)
+    assert sum(name.startswith("lowrank_kernels/_native.") and ".so" in name for name in names) == 1
+
+
+@pytest.mark.timeout(900)
+def test_wheel_trains_beside_torch_alone(wheel, tmp_path):
+    home = tmp_path / "venv"
+    venv.create(home, with_pip=True)
+    python = home / "bin" / "python"
+    install = [python, "-m", "pip", "install", "-q", f"torch=={version('torch')}", wheel]
+    try:
+        run(*install)
+    except AssertionError:
+        run(*install, "--extra-index-url", CPU_INDEX)
+    script = tmp_path / "train.py"
+    script.write_text(TRAIN)
+    clean = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(("PYTHON", "LOWRANK", "CUDA", "LD_"))
+    }
+    output = run(python, script, cwd=tmp_path, env=clean | {"PATH": str(home / "bin")})
+    assert str(home) in output
