@@ -70,7 +70,8 @@ def check_params(group: Group, index: int) -> None:
     for name, param in named_params(group, index):
         if not isinstance(param, Tensor):
             continue  # torch refuses it with its own text
-        if not param.is_floating_point():
+        # Frozen integer weights, as in quantized models, never have a gradient: they may stay.
+        if param.is_complex() or (param.requires_grad and not param.is_floating_point()):
             raise TypeError(f"{name} is {param.dtype}; only real floating-point weights are served")
         if is_projected(group):
             check_matrix(name, param)

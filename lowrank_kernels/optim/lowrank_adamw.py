@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -11,7 +11,7 @@ from torch.optim.optimizer import Optimizer, ParamsT
 from .. import ops
 from ..ops import Choice, Side
 from ..ops.notices import notice_once
-from ..subspace import RANGE_FINDERS, is_due, refresh_basis
+from ..subspace import RANGE_FINDERS, ZERO_GRADIENT, is_due, refresh_basis
 from .groups import (
     FORMAT,
     Group,
@@ -34,6 +34,17 @@ from .state import (
     restore,
     state_bytes,
 )
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def _as_it_is(function: Function) -> Function:
+    return function
+
+
+# A compiled step would be cut into dozens of graphs, and its kernels are compiled already. The
+# public torch.compiler.disable would import dynamo, 1.3 s, together with this package.
+_not_compiled: Callable[[Function], Function] = getattr(torch, "_disable_dynamo", _as_it_is)
 
 
 class LowRankAdamW(Optimizer):
@@ -110,6 +121,7 @@ class LowRankAdamW(Optimizer):
         check_params(group, index)
         super().add_param_group(group)
 
+    @_not_compiled
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """Takes one step.
@@ -128,6 +140,12 @@ class LowRankAdamW(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if not any(map(is_projected, self.param_groups)):
+            notice_once(
+                logging.WARNING,
+                "no parameter group has a rank, so this is plain AdamW: build the groups with"
+                " lowrank_kernels.param_groups(model, rank=...)",
+            )
         work = list(self._checked_work())
         for group, params in work:
             states = [self._state_of(group, param) for param in params]
@@ -240,7 +258,9 @@ class LowRankAdamW(Optimizer):
             if problem is None:
                 state["basis_step"] = completed
             else:
-                notice_once(logging.WARNING, f"a basis was not renewed: {problem}")
+                # Checkpoint libraries create the state by a step with zero gradients.
+                level = logging.INFO if problem == ZERO_GRADIENT else logging.WARNING
+                notice_once(level, f"a basis was not renewed: {problem}")
 
         scalars = step_scalars(group, completed + 1, self.residual)
         backend = self._choice(param, grad).backend

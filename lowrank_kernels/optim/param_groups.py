@@ -40,7 +40,8 @@ def param_groups(
     Projected are the weights of `nn.Linear` and of transformers' `Conv1D` that belong to a numbered
     block ("model.layers.3.mlp.up_proj"). Embeddings, the output head (tied or not), norms, biases,
     routers of experts, convolutions and fused 3-D experts are not, and neither is a matrix so small
-    that its low-rank state would not be smaller than AdamW's.
+    that its low-rank state would not be smaller than AdamW's. A head is known by the model's
+    `get_output_embeddings`; the last layer of a plain `nn.Sequential` is a block like the others.
 
     A `Conv1D` weight is the transpose of a linear weight, so its `proj_type` is turned around where
     the shape alone would choose another side than for the linear layer (square matrices).
@@ -73,8 +74,8 @@ def param_groups(
     if not chosen:
         names = "\n  ".join(_collapsed(c.name for c in candidates)) or "none"
         raise ValueError(
-            f"no linear module matches targets={targets!r}; the model's linear modules are:\n"
-            f"  {names}"
+            f"no linear module matches targets={targets!r}; give a list of name parts, or"
+            f" 'all-linear'. The model's linear modules are:\n  {names}"
         )
     projected = {id(c.param): c for c in chosen if _saves_memory(c.param, rank)}
     if not projected:
@@ -110,7 +111,9 @@ def _linear_weights(model: nn.Module) -> list[Candidate]:
             continue
         # A parametrized weight is no parameter and is not trained itself.
         weight = dict(module.named_parameters(recurse=False)).get("weight")
-        if weight is not None and id(weight) not in excluded:
+        if weight is None or not weight.is_floating_point():
+            continue
+        if id(weight) not in excluded:
             found.setdefault(id(weight), Candidate(name, weight, transposed))
     return list(found.values())
 

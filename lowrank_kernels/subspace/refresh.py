@@ -8,6 +8,8 @@ from torch import Tensor
 from ..ops import Side
 from .svd import svd_basis
 
+ZERO_GRADIENT = "the gradient is zero"
+
 RangeFinder = Callable[[Tensor, Side, int], Tensor]
 RANGE_FINDERS: dict[str, RangeFinder] = {"svd": svd_basis}
 
@@ -44,7 +46,7 @@ def refresh_basis(grad: Tensor, basis: Tensor, side: Side, subspace: str) -> str
     """
     energy = float(torch.linalg.vector_norm(grad, dtype=torch.float64))
     if energy == 0:
-        return "the gradient is zero"
+        return ZERO_GRADIENT
     if not energy < float("inf"):
         return "the gradient is not finite"
     try:

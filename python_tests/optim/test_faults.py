@@ -70,6 +70,14 @@ def test_zero_gradient_first_is_as_if_it_had_never_been(method, shape, backend):
     assert not differing(snapshot(*fresh), snapshot(*late))
 
 
+def test_zero_gradient_first_is_no_warning(caplog):
+    """Checkpoint libraries create the state that way."""
+    notices.notice_once.cache_clear()
+    with caplog.at_level(logging.WARNING, "lowrank_kernels"):
+        step(*start("fira", (24, 12)), torch.zeros(24, 12))
+    assert "renewed" not in caplog.text
+
+
 @pytest.mark.parametrize("method", ["fira", "fira-paper"])
 def test_zero_gradient_first_does_not_throttle_the_residual(method):
     """A limiter that stores the zero norm lets next to nothing through for over 1,000 steps."""

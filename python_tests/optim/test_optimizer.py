@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from lowrank_kernels import FiraAdamW, GaLoreAdamW, LowRankAdamW, param_groups
+from lowrank_kernels.ops import notices
 
 CLASSES = [GaLoreAdamW, FiraAdamW]
 DTYPES = [torch.float64, torch.float32, torch.bfloat16]
@@ -276,6 +277,25 @@ def test_frozen_parameters_have_no_state_and_can_be_unfrozen():
     train(module, optimizer, range(2))
     assert float(optimizer.state[frozen]["step"]) == 2
     assert float(optimizer.state[module[3].weight]["step"]) == 4
+
+
+def test_frozen_integer_weights_may_stay_in_a_group():
+    """As in a quantized base model under trained adapters."""
+    module = model()
+    module[0].weight = nn.Parameter(torch.ones(24, 12, dtype=torch.int8), requires_grad=False)
+    optimizer = build(FiraAdamW, module)
+    train(module[3], optimizer, range(2))
+    assert {row["name"] for row in optimizer.explain() if row["projected"]} == {"3.weight"}
+
+
+def test_plain_adamw_by_oversight_is_told(caplog):
+    notices.notice_once.cache_clear()
+    module = model()
+    with caplog.at_level("WARNING", "lowrank_kernels"):
+        train(module, FiraAdamW(module.parameters()), range(2))
+    assert [record.getMessage().split(",")[0] for record in caplog.records] == [
+        "no parameter group has a rank"
+    ]
 
 
 def test_explain_names_every_parameter_and_counts_its_bytes():
