@@ -1,0 +1,1 @@
+"""Benches: each answers one question, and `results/` keeps what was measured."""

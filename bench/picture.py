@@ -1,0 +1,103 @@
+"""The picture of a comparison: loss curves, and next to them the optimizers' memory."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from pathlib import Path
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from bench.data import DataSummary
+from bench.report import Summary, summarize
+from bench.settings import Settings
+
+# Okabe and Ito's, which stay apart for colour-blind readers.
+COLOURS = ("#0072B2", "#56B4E9", "#E69F00", "#D55E00", "#009E73", "#CC79A7", "#000000")
+
+
+def draw(records: list[dict], settings: Settings, data: DataSummary, path: Path) -> None:
+    """Draws every optimizer at its best rate, averaged over the seeds."""
+    best = [summary for summary in summarize(records, settings, data) if summary.best]
+    colours = {row.optimizer: COLOURS[i % len(COLOURS)] for i, row in enumerate(best)}
+    # Not pyplot, which would look for a display.
+    figure = Figure(figsize=(12, 5.2), layout="constrained")
+    curves, bars = figure.subplots(1, 2, width_ratios=(2.3, 1))
+    _draw_curves(curves, best, records, settings, colours)
+    _draw_bars(bars, best, records[0]["weight_bytes"], colours)
+    size = f"{records[0]['parameters'] / 1e6:.2f} M parameters, {settings.dtype}"
+    figure.suptitle(
+        f"LLaMA {settings.model} ({size}), rank {settings.rank}, on {data.source}",
+        fontweight="bold",
+    )
+    figure.savefig(path, dpi=150)
+
+
+def _draw_curves(
+    axes: Axes, best: list[Summary], records: list[dict], settings: Settings, colours: dict
+) -> None:
+    seen, start = [], settings.steps // 5
+    for row in best:
+        runs = [r for r in records if (r["optimizer"], r["lr"]) == (row.optimizer, row.lr)]
+        train = smooth(_mean_over_seeds([r["train_loss"] for r in runs]))
+        axes.plot(range(1, len(train) + 1), train, color=colours[row.optimizer], alpha=0.35, lw=1)
+        losses = _mean_over_seeds([[loss for _, loss in r["validation"]] for r in runs])
+        steps = [step for step, _ in runs[0]["validation"]][: len(losses)]
+        label = f"{row.optimizer}, lr {row.lr:g}: {row.loss:.3f}"
+        axes.plot(steps, losses, "o-", color=colours[row.optimizer], ms=4.5, lw=1.6, label=label)
+        late = [loss for step, loss in zip(steps, losses, strict=True) if step >= start]
+        seen += train[start:] + late
+    # The fall from a uniform guess takes most of the height and shows no difference.
+    finite = [loss for loss in seen if math.isfinite(loss)] or [0.0, 1.0]
+    low, high = min(finite), max(finite)
+    axes.set_ylim(low - (0.05 * (high - low) or 0.1), high)
+    axes.set_xlim(0, settings.steps * 1.01)
+    unit = "byte" if settings.tokenizer == "bytes" else "token"
+    axes.set(xlabel="optimizer step", ylabel=f"loss (nats per {unit})")
+    axes.set_title("validation loss (dots) and smoothed training loss (faint)", fontsize="medium")
+    axes.legend(title="validation loss at the end", frameon=False)
+    _tidy(axes)
+
+
+def _draw_bars(axes: Axes, best: list[Summary], weight_bytes: int, colours: dict) -> None:
+    names = [row.optimizer for row in best]
+    sizes = [row.state_bytes / 1e6 for row in best]
+    bars = axes.bar(names, sizes, color=[colours[name] for name in names], width=0.65)
+    axes.bar_label(bars, [f"{size:.2f}" for size in sizes], padding=2)
+    axes.axhline(weight_bytes / 1e6, color="0.35", ls="--", lw=1)
+    axes.annotate(
+        "the weights themselves",
+        (1, weight_bytes / 1e6),
+        xycoords=axes.get_yaxis_transform(),
+        xytext=(-2, 3),
+        textcoords="offset points",
+        ha="right",
+        color="0.35",
+    )
+    axes.margins(y=0.1)
+    axes.set_title("optimizer state", fontsize="medium")
+    axes.set_ylabel("MB")
+    axes.tick_params(axis="x", length=0)
+    _tidy(axes)
+
+
+def _tidy(axes: Axes) -> None:
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", alpha=0.25)
+    axes.set_axisbelow(True)
+
+
+def _mean_over_seeds(curves: list[list[float]]) -> list[float]:
+    # The curve of a diverged run is shorter; the mean ends with it.
+    return [statistics.mean(values) for values in zip(*curves, strict=False)]
+
+
+def smooth(values: list[float]) -> list[float]:
+    """Averages exponentially over a fortieth of the curve, without the bias of a zero start."""
+    keep = 1 - 1 / max(1.0, len(values) / 40)
+    smoothed, total, weight = [], 0.0, 0.0
+    for value in values:
+        total, weight = keep * total + value, keep * weight + 1
+        smoothed.append(total / weight)
+    return smoothed

@@ -1,0 +1,219 @@
+"""What a comparison leaves: the summary by optimizer and rate, its tables, and the JSON record."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+import statistics
+import subprocess
+import sys
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from bench.data import DataSummary
+from bench.settings import Settings
+
+PACKAGES = ("torch", "lowrank_kernels", "transformers", "tokenizers", "numpy")
+
+PEAK_MEANING = {
+    "cuda": "most that the CUDA allocator had handed out.",
+    "cpu": "growth of the run's resident set, with what libraries and their threads keep.",
+}
+
+
+@dataclass(frozen=True)
+class Summary:
+    """One optimizer at one rate: means over seeds, and the sample deviation of the loss."""
+
+    optimizer: str
+    lr: float
+    best: bool
+    at_edge: bool
+    loss: float
+    deviation: float
+    bits_per_byte: float
+    tokens_per_second: float
+    optimizer_ms: float
+    slowest_optimizer_ms: float
+    state_bytes: int
+    peak_bytes: int
+
+    @property
+    def perplexity(self) -> float:
+        return math.exp(self.loss) if self.loss < 700 else math.inf
+
+
+def summarize(records: list[dict], settings: Settings, data: DataSummary) -> list[Summary]:
+    """Groups the records by optimizer and rate, and marks each optimizer's best rate."""
+    summaries = []
+    for optimizer, lrs in settings.lrs.items():
+        groups = {
+            lr: [r for r in records if (r["optimizer"], r["lr"]) == (optimizer, lr)] for lr in lrs
+        }
+        losses = {lr: [final_loss(record) for record in groups[lr]] for lr in lrs}
+        best = min(lrs, key=lambda lr: statistics.mean(losses[lr]))
+        for lr in lrs:
+            summaries.append(
+                Summary(
+                    optimizer,
+                    lr,
+                    best=lr == best,
+                    at_edge=len(lrs) > 1 and lr in (min(lrs), max(lrs)),
+                    loss=statistics.mean(losses[lr]),
+                    deviation=_deviation(losses[lr]),
+                    **_costs(groups[lr], settings),
+                    bits_per_byte=statistics.mean(losses[lr]) * _bits_per_nat(data),
+                )
+            )
+    return summaries
+
+
+def final_loss(record: dict) -> float:
+    """Returns the last validation loss; infinity after a divergence."""
+    loss = record["validation"][-1][1] if record["validation"] else math.nan
+    finished = math.isfinite(record["train_loss"][-1]) and math.isfinite(loss)
+    return loss if finished else math.inf
+
+
+def _deviation(losses: list[float]) -> float:
+    finite = len(losses) > 1 and all(map(math.isfinite, losses))
+    return statistics.stdev(losses) if finite else 0.0
+
+
+def _bits_per_nat(data: DataSummary) -> float:
+    return data.validation_tokens / data.validation_bytes / math.log(2)
+
+
+def _costs(records: list[dict], settings: Settings) -> dict:
+    steps = [seconds for record in records for seconds in record["step_seconds"]]
+    optimizer = [seconds for record in records for seconds in record["optimizer_seconds"]]
+    return {
+        "tokens_per_second": settings.batch_size * settings.seq_len / statistics.median(steps),
+        "optimizer_ms": statistics.median(optimizer) * 1e3,
+        "slowest_optimizer_ms": max(optimizer) * 1e3,
+        "state_bytes": max(record["state_bytes"] for record in records),
+        "peak_bytes": max(record["peak_bytes"] for record in records),
+    }
+
+
+def print_tables(records: list[dict], settings: Settings, data: DataSummary) -> None:
+    """Prints a row an optimizer at its best rate, and where rates were swept, a row a rate."""
+    summaries = summarize(records, settings, data)
+    # Piped output has no width of its own, and 80 columns would cut the numbers off.
+    console = Console(width=None if sys.stdout.isatty() else 112)
+    console.print(_main_table(summaries, records[0], settings))
+    console.print(
+        "optimizer, slowest: median and longest optimizer.step(). state: the optimizer's tensors.\n"
+        f"peak: {PEAK_MEANING[settings.device]}",
+        style="dim",
+    )
+    if any(len(lrs) > 1 for lrs in settings.lrs.values()):
+        console.print(_sweep_table(summaries))
+
+
+def _main_table(summaries: list[Summary], record: dict, settings: Settings) -> Table:
+    tokens = settings.steps * settings.batch_size * settings.seq_len
+    size = f"{record['parameters'] / 1e6:.2f} M parameters, {settings.dtype}"
+    run = f"{tokens / 1e6:.2f} M tokens, {len(settings.seeds)} seed(s)"
+    table = Table(title=f"LLaMA {settings.model}, {size}, {run}, {device_name(settings)}")
+    table.add_column("optimizer", no_wrap=True)
+    for heading in (
+        *("best\nlr", "validation\nloss", "perplexity", "bits per\nbyte", "tokens\nper s"),
+        *("optimizer\nms", "slowest\nms", "state\nMB", "peak\nMB"),
+    ):
+        table.add_column(heading, justify="right")
+    for row in (summary for summary in summaries if summary.best):
+        table.add_row(
+            row.optimizer,
+            f"{row.lr:g}",
+            _loss_text(row),
+            f"{row.perplexity:.3f}",
+            f"{row.bits_per_byte:.3f}",
+            f"{row.tokens_per_second:,.0f}",
+            f"{row.optimizer_ms:.2f}",
+            f"{row.slowest_optimizer_ms:.1f}",
+            f"{row.state_bytes / 1e6:.2f}",
+            f"{row.peak_bytes / 1e6:.0f}",
+        )
+    return table
+
+
+def _sweep_table(summaries: list[Summary]) -> Table:
+    table = Table(title="learning rates", caption="edge: the true best may lie outside the sweep")
+    for heading in ("optimizer", "lr", "val loss", ""):
+        table.add_column(heading)
+    for row in summaries:
+        mark = ("best, edge" if row.at_edge else "best") if row.best else ""
+        table.add_row(row.optimizer, f"{row.lr:g}", _loss_text(row), mark)
+    return table
+
+
+def _loss_text(row: Summary) -> str:
+    return f"{row.loss:.4f} ± {row.deviation:.4f}" if row.deviation else f"{row.loss:.4f}"
+
+
+def write_record(records: list[dict], settings: Settings, data: DataSummary, path: Path) -> None:
+    """Writes everything that was measured, a line a run so that a diff shows which run changed."""
+    head = {
+        "environment": environment(settings),
+        "settings": asdict(settings),
+        "data": asdict(data),
+        "summary": [asdict(summary) for summary in summarize(records, settings, data)],
+    }
+    text = json.dumps(_finite(head), indent=2, allow_nan=False).removesuffix("\n}")
+    runs = ",\n".join(json.dumps(_finite(record), allow_nan=False) for record in records)
+    path.write_text(f'{text},\n  "runs": [\n{runs}\n  ]\n}}\n')
+
+
+def _finite(value: object) -> object:
+    """Replaces NaN and infinity, which JSON does not have, by null."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _finite(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(entry) for entry in value]
+    return value
+
+
+def environment(settings: Settings) -> dict:
+    """Names the device, the versions and the commit that the numbers belong to."""
+    versions = {}
+    for package in PACKAGES:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            versions[package] = None
+    return {
+        "device": device_name(settings),
+        "cores": os.cpu_count(),
+        "python": platform.python_version(),
+        "versions": versions,
+        "commit": _commit(),
+    }
+
+
+def device_name(settings: Settings) -> str:
+    if settings.device == "cuda":
+        import torch
+
+        return torch.cuda.get_device_name()
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def _commit() -> str | None:
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--match="]
+    try:
+        done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
+    except OSError:
+        return None
+    return done.stdout.strip() or None

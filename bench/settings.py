@@ -1,0 +1,192 @@
+"""The arguments of the pre-training bench, with the preset's values filled in."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+from bench.models import PRESETS
+from bench.optimizers import METHODS
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything that decides a comparison's numbers; plain values only, so that JSON holds it."""
+
+    model: str
+    data: str | None
+    tokenizer: str
+    vocab_size: int
+    lrs: dict[str, list[float]]
+    seeds: list[int]
+    steps: int
+    warmup: int
+    seq_len: int
+    batch_size: int
+    micro_batch: int
+    rank: int
+    scale: float
+    update_proj_gap: int
+    weight_decay: float
+    backend: str
+    residual: str
+    clip: float
+    dtype: str
+    device: str
+    eval_every: int
+    eval_tokens: int
+    checkpoint_every: int
+
+    def differences(self, saved: dict) -> list[str]:
+        """Says for each argument that is not as in `saved` what it was and what it is."""
+        mine = asdict(self)
+        return [
+            f"{name} was {saved.get(name)}, is {mine[name]}"
+            for name in mine
+            if saved.get(name) != mine[name]
+        ]
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run of a comparison."""
+
+    optimizer: str
+    lr: float
+    seed: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.optimizer}-lr{self.lr:g}-seed{self.seed}"
+
+
+def plan(lrs: dict[str, list[float]], seeds: list[int]) -> list[Job]:
+    """Lists the runs of a comparison in the order in which they are made."""
+    return [Job(name, lr, seed) for name, rates in lrs.items() for lr in rates for seed in seeds]
+
+
+@dataclass(frozen=True)
+class Command:
+    """What to compare, where to leave it, and what to do about an earlier comparison there."""
+
+    settings: Settings
+    out: Path
+    resume: bool
+    overwrite: bool
+
+
+def parse(arguments: list[str] | None = None) -> Command:
+    """Reads the command line; a mistake ends the program with a message, as argparse does."""
+    parser = _parser()
+    args = parser.parse_args(arguments)
+    preset = PRESETS[args.model]
+    for name in ("steps", "seq_len", "batch_size", "rank", "update_proj_gap"):
+        if getattr(args, name) is None:
+            setattr(args, name, getattr(preset, name))
+    if args.micro_batch is None:
+        args.micro_batch = min(preset.micro_batch, args.batch_size)
+    if args.batch_size % args.micro_batch:
+        parser.error(f"--micro-batch {args.micro_batch} must divide the batch, {args.batch_size}")
+    args.warmup = args.steps // 10 if args.warmup is None else args.warmup
+    args.eval_every = args.eval_every or max(1, args.steps // 10)
+    args.device = _device(args.device)
+    try:
+        args.lrs = parse_lrs(args.lr, _names(args.optimizers), nano=args.model == "nano")
+    except ValueError as error:
+        parser.error(str(error))
+    settings = Settings(**{field.name: getattr(args, field.name) for field in fields(Settings)})
+    out = Path(args.out or Path(__file__).parent / "results" / f"pretrain-{args.model}")
+    return Command(settings, out, args.resume, args.overwrite)
+
+
+def parse_lrs(words: list[str], optimizers: list[str], nano: bool) -> dict[str, list[float]]:
+    """Reads `1e-3,3e-3` (for every optimizer) and `galore=1e-2` (for one, which then goes first).
+
+    Raises:
+        ValueError: A word is not of either form, or names an optimizer that is not compared.
+    """
+    common, own = None, {}
+    for word in words:
+        name, equals, rates = word.rpartition("=")
+        if equals and name not in optimizers:
+            raise ValueError(f"--lr {word}: {name!r} is not among {', '.join(optimizers)}")
+        try:
+            values = [float(rate) for rate in rates.split(",")]
+        except ValueError:
+            raise ValueError(f"--lr {word}: give RATE[,RATE...] or NAME=RATE[,RATE...]") from None
+        if equals:
+            own[name] = values
+        else:
+            common = values
+    defaults = {n: [METHODS[n].nano_lr if nano else METHODS[n].lr] for n in optimizers}
+    return {name: own.get(name) or common or defaults[name] for name in optimizers}
+
+
+def _names(text: str) -> list[str]:
+    names = list(dict.fromkeys(text.split(",")))
+    for name in names:
+        if name not in METHODS:
+            raise ValueError(f"unknown optimizer {name!r}: the known ones are {', '.join(METHODS)}")
+    return names
+
+
+def _device(name: str) -> str:
+    if name != "auto":
+        return name
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _integers(text: str) -> list[int]:
+    return [int(word) for word in text.split(",")]
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is not positive")
+    return value
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.pretrain",
+        usage="%(prog)s [options]",
+        description="Pre-train a LLaMA with several optimizers side by side, and compare them.",
+    )
+    what = parser.add_argument_group("what is compared")
+    what.add_argument("--optimizers", default=",".join(METHODS), help="default: %(default)s")
+    rates = "1e-3,3e-3 for all, fira=1e-2 for one, or both; default: one good rate each"
+    what.add_argument("--lr", nargs="+", default=[], metavar="RATES", help=rates)
+    what.add_argument("--seeds", type=_integers, default=[0], help="of weights and batches: 0,1,2")
+    what.add_argument("--model", choices=PRESETS, default="nano", help="default: %(default)s")
+
+    text = parser.add_argument_group("text")
+    text.add_argument("--data", help="file or folder; default: the Python standard library")
+    text.add_argument("--tokenizer", choices=("bytes", "bpe"), default="bytes")
+    text.add_argument("--vocab-size", type=_positive, default=4096, help="of bpe: %(default)s")
+
+    recipe = parser.add_argument_group("recipe; the first six are the model's if not given")
+    for name in ("--steps", "--seq-len", "--batch-size", "--rank", "--update-proj-gap"):
+        recipe.add_argument(name, type=_positive, metavar="N")
+    recipe.add_argument("--micro-batch", type=_positive, metavar="N", help="sequences at a time")
+    recipe.add_argument("--warmup", type=int, metavar="N", help="steps; default: a tenth")
+    recipe.add_argument("--scale", type=float, default=0.25, help="alpha; default: %(default)s")
+    recipe.add_argument("--weight-decay", type=float, default=0.0, help="default: %(default)s")
+    recipe.add_argument("--clip", type=float, default=1.0, help="gradient norm; 0: off")
+    recipe.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="of weights")
+    recipe.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    recipe.add_argument("--backend", default="auto", help="of galore and fira")
+    recipe.add_argument("--residual", choices=("official", "paper"), default="official")
+
+    record = parser.add_argument_group("records")
+    record.add_argument("--out", help="folder; default: bench/results/pretrain-MODEL")
+    record.add_argument("--eval-every", type=_positive, metavar="N", help="default: a tenth")
+    record.add_argument("--eval-tokens", type=_positive, metavar="N", default=32_768)
+    record.add_argument("--checkpoint-every", type=_positive, metavar="N", default=100)
+    earlier = record.add_mutually_exclusive_group()
+    earlier.add_argument("--resume", action="store_true", help="go on where it stopped")
+    earlier.add_argument("--overwrite", action="store_true", help="drop an unfinished comparison")
+    return parser

@@ -1,0 +1,191 @@
+"""One pre-training run: a model, an optimizer, a seed. It can be stopped and continued."""
+
+from __future__ import annotations
+
+import json
+import math
+import multiprocessing
+import os
+from collections import Counter
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+from bench.batches import Batches
+from bench.measure import PeakMemory, StepClock, tensor_bytes, weights_digest
+from bench.models import PRESETS, build_model, cast_parameters
+from bench.optimizers import METHODS
+from bench.settings import Job, Settings
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+@dataclass
+class History:
+    """What a run has measured so far; plain values only, so that checkpoint and record hold it."""
+
+    train_loss: list[float] = field(default_factory=list)
+    step_seconds: list[float] = field(default_factory=list)
+    optimizer_seconds: list[float] = field(default_factory=list)
+    validation: list[tuple[int, float]] = field(default_factory=list)
+    peak_bytes: int = 0
+
+
+class Run:
+    """The state of a run, and how it moves on by a step."""
+
+    def __init__(self, settings: Settings, job: Job, data: Path, vocab_size: int):
+        self.settings, self.job = settings, job
+        self.device = torch.device(settings.device)
+        self.batches = Batches(data, settings.seq_len, job.seed)
+        self.memory = PeakMemory(self.device)
+        torch.manual_seed(job.seed)
+        with self.device:
+            self.model = build_model(PRESETS[settings.model], vocab_size, settings.seq_len)
+        cast_parameters(self.model, DTYPES[settings.dtype])
+        self.optimizer = METHODS[job.optimizer].build(self.model, job.lr, settings)
+        for group in self.optimizer.param_groups:
+            group["initial_lr"] = group["lr"]
+        self.clock = StepClock(self.device)
+        self.history = History()
+
+    @property
+    def step(self) -> int:
+        return len(self.history.train_loss)
+
+    @property
+    def diverged(self) -> bool:
+        return self.step > 0 and not math.isfinite(self.history.train_loss[-1])
+
+    def advance(self) -> None:
+        """Takes one optimizer step."""
+        settings = self.settings
+        factor = schedule(self.step, settings.steps, settings.warmup)
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * factor
+        batch = self.batches.train(self.step, settings.batch_size).to(self.device)
+        self.clock.mark()
+        parts = batch.split(settings.micro_batch)
+        loss = torch.zeros((), device=self.device)
+        for part in parts:
+            part_loss = self._loss(part) / len(parts)
+            part_loss.backward()
+            loss += part_loss.detach()
+        if settings.clip > 0:
+            torch.nn.utils.clip_grad_norm_(self.model.parameters(), settings.clip)
+        self.clock.mark()
+        self.optimizer.step()
+        self.clock.mark()
+        self.optimizer.zero_grad()
+        self.history.train_loss.append(loss.item())
+        self.clock.mark()
+        seconds, optimizer_seconds = self.clock.read()
+        self.history.step_seconds.append(round(seconds, 6))
+        self.history.optimizer_seconds.append(round(optimizer_seconds, 6))
+
+    @torch.no_grad()
+    def validate(self) -> float:
+        """Measures the mean loss per token on the fixed validation windows, and records it."""
+        settings, total, count = self.settings, 0.0, 0
+        for batch in self.batches.validation(settings.eval_tokens, settings.micro_batch):
+            total += self._loss(batch.to(self.device)).item() * len(batch)
+            count += len(batch)
+        self.history.validation.append((self.step, total / count))
+        return total / count
+
+    def _loss(self, batch: torch.Tensor) -> torch.Tensor:
+        logits = self.model(input_ids=batch[:, :-1]).logits
+        return F.cross_entropy(logits.flatten(0, 1).float(), batch[:, 1:].flatten())
+
+    def save(self, path: Path) -> None:
+        """Writes a checkpoint that is either complete or not there."""
+        self._note_peak()
+        state = {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "history": asdict(self.history),
+            # For optimizers that draw random numbers; batches do not use this generator.
+            "rng": torch.get_rng_state(),
+            "cuda_rng": torch.cuda.get_rng_state_all(),
+        }
+        partial = path.with_suffix(".partial")
+        torch.save(state, partial)
+        os.replace(partial, path)
+
+    def load(self, path: Path) -> None:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.history = History(**state["history"])
+        torch.set_rng_state(state["rng"])
+        torch.cuda.set_rng_state_all(state["cuda_rng"])
+
+    def record(self) -> dict:
+        """Sums the run up for the report."""
+        self._note_peak()
+        return {
+            **asdict(self.job),
+            "parameters": sum(p.numel() for p in self.model.parameters()),
+            "weight_bytes": tensor_bytes(list(self.model.parameters())),
+            "state_bytes": tensor_bytes(dict(self.optimizer.state)),
+            "weights_digest": weights_digest(self.model),
+            "backends": self._backends(),
+            **asdict(self.history),
+        }
+
+    def _backends(self) -> dict[str, int]:
+        """Counts the projected matrices by the backend that trains them."""
+        explain = getattr(self.optimizer, "explain", list)
+        return dict(Counter(row["backend"] for row in explain() if row["projected"]))
+
+    def _note_peak(self) -> None:
+        self.history.peak_bytes = max(self.history.peak_bytes, self.memory.read())
+
+
+def schedule(step: int, steps: int, warmup: int) -> float:
+    """Returns the factor on the learning rate: linear warm-up, then a cosine down to a tenth."""
+    if step < warmup:
+        return (step + 1) / warmup
+    progress = (step - warmup) / max(1, steps - warmup)
+    return 0.1 + 0.45 * (1 + math.cos(math.pi * progress))
+
+
+def train(settings: Settings, job: Job, data: Path, vocab_size: int, folder: Path) -> dict:
+    """Trains to the end, from the checkpoint in `folder` if any, and leaves the record there."""
+    run = Run(settings, job, data, vocab_size)
+    checkpoint = folder / "checkpoint.pt"
+    folder.mkdir(parents=True, exist_ok=True)
+    if checkpoint.exists():
+        run.load(checkpoint)
+    with tqdm(total=settings.steps, initial=run.step, desc=job.name, disable=None) as bar:
+        while run.step < settings.steps and not run.diverged:
+            _stop_if_orphaned()
+            run.advance()
+            bar.update()
+            bar.set_postfix_str(_progress(run), refresh=False)
+            if run.step % settings.eval_every == 0 or run.step == settings.steps:
+                validation = f"validation {run.validate():.4f}"
+                tqdm.write(f"{job.name} {run.step}/{settings.steps} {_progress(run)} {validation}")
+            if run.step % settings.checkpoint_every == 0 and run.step < settings.steps:
+                run.save(checkpoint)
+    record = run.record()
+    partial = folder / "record.partial"
+    partial.write_text(json.dumps(record))
+    os.replace(partial, folder / "record.json")
+    checkpoint.unlink(missing_ok=True)
+    return record
+
+
+def _stop_if_orphaned() -> None:
+    # A comparison killed outright cannot stop its run, which would then race with the resumed one.
+    parent = multiprocessing.parent_process()
+    if parent is not None and not parent.is_alive():
+        raise SystemExit("the comparison that started this run is gone")
+
+
+def _progress(run: Run) -> str:
+    lr = max(group["lr"] for group in run.optimizer.param_groups)
+    return f"loss {run.history.train_loss[-1]:.4f} lr {lr:.2e}"

@@ -1,0 +1,66 @@
+import pytest
+import torch
+
+from bench.models import PRESETS, build_model, cast_parameters
+from bench.optimizers import METHODS
+from bench.settings import parse
+
+# Millions of parameters at a vocabulary of 32000, as published with GaLore's configurations.
+PUBLISHED = {
+    "9m": 9.0,
+    "20m": 19.5,
+    "35m": 35.2,
+    "60m": 58.1,
+    "130m": 134.1,
+    "350m": 368.0,
+    "1b": 1339.1,
+    "3b": 2685.8,
+    "7b": 6738.4,
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_presets_have_the_published_sizes(name):
+    with torch.device("meta"):
+        model = build_model(PRESETS[name], 32000, 256)
+    millions = sum(parameter.numel() for parameter in model.parameters()) / 1e6
+    assert round(millions, 1) == PUBLISHED[name]
+
+
+def test_every_preset_is_known_or_nano():
+    assert set(PRESETS) == {"nano", *PUBLISHED}
+
+
+def test_cast_leaves_the_rotary_frequencies_exact():
+    model = build_model(PRESETS["nano"], 257, 16)
+    cast_parameters(model, torch.bfloat16)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    assert {buffer.dtype for buffer in model.buffers()} == {torch.float32}
+
+
+def test_split_gives_matrices_of_the_blocks_the_scaled_rate():
+    model = build_model(PRESETS["nano"], 257, 16)
+    settings = parse(["--scale", "0.25"]).settings
+    optimizer = METHODS["adamw-split"].build(model, 0.02, settings)
+    rates = {
+        id(parameter): group["lr"]
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+    }
+    assert len(rates) == len(list(model.parameters()))
+    for name, parameter in model.named_parameters():
+        projected = "_proj." in name
+        assert rates[id(parameter)] == (0.005 if projected else 0.02), name
+    assert sum("_proj." in name for name, _ in model.named_parameters()) == 4 * 7
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_trains_every_parameter(name):
+    model = build_model(PRESETS["nano"], 257, 16)
+    optimizer = METHODS[name].build(model, 0.01, parse(["--rank", "8"]).settings)
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    tokens = torch.arange(32).view(2, 16)
+    model(input_ids=tokens).logits.square().mean().backward()
+    optimizer.step()
+    moved = [not a.equal(b) for a, b in zip(before, model.parameters(), strict=True)]
+    assert all(moved)

@@ -1,0 +1,186 @@
+"""Runs and comparisons, whole: what they leave, and that stopping them changes nothing."""
+
+import json
+import math
+import re
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench.data import prepare
+from bench.optimizers import METHODS
+from bench.picture import draw, smooth
+from bench.report import summarize, write_record
+from bench.settings import Job, parse
+from bench.train import Run, schedule, train
+
+ROOT = Path(__file__).parents[2]
+MEASURED = ("train_loss", "validation", "weights_digest", "state_bytes")
+
+
+@pytest.fixture
+def setting(tiny, tmp_path):
+    """Settings, data folder and data summary of a tiny run."""
+    settings = parse(tiny).settings
+    data = prepare(settings.data, "bytes", 0, settings.seq_len + 1, tmp_path / "data")
+    return settings, tmp_path / "data", data
+
+
+def measured(record: dict) -> dict:
+    return {name: json.loads(json.dumps(record[name])) for name in MEASURED}
+
+
+@pytest.mark.parametrize("optimizer", METHODS)
+def test_stopped_and_continued_is_bitwise_uninterrupted(optimizer, setting, tmp_path, monkeypatch):
+    settings, folder, data = setting
+    job = Job(optimizer, 0.01, 0)
+    whole = train(settings, job, folder, data.vocab_size, tmp_path / "whole")
+
+    advance = Run.advance
+
+    def advance_until_killed(run):
+        if run.step == 7:
+            raise KeyboardInterrupt
+        advance(run)
+
+    monkeypatch.setattr(Run, "advance", advance_until_killed)
+    with pytest.raises(KeyboardInterrupt):
+        train(settings, job, folder, data.vocab_size, tmp_path / "parts")
+    assert torch.load(tmp_path / "parts" / "checkpoint.pt", weights_only=True)
+    taken = []
+    monkeypatch.setattr(Run, "advance", lambda run: (taken.append(run.step), advance(run)))
+    torch.rand(3)
+    parts = train(settings, job, folder, data.vocab_size, tmp_path / "parts")
+    assert taken == list(range(5, 12))
+    assert measured(parts) == measured(whole)
+    assert not (tmp_path / "parts" / "checkpoint.pt").exists()
+
+
+def test_optimizers_share_weights_and_batches(setting):
+    settings, folder, data = setting
+    losses = {}
+    for name in METHODS:
+        run = Run(settings, Job(name, 0.0, 3), folder, data.vocab_size)
+        for _ in range(2):
+            run.advance()
+        losses[name] = tuple(run.history.train_loss)
+    assert len(set(losses.values())) == 1
+    assert losses["adamw"][0] != losses["adamw"][1]
+
+
+def test_micro_batches_add_up_to_the_batch(setting):
+    settings, folder, data = setting
+    ends = []
+    for micro_batch in (4, 1):
+        changed = replace(settings, micro_batch=micro_batch)
+        run = Run(changed, Job("adamw", 0.01, 0), folder, data.vocab_size)
+        for _ in range(3):
+            run.advance()
+        ends.append((run.history.train_loss, run.validate()))
+    assert ends[0][0] == pytest.approx(ends[1][0], rel=1e-4)
+    assert ends[0][1] == pytest.approx(ends[1][1], rel=1e-4)
+
+
+def test_bf16_runs_have_bf16_gradients_and_weights(setting):
+    settings, folder, data = setting
+    run = Run(replace(settings, dtype="bf16"), Job("fira", 0.01, 0), folder, data.vocab_size)
+    run.advance()
+    record = run.record()
+    assert record["weight_bytes"] == 2 * record["parameters"]
+    assert sum(record["backends"].values()) == 4 * 7
+    assert math.isfinite(run.validate())
+
+
+def test_adamw_state_is_two_moments(setting):
+    settings, folder, data = setting
+    run = Run(settings, Job("adamw", 0.01, 0), folder, data.vocab_size)
+    run.advance()
+    record = run.record()
+    tensors = len(list(run.model.parameters()))
+    # And a step counter a tensor.
+    assert record["state_bytes"] == 8 * record["parameters"] + 4 * tensors
+
+
+def test_schedule():
+    factors = [schedule(step, 100, 10) for step in range(100)]
+    assert factors[0] == pytest.approx(0.1)
+    assert factors[9] == factors[10] == 1.0
+    assert factors == sorted(factors[:10]) + sorted(factors[10:], reverse=True)
+    assert factors[99] == pytest.approx(0.1, abs=1e-3)
+
+
+def test_smooth_keeps_a_constant():
+    assert smooth([2.0] * 100) == pytest.approx([2.0] * 100)
+
+
+def record(optimizer: str, lr: float, seed: int, loss: float) -> dict:
+    return {
+        **{"optimizer": optimizer, "lr": lr, "seed": seed, "parameters": 10, "weight_bytes": 40},
+        **{"state_bytes": 80, "peak_bytes": 100, "validation": [[6, 3.0], [12, loss]]},
+        **{"train_loss": [4.0, loss], "step_seconds": [2.0, 2.0], "optimizer_seconds": [1.0, 1.0]},
+    }
+
+
+def test_best_rate_is_the_best_mean_and_never_a_diverged_one(setting, tmp_path):
+    settings, _, data = setting
+    settings = replace(settings, lrs={"adamw": [0.3, 0.1, 0.2]}, seeds=[0, 1])
+    records = [
+        *(record("adamw", 0.1, 0, 2.0), record("adamw", 0.1, 1, 2.2)),
+        *(record("adamw", 0.2, 0, 1.8), record("adamw", 0.2, 1, 2.6)),
+        *(record("adamw", 0.3, 0, 1.0), record("adamw", 0.3, 1, math.nan)),
+    ]
+    summaries = summarize(records, settings, data)
+    assert [summary.best for summary in summaries] == [False, True, False]
+    assert summaries[1].loss == pytest.approx(2.1)
+    assert summaries[1].deviation == pytest.approx(0.02**0.5)
+    assert summaries[1].at_edge
+    assert summaries[1].tokens_per_second == 4 * 16 / 2
+    write_record(records, settings, data, tmp_path / "record.json")
+    assert json.loads((tmp_path / "record.json").read_text())["summary"][0]["loss"] is None
+    draw(records[4:], replace(settings, lrs={"adamw": [0.3]}), data, tmp_path / "picture.png")
+
+
+def pretrain(arguments: list[str], **kwargs) -> subprocess.Popen:
+    command = [sys.executable, "-m", "bench.pretrain", "--optimizers", "adamw,fira"]
+    command += ["--lr", "1e-2", *arguments]
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, **kwargs)
+
+
+def records_of(out: Path) -> list[dict]:
+    return [measured(run) for run in json.loads((out / "pretrain.json").read_text())["runs"]]
+
+
+def test_comparison_end_to_end_whole_and_killed(tiny, tmp_path):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    process = pretrain([*tiny, "--out", str(whole)])
+    output = process.communicate(timeout=120)[0]
+    assert process.returncode == 0
+    for line in ("training: 5 files", "adamw-lr0.01-seed0 6/12", "perplexity"):
+        assert line in output
+    assert re.search(r"│ fira +│ +0.01 │ +\d", output)
+    assert (whole / "pretrain.png").read_bytes().startswith(b"\x89PNG")
+    saved = json.loads((whole / "pretrain.json").read_text())
+    assert saved["environment"]["versions"]["torch"].startswith(torch.__version__.split("+")[0])
+    assert saved["settings"]["rank"] == 8
+    assert [len(run["train_loss"]) for run in saved["runs"]] == [12, 12]
+    assert all(run["peak_bytes"] > run["weight_bytes"] for run in saved["runs"])
+
+    process = pretrain([*tiny, "--out", str(parts)])
+    checkpoint = parts / "work" / "runs" / "adamw-lr0.01-seed0" / "checkpoint.pt"
+    deadline = time.monotonic() + 60
+    while not checkpoint.exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    # Ends when the orphaned run, which holds the pipe too, has ended.
+    process.communicate(timeout=60)
+    assert not (parts / "pretrain.json").exists()
+    process = pretrain([*tiny, "--out", str(parts), "--resume"])
+    process.communicate(timeout=120)
+    assert process.returncode == 0
+    assert records_of(parts) == records_of(whole)
