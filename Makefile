@@ -23,7 +23,7 @@ help:
 	@echo "make clean   remove $(VENV) and everything built"
 
 demo: $(VENV)/.bench
-	@$(BIN)/python -m bench.pretrain --out demo
+	@$(BIN)/python -m bench.pretrain --out demo --overwrite
 
 test: $(VENV)/.bench $(VENV)/.test
 	@$(BIN)/python -m pytest
