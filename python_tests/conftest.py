@@ -1,10 +1,16 @@
 """Shared fixtures; `oracles` is importable from every test."""
 
+import os
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+
+# Read when triton is first imported, so it has to be here: without a GPU its kernels are
+# interpreted.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 sys.path.insert(0, str(Path(__file__).parent))
 

@@ -77,6 +77,7 @@ class ChannelSums(NamedTuple):
     """Squared norms of each channel of N, R and E = G - kappa back(R), in the moments' dtype.
 
     E need not be formed: for an orthonormal basis |e_j|^2 = |g_j|^2 - (2 kappa - kappa^2) |r_j|^2.
+    A backend may hand over slots x channels instead, partial sums that add up in their order.
     """
 
     direction: Tensor
@@ -113,8 +114,10 @@ def check_project_moments(
 def check_channel_scale(sums: ChannelSums, limiter_norm: Tensor) -> None:
     """Raises before anything is written if operation 2 cannot run on these tensors."""
     first = sums.direction
+    if first.dim() not in (1, 2):
+        raise ValueError(f"sums.direction must have 1 or 2 dimensions, got {tuple(first.shape)}")
     for name, value in zip(ChannelSums._fields, sums, strict=True):
-        _check_like(f"sums.{name}", value, (first.shape[0],), first.dtype, first.device)
+        _check_like(f"sums.{name}", value, tuple(first.shape), first.dtype, first.device)
     _check_like("limiter_norm", limiter_norm, (), first.dtype, first.device)
 
 

@@ -1,6 +1,8 @@
 """Which backend runs the operations, and why: the one place where that is decided."""
 
 import functools
+import importlib
+import importlib.util
 import logging
 import os
 from types import ModuleType
@@ -8,7 +10,7 @@ from typing import NamedTuple
 
 import torch
 
-from . import native, reference
+from . import native
 
 logger = logging.getLogger("lowrank_kernels")
 
@@ -16,8 +18,7 @@ BACKENDS = ("reference", "native", "triton")
 REQUESTS = ("auto", *BACKENDS)
 ENVIRONMENT_VARIABLE = "LOWRANK_BACKEND"
 
-_NATIVE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_MODULES: dict[str, ModuleType] = {"reference": reference, "native": native}
+_KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class Choice(NamedTuple):
@@ -37,11 +38,7 @@ def backends() -> dict[str, tuple[bool, str]]:
     Returns:
         For every backend name, whether it is available and the reason, for people to read.
     """
-    return {
-        "reference": (True, "plain torch, any device and dtype"),
-        "native": _native_status(),
-        "triton": (False, "this version has no Triton kernels yet"),
-    }
+    return {name: status() for name, status in _STATUS.items()}
 
 
 def requested_backend(backend: str) -> str:
@@ -56,7 +53,7 @@ def requested_backend(backend: str) -> str:
     if name not in REQUESTS:
         raise ValueError(f"{source}={name!r} is not one of {', '.join(REQUESTS)}")
     if name != "auto":
-        available, reason = backends()[name]
+        available, reason = _STATUS[name]()
         if not available:
             raise BackendUnavailable(
                 f"{source}={name!r} cannot run here: {reason}; backend='auto' picks one that can"
@@ -80,7 +77,7 @@ def choose(request: str, device_type: str, param: torch.dtype, grad: torch.dtype
     if request == "auto":
         choice = _choose_automatically(device_type, param, grad)
     else:
-        obstacle = _native_obstacle(device_type, param, grad) if request == "native" else None
+        obstacle = _OBSTACLES[request](device_type, param, grad)
         if obstacle:
             raise ValueError(f"backend={request!r}: {obstacle}; backend='auto' picks one that can")
         choice = Choice(request, "asked for by name")
@@ -90,18 +87,23 @@ def choose(request: str, device_type: str, param: torch.dtype, grad: torch.dtype
     return choice
 
 
+@functools.cache
 def load(backend: str) -> ModuleType:
-    """The module that holds the three operations of a backend."""
-    return _MODULES[backend]
+    """The module that holds the three operations of a backend; triton is imported here."""
+    return importlib.import_module(f".{backend}", __package__)
 
 
 def _choose_automatically(device_type: str, param: torch.dtype, grad: torch.dtype) -> Choice:
+    if device_type == "cuda":
+        return Choice("reference", "no kernel has been measured on a GPU yet; name one to use it")
     obstacle = _native_obstacle(device_type, param, grad)
     if obstacle:
         return Choice("reference", obstacle)
-    if device_type == "cuda":
-        return Choice("reference", "the native CUDA half has not been measured on a GPU yet")
     return Choice("native", "compiled CPU passes")
+
+
+def _reference_status() -> tuple[bool, str]:
+    return True, "plain torch, any device and dtype"
 
 
 def _native_status() -> tuple[bool, str]:
@@ -110,6 +112,32 @@ def _native_status() -> tuple[bool, str]:
     facts = native.build_info()
     cuda = f"CUDA {facts['cuda']}" if facts["cuda"] else "no CUDA half: built without nvcc"
     return True, f"{facts['compiler']}, {facts['cpu_capability']}, {cuda}"
+
+
+def _triton_status() -> tuple[bool, str]:
+    if not _triton_is_installed():
+        return False, "triton is not installed: pip install triton"
+    if _interpreted():
+        return True, "Triton's interpreter (TRITON_INTERPRET=1), for tests"
+    if not torch.cuda.is_available():
+        return False, "there is no CUDA device, and TRITON_INTERPRET=1 is not set"
+    return True, "fused kernels"
+
+
+@functools.cache
+def _triton_is_installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+_STATUS = {
+    "reference": _reference_status,
+    "native": _native_status,
+    "triton": _triton_status,
+}
+
+
+def _no_obstacle(device_type: str, param: torch.dtype, grad: torch.dtype) -> str | None:
+    return None
 
 
 def _native_obstacle(device_type: str, param: torch.dtype, grad: torch.dtype) -> str | None:
@@ -121,10 +149,39 @@ def _native_obstacle(device_type: str, param: torch.dtype, grad: torch.dtype) ->
         return f"the native backend runs on cpu and cuda, not on {device_type}"
     if device_type == "cuda" and not native.build_info()["cuda"]:
         return "the native backend was built without its CUDA half"
+    return _dtype_obstacle("native", _KERNEL_DTYPES, param, grad)
+
+
+def _triton_obstacle(device_type: str, param: torch.dtype, grad: torch.dtype) -> str | None:
+    """Why the Triton backend does not serve these tensors, or None."""
+    available, reason = _triton_status()
+    if not available:
+        return reason
+    if device_type != ("cpu" if _interpreted() else "cuda"):
+        return f"the triton backend runs on cuda, or interpreted on cpu, not on {device_type}"
+    # The interpreter multiplies the bit patterns of bf16 and truncates where a GPU rounds.
+    dtypes = (torch.float32,) if _interpreted() else _KERNEL_DTYPES
+    return _dtype_obstacle("triton", dtypes, param, grad)
+
+
+def _dtype_obstacle(
+    backend: str, dtypes: tuple[torch.dtype, ...], param: torch.dtype, grad: torch.dtype
+) -> str | None:
     for dtype in (param, grad):
-        if dtype not in _NATIVE_DTYPES:
-            return f"the native backend has no {_short(dtype)}"
+        if dtype not in dtypes:
+            return f"the {backend} backend has no {_short(dtype)} here"
     return None
+
+
+_OBSTACLES = {
+    "reference": _no_obstacle,
+    "native": _native_obstacle,
+    "triton": _triton_obstacle,
+}
+
+
+def _interpreted() -> bool:
+    return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def _short(dtype: torch.dtype) -> str:

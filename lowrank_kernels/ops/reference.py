@@ -59,8 +59,9 @@ def channel_scale(sums: ChannelSums, limiter_norm: Tensor) -> Tensor:
     non-finite norm is never stored: after a stored zero the official limiter needs over 1,300 steps
     to let an ordinary residual through again, and a stored NaN stays for ever.
     """
-    phi = sums.direction.sqrt() / (sums.projected.sqrt() + NORM_EPS)
-    scaled_sq = phi.square() * sums.residual
+    direction_sq, projected_sq, residual_sq = (x.sum(0) if x.dim() == 2 else x for x in sums)
+    phi = direction_sq.sqrt() / (projected_sq.sqrt() + NORM_EPS)
+    scaled_sq = phi.square() * residual_sq
     finite = scaled_sq.isfinite()
     phi = phi.where(finite, 0.0)
     norm = scaled_sq.where(finite, 0.0).sum().sqrt()

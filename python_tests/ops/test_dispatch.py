@@ -35,6 +35,7 @@ def small_optimizer(dtype=FLOAT, **options):
         ("auto", "mps", FLOAT, "reference", "mps"),
         ("reference", "cpu", FLOAT, "reference", "asked for"),
         ("native", "cpu", BF16, "native", "asked for"),
+        ("auto", "cuda", BF16, "reference", "measured on a GPU"),
     ],
 )
 def test_choice_and_reason(request_, device, dtype, backend, reason):
@@ -76,6 +77,26 @@ def test_named_backend_that_does_not_serve_a_dtype_is_refused_before_anything_ch
     assert not optimizer.state
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels are compiled, not interpreted")
+def test_interpreted_kernels_serve_float32_only():
+    """The interpreter multiplies the bit patterns of bf16."""
+    assert choose("triton", "cpu", FLOAT, FLOAT).backend == "triton"
+    with pytest.raises(ValueError, match="triton backend has no bfloat16 here"):
+        choose("triton", "cpu", BF16, BF16)
+    with pytest.raises(ValueError, match="not on cuda"):
+        choose("triton", "cuda", FLOAT, FLOAT)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_triton_says_what_it_lacks(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET")
+    with pytest.raises(BackendUnavailable, match="no CUDA device"):
+        requested_backend("triton")
+    monkeypatch.setattr(dispatch_module, "_triton_is_installed", lambda: False)
+    with pytest.raises(BackendUnavailable, match="pip install triton"):
+        requested_backend("triton")
+
+
 def test_slow_path_is_logged_once(caplog):
     with caplog.at_level(logging.INFO, logger="lowrank_kernels"):
         for _ in range(3):
@@ -84,7 +105,7 @@ def test_slow_path_is_logged_once(caplog):
     slow = [r for r in caplog.records if r.levelno == logging.WARNING]
     assert [r.getMessage() for r in slow] == [
         "cpu float64 weights, float64 gradients: reference backend (the native backend has no"
-        " float64)"
+        " float64 here)"
     ]
     assert sum("native backend (compiled" in r.getMessage() for r in caplog.records) == 1
 

@@ -79,7 +79,7 @@ def test_same_basis_float64(method, shape, proj_type, monkeypatch):
         assert worst <= 1e-10
 
 
-@pytest.mark.parametrize("backend", ["reference", "native"])
+@pytest.mark.parametrize("backend", ["reference", "native", "triton"])
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_own_svd_float32(method, shape, backend):
