@@ -1,90 +1,34 @@
-"""What torch puts around an optimizer: schedulers, scaling, checkpoints, DDP, FSDP2, copies."""
+"""What torch puts around an optimizer: schedulers, scaling, hooks, copies, compilation."""
 
 import copy
 import io
 import math
 import pickle
-from contextlib import contextmanager
 
 import pytest
 import torch
-import torch.distributed as dist
+from integration.tiny_runs import (
+    FORMS,
+    GAP,
+    METHODS,
+    STEPS,
+    STOP,
+    assert_same_bits,
+    every_dtype,
+    every_method,
+    loss_of,
+    set_grads,
+    setup,
+    tiny_model,
+    train,
+    uninterrupted,
+)
 from oracles.low_rank import Matrix, literal_step
 from torch import nn
-from torch.distributed import checkpoint as dcp
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-    get_optimizer_state_dict,
-    set_model_state_dict,
-    set_optimizer_state_dict,
-)
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.optim import ZeroRedundancyOptimizer
-from torch.distributed.tensor import DTensor
-from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, OneCycleLR
 
-from lowrank_kernels import FiraAdamW, GaLoreAdamW, param_groups
+from lowrank_kernels import FiraAdamW, param_groups
 from lowrank_kernels.ops import Side
-
-GAP, STOP, STEPS = 3, 4, 9
-METHODS = {
-    "galore": lambda groups, **options: GaLoreAdamW(groups, **options),
-    "fira": lambda groups, **options: FiraAdamW(groups, **options),
-    "fira-paper": lambda groups, **options: FiraAdamW(groups, residual="paper", **options),
-}
-FORMS = {"galore": None, "fira": "official", "fira-paper": "paper"}
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-every_method = pytest.mark.parametrize("method", METHODS)
-every_dtype = pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
-
-
-def tiny_model(dtype=torch.float32, seed=0):
-    torch.manual_seed(seed)
-    layers = nn.Linear(12, 20), nn.LayerNorm(20), nn.GELU(), nn.Linear(20, 8)
-    return nn.Sequential(*layers).to(dtype)
-
-
-def setup(method, dtype=torch.float32, seed=0, **options):
-    model = tiny_model(dtype, seed)
-    groups = param_groups(model, rank=3, update_proj_gap=GAP, weight_decay=0.1)
-    return model, METHODS[method](groups, **{"lr": 0.01} | options)
-
-
-def set_grads(model, seed, scale=1.0):
-    rng = torch.Generator().manual_seed(seed)
-    for param in model.parameters():
-        param.grad = (scale * torch.randn(param.shape, generator=rng)).to(param.dtype)
-
-
-def train(model, optimizer, seeds):
-    for seed in seeds:
-        set_grads(model, seed)
-        optimizer.step()
-
-
-def assert_same_bits(first, second):
-    """Weights and optimizer states of two (model, optimizer) pairs, in bits and dtypes."""
-    (model, optimizer), (twin, twin_optimizer) = first, second
-    for (name, a), b in zip(model.named_parameters(), twin.parameters(), strict=True):
-        assert torch.equal(a, b), name
-        state, other = optimizer.state[a], twin_optimizer.state[b]
-        assert state.keys() == other.keys()
-        for key, value in state.items():
-            assert type(other[key]) is type(value), (name, key)
-            if isinstance(value, torch.Tensor):
-                assert other[key].dtype is value.dtype, (name, key)
-                assert torch.equal(other[key], value), (name, key)
-            else:
-                assert other[key] == value, (name, key)
-
-
-def uninterrupted(method, dtype=torch.float32):
-    model, optimizer = setup(method, dtype)
-    train(model, optimizer, range(STEPS))
-    return model, optimizer
-
 
 # Schedulers
 
@@ -191,11 +135,6 @@ def test_optimizer_and_scheduler_resume_together(make, method):
 
 
 # Scaling and clipping
-
-
-def loss_of(model, seed, factor=1.0):
-    rng = torch.Generator().manual_seed(seed)
-    return factor * model(torch.randn(4, 12, generator=rng)).square().mean()
 
 
 @every_method
@@ -404,104 +343,6 @@ def test_a_safely_loaded_file_resumes_bit_for_bit(dtype, method):
     assert_same_bits((twin, resumed), uninterrupted(method, dtype))
 
 
-# Distributed checkpoints
-
-
-CHECKPOINTS = {
-    "nested": StateDictOptions(),
-    "flat": StateDictOptions(flatten_optimizer_state_dict=True),
-    "full on the CPU": StateDictOptions(full_state_dict=True, cpu_offload=True),
-}
-every_checkpoint = pytest.mark.parametrize("options", CHECKPOINTS.values(), ids=CHECKPOINTS)
-
-
-def distributed_state(model, optimizer, options):
-    return {
-        "model": get_model_state_dict(model, options=options),
-        "optimizer": get_optimizer_state_dict(model, optimizer, options=options),
-    }
-
-
-def set_distributed_state(model, optimizer, state, options):
-    set_model_state_dict(model, state["model"], options=options)
-    set_optimizer_state_dict(model, optimizer, state["optimizer"], options=options)
-
-
-@every_method
-@every_dtype
-@every_checkpoint
-def test_distributed_checkpoint_resumes_bit_for_bit(options, dtype, method, tmp_path):
-    """Saved to files; the template to load into comes from a zero-gradient step, as torch does."""
-    model, optimizer = setup(method, dtype)
-    train(model, optimizer, range(STOP))
-    dcp.save(distributed_state(model, optimizer, options), checkpoint_id=tmp_path, no_dist=True)
-
-    twin, resumed = setup(method, dtype, seed=1)
-    before = [param.detach().clone() for param in twin.parameters()]
-    template = distributed_state(twin, resumed, options)
-    for param, value in zip(twin.parameters(), before, strict=True):
-        assert torch.equal(param, value)
-        assert param.grad is None
-    dcp.load(template, checkpoint_id=tmp_path, no_dist=True)
-    set_distributed_state(twin, resumed, template, options)
-    assert_same_bits((model, optimizer), (twin, resumed))
-    train(twin, resumed, range(STOP, STEPS))
-    assert_same_bits((twin, resumed), uninterrupted(method, dtype))
-
-
-@every_method
-@every_checkpoint
-def test_state_set_on_a_fresh_optimizer(options, method):
-    """Without a template: torch makes the state by a zero-gradient step inside the setter."""
-    model, optimizer = setup(method, torch.bfloat16)
-    train(model, optimizer, range(STOP))
-    state = copy.deepcopy(distributed_state(model, optimizer, options))
-    twin, resumed = setup(method, torch.bfloat16, seed=1)
-    set_distributed_state(twin, resumed, state, options)
-    train(twin, resumed, range(STOP, STEPS))
-    assert_same_bits((twin, resumed), uninterrupted(method, torch.bfloat16))
-
-
-def test_flat_state_is_keyed_by_names():
-    model, optimizer = setup("fira")
-    train(model, optimizer, range(STOP))
-    options = CHECKPOINTS["flat"]
-    flat = get_optimizer_state_dict(model, optimizer, options=options)
-    state = optimizer.state[model[3].weight]
-    for key in ("step", "exp_avg", "exp_avg_sq", "basis", "side", "basis_step", "limiter_norm"):
-        assert f"state.3.weight.{key}" in flat
-    assert torch.equal(flat["state.3.weight.basis"], state["basis"])
-    assert flat["param_groups.3.weight.rank"] == 3
-    assert "param_groups.3.bias.rank" not in flat
-
-
-@every_checkpoint
-def test_distributed_checkpoint_with_frozen_and_tied_parameters(options, tmp_path):
-    def make(seed):
-        torch.manual_seed(seed)
-        model = nn.Sequential(nn.Embedding(16, 12), nn.Linear(12, 12), nn.Linear(12, 16, False))
-        model[2].weight = model[0].weight
-        model[1].bias.requires_grad_(False)
-        return model, FiraAdamW(param_groups(model, rank=3, update_proj_gap=GAP), lr=0.01)
-
-    def run(model, optimizer, seeds):
-        for seed in seeds:
-            set_grads(model, seed)
-            model[1].bias.grad = None
-            optimizer.step()
-
-    model, optimizer = make(0)
-    run(model, optimizer, range(STOP))
-    dcp.save(distributed_state(model, optimizer, options), checkpoint_id=tmp_path, no_dist=True)
-    twin, resumed = make(1)
-    template = distributed_state(twin, resumed, options)
-    dcp.load(template, checkpoint_id=tmp_path, no_dist=True)
-    set_distributed_state(twin, resumed, template, options)
-    run(model, optimizer, range(STOP, STEPS))
-    run(twin, resumed, range(STOP, STEPS))
-    assert_same_bits((model, optimizer), (twin, resumed))
-
-
 # torch.compile
 
 
@@ -526,219 +367,3 @@ def test_a_compiled_step_is_the_step():
     for a, b in zip(model.parameters(), twin.parameters(), strict=True):
         assert torch.equal(a, b)
     torch._dynamo.reset()
-
-
-# Processes
-
-
-@contextmanager
-def process_group(rank, world, store):
-    dist.init_process_group(
-        "gloo", store=dist.FileStore(str(store), world), rank=rank, world_size=world
-    )
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
-
-
-@pytest.fixture
-def one_rank(tmp_path):
-    with process_group(0, 1, tmp_path / "store"):
-        yield
-
-
-ADAMW = {
-    "ours": lambda groups: FiraAdamW(groups, lr=0.01, eps=1e-8),
-    "torch": lambda groups: torch.optim.AdamW(groups, lr=0.01, eps=1e-8, fused=True),
-}
-
-
-def fsdp_adamw(which):
-    """A run of AdamW groups under FSDP2."""
-    model = fully_shard(tiny_model())
-    groups = [{"params": list(model.named_parameters()), "weight_decay": 0.1}]
-    optimizer = ADAMW[which](groups)
-    for seed in range(STEPS):
-        optimizer.zero_grad()
-        loss_of(model, seed).backward()
-        optimizer.step()
-    assert all(isinstance(s["exp_avg"], DTensor) for s in optimizer.state.values())
-    return {name: full(param) for name, param in model.named_parameters()}
-
-
-def fsdp_refusal():
-    """What projected groups under FSDP2 say."""
-    try:
-        FiraAdamW(param_groups(fully_shard(tiny_model()), rank=3))
-    except NotImplementedError as error:
-        return str(error)
-
-
-def full(param):
-    return (param.full_tensor() if isinstance(param, DTensor) else param).detach().clone()
-
-
-def ddp_part(rank):
-    """A Fira run under DDP on this rank's data."""
-    model = DistributedDataParallel(tiny_model(seed=rank))
-    groups = param_groups(model, rank=3, update_proj_gap=GAP, weight_decay=0.1)
-    optimizer = FiraAdamW(groups, lr=0.01)
-    for seed in range(STEPS):
-        optimizer.zero_grad()
-        loss_of(model, 10 * seed + rank).backward()
-        optimizer.step()
-    return model.module.state_dict(), list(optimizer.state.values())
-
-
-def zero_part():
-    """torch's ZeRO 1 gives whole parameters to ranks; it takes no (name, parameter) pairs."""
-    model = tiny_model()
-    groups = param_groups(model, rank=3, update_proj_gap=GAP, weight_decay=0.1)
-    for group in groups:
-        group["params"] = [param for _, param in group["params"]]
-    optimizer = ZeroRedundancyOptimizer(groups, optimizer_class=FiraAdamW, lr=0.01)
-    train(model, optimizer, range(STEPS))
-    return model.state_dict()
-
-
-def broadcast_part(rank):
-    """A full state dict that only rank 0 has, into fresh optimizers."""
-    model, optimizer = setup("fira", torch.bfloat16)
-    train(model, optimizer, range(STOP))
-    full = StateDictOptions(full_state_dict=True)
-    state = get_optimizer_state_dict(model, optimizer, options=full) if rank == 0 else {}
-    twin, resumed = setup("fira", torch.bfloat16)
-    twin.load_state_dict(model.state_dict())
-    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
-    set_optimizer_state_dict(twin, resumed, state, options=options)
-    train(twin, resumed, range(STOP, STEPS))
-    return twin.state_dict(), list(resumed.state.values())
-
-
-def worker(rank, world, folder):
-    torch.set_num_threads(1)
-    with process_group(rank, world, folder / "store"):
-        result = {
-            "ddp": ddp_part(rank),
-            "zero": zero_part(),
-            "broadcast": broadcast_part(rank),
-            "fsdp": {which: fsdp_adamw(which) for which in ADAMW},
-            "refusal": fsdp_refusal(),
-        }
-        torch.save(result, folder / f"{rank}.pt")
-
-
-@pytest.fixture(scope="module")
-def two_ranks(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("ranks")
-    torch.multiprocessing.spawn(worker, (2, folder), nprocs=2)
-    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
-
-
-def assert_same_result(result, expected):
-    """(weights, states) of two runs, in bits and dtypes."""
-    (weights, states), (expected_weights, expected_states) = result, expected
-    for name, value in weights.items():
-        assert torch.equal(value, expected_weights[name]), name
-    for state, other in zip(states, expected_states, strict=True):
-        assert state.keys() == other.keys()
-        for key, value in state.items():
-            value, expected_value = torch.as_tensor(value), torch.as_tensor(other[key])
-            assert value.dtype is expected_value.dtype, key
-            assert torch.equal(value, expected_value), key
-
-
-def test_ddp_ranks_agree_in_every_bit(two_ranks):
-    assert_same_result(*(result["ddp"] for result in two_ranks))
-
-
-def test_ddp_is_one_process_on_the_averaged_gradient(two_ranks):
-    model, optimizer = setup("fira")
-    params = list(model.parameters())
-    for seed in range(STEPS):
-        ranks = [torch.autograd.grad(loss_of(model, 10 * seed + r), params) for r in range(2)]
-        for param, first, second in zip(params, *ranks, strict=True):
-            param.grad = first / 2 + second / 2
-        optimizer.step()
-    # The optimizer of DDP got its parameters in the same order, so the states come in it too.
-    assert_same_result(two_ranks[0]["ddp"], (model.state_dict(), optimizer.state.values()))
-
-
-def test_torch_zero_redundancy_is_one_process(two_ranks):
-    model, _ = uninterrupted("fira")
-    for result in two_ranks:
-        for name, value in model.state_dict().items():
-            assert torch.equal(result["zero"][name], value), name
-
-
-def test_a_broadcast_checkpoint_resumes_bit_for_bit(two_ranks):
-    model, optimizer = uninterrupted("fira", torch.bfloat16)
-    for result in two_ranks:
-        expected = model.state_dict(), optimizer.state.values()
-        assert_same_result(result["broadcast"], expected)
-
-
-def test_fsdp2_trains_adamw_groups_as_torch(two_ranks):
-    start = tiny_model().state_dict()
-    for result in two_ranks:
-        for name, value in result["fsdp"]["torch"].items():
-            assert torch.equal(result["fsdp"]["ours"][name], value), name
-            assert not torch.equal(value, start[name]), name
-
-
-def test_fsdp2_refuses_projected_groups_on_every_rank(two_ranks):
-    for result in two_ranks:
-        assert result["refusal"] is not None, "a DTensor was accepted in a projected group"
-        assert result["refusal"].startswith("0.weight is a DTensor")
-        assert "group without rank" in result["refusal"]
-
-
-@every_method
-def test_fsdp2_is_refused_when_the_optimizer_is_made(method, one_rank):
-    model = fully_shard(tiny_model())
-    with pytest.raises(NotImplementedError, match=r"^0\.weight is a DTensor.*without rank"):
-        METHODS[method](param_groups(model, rank=3))
-    optimizer = METHODS[method](param_groups(tiny_model(), rank=3))
-    groups = len(optimizer.param_groups)
-    added = {"params": [("3.weight", model[3].weight)], "rank": 3}
-    with pytest.raises(NotImplementedError, match=r"^3\.weight is a DTensor"):
-        optimizer.add_param_group(added)
-    assert len(optimizer.param_groups) == groups
-    assert added == {"params": [("3.weight", model[3].weight)], "rank": 3}
-
-
-@every_method
-@pytest.mark.parametrize("steps_before", [0, STOP])
-def test_fsdp2_is_refused_when_a_weight_is_swapped_later(method, steps_before, one_rank):
-    """Trainers shard the model after they have made the optimizer.
-
-    Only the last group is sharded, so a step would already have changed the others.
-    """
-    model = tiny_model()
-    projected = {name: param for name, param in model.named_parameters() if param.dim() == 2}
-    plain = [(name, param) for name, param in model.named_parameters() if param.dim() == 1]
-    options = {"rank": 3, "update_proj_gap": GAP}
-    groups = [{"params": [pair], **options} for pair in projected.items()]
-    optimizer = METHODS[method]([groups[0], {"params": plain[:-1]}, groups[1]], lr=0.01)
-    train(model, optimizer, range(steps_before))
-    old = list(model.parameters())
-    fully_shard(model[3])
-    new = dict(zip(old, model.parameters(), strict=True))
-    assert isinstance(model[3].weight, DTensor)
-    for group in optimizer.param_groups:
-        group["params"] = [new[param] for param in group["params"]]
-    for param in [*optimizer.state]:
-        optimizer.state[new[param]] = optimizer.state.pop(param)
-
-    loss_of(model, 0).backward()
-    weights = [full(param) for param in model.parameters()]
-    states = {param: copy.deepcopy(state) for param, state in optimizer.state.items()}
-    with pytest.raises(NotImplementedError, match=r"^3\.weight is a DTensor.*without rank"):
-        optimizer.step()
-    for param, value in zip(model.parameters(), weights, strict=True):
-        assert torch.equal(full(param), value)
-    assert optimizer.state.keys() == states.keys()
-    for param, state in states.items():
-        for key, value in state.items():
-            assert torch.equal(torch.as_tensor(optimizer.state[param][key]), torch.as_tensor(value))

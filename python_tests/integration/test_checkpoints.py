@@ -1,0 +1,123 @@
+"""torch.distributed.checkpoint: nested, flat and full state dicts."""
+
+import copy
+
+import pytest
+import torch
+from integration.tiny_runs import (
+    GAP,
+    STEPS,
+    STOP,
+    assert_same_bits,
+    every_dtype,
+    every_method,
+    set_grads,
+    setup,
+    train,
+    uninterrupted,
+)
+from torch import nn
+from torch.distributed import checkpoint as dcp
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+
+from lowrank_kernels import FiraAdamW, param_groups
+
+CHECKPOINTS = {
+    "nested": StateDictOptions(),
+    "flat": StateDictOptions(flatten_optimizer_state_dict=True),
+    "full on the CPU": StateDictOptions(full_state_dict=True, cpu_offload=True),
+}
+every_checkpoint = pytest.mark.parametrize("options", CHECKPOINTS.values(), ids=CHECKPOINTS)
+
+
+def distributed_state(model, optimizer, options):
+    return {
+        "model": get_model_state_dict(model, options=options),
+        "optimizer": get_optimizer_state_dict(model, optimizer, options=options),
+    }
+
+
+def set_distributed_state(model, optimizer, state, options):
+    set_model_state_dict(model, state["model"], options=options)
+    set_optimizer_state_dict(model, optimizer, state["optimizer"], options=options)
+
+
+@every_method
+@every_dtype
+@every_checkpoint
+def test_distributed_checkpoint_resumes_bit_for_bit(options, dtype, method, tmp_path):
+    """Saved to files; the template to load into comes from a zero-gradient step, as torch does."""
+    model, optimizer = setup(method, dtype)
+    train(model, optimizer, range(STOP))
+    dcp.save(distributed_state(model, optimizer, options), checkpoint_id=tmp_path, no_dist=True)
+
+    twin, resumed = setup(method, dtype, seed=1)
+    before = [param.detach().clone() for param in twin.parameters()]
+    template = distributed_state(twin, resumed, options)
+    for param, value in zip(twin.parameters(), before, strict=True):
+        assert torch.equal(param, value)
+        assert param.grad is None
+    dcp.load(template, checkpoint_id=tmp_path, no_dist=True)
+    set_distributed_state(twin, resumed, template, options)
+    assert_same_bits((model, optimizer), (twin, resumed))
+    train(twin, resumed, range(STOP, STEPS))
+    assert_same_bits((twin, resumed), uninterrupted(method, dtype))
+
+
+@every_method
+@every_checkpoint
+def test_state_set_on_a_fresh_optimizer(options, method):
+    """Without a template: torch makes the state by a zero-gradient step inside the setter."""
+    model, optimizer = setup(method, torch.bfloat16)
+    train(model, optimizer, range(STOP))
+    state = copy.deepcopy(distributed_state(model, optimizer, options))
+    twin, resumed = setup(method, torch.bfloat16, seed=1)
+    set_distributed_state(twin, resumed, state, options)
+    train(twin, resumed, range(STOP, STEPS))
+    assert_same_bits((twin, resumed), uninterrupted(method, torch.bfloat16))
+
+
+def test_flat_state_is_keyed_by_names():
+    model, optimizer = setup("fira")
+    train(model, optimizer, range(STOP))
+    options = CHECKPOINTS["flat"]
+    flat = get_optimizer_state_dict(model, optimizer, options=options)
+    state = optimizer.state[model[3].weight]
+    for key in ("step", "exp_avg", "exp_avg_sq", "basis", "side", "basis_step", "limiter_norm"):
+        assert f"state.3.weight.{key}" in flat
+    assert torch.equal(flat["state.3.weight.basis"], state["basis"])
+    assert flat["param_groups.3.weight.rank"] == 3
+    assert "param_groups.3.bias.rank" not in flat
+
+
+@every_checkpoint
+def test_distributed_checkpoint_with_frozen_and_tied_parameters(options, tmp_path):
+    def make(seed):
+        torch.manual_seed(seed)
+        model = nn.Sequential(nn.Embedding(16, 12), nn.Linear(12, 12), nn.Linear(12, 16, False))
+        model[2].weight = model[0].weight
+        model[1].bias.requires_grad_(False)
+        return model, FiraAdamW(param_groups(model, rank=3, update_proj_gap=GAP), lr=0.01)
+
+    def run(model, optimizer, seeds):
+        for seed in seeds:
+            set_grads(model, seed)
+            model[1].bias.grad = None
+            optimizer.step()
+
+    model, optimizer = make(0)
+    run(model, optimizer, range(STOP))
+    dcp.save(distributed_state(model, optimizer, options), checkpoint_id=tmp_path, no_dist=True)
+    twin, resumed = make(1)
+    template = distributed_state(twin, resumed, options)
+    dcp.load(template, checkpoint_id=tmp_path, no_dist=True)
+    set_distributed_state(twin, resumed, template, options)
+    run(model, optimizer, range(STOP, STEPS))
+    run(twin, resumed, range(STOP, STEPS))
+    assert_same_bits((model, optimizer), (twin, resumed))
