@@ -1,7 +1,24 @@
 """Tile sizes of the Triton kernels.
 
-What decides them, from compiling ahead of time for sm_80, sm_90 and sm_100: the epilogue of the
-projection holds four float32 tiles beside the accumulator and spills at 128 x 128.
+Compiled ahead of time for sm_80, sm_90 and sm_100 (`python -m bench.triton_compile`), these spill
+nothing; no other property of theirs has been measured. What lost, in registers of a thread (255 is
+the end) and load or store instructions that spill, worst target first:
+
+    project 64 x 128, 8 warps       255, 41 on aligned shapes; 128, 730 at rows of 5461
+    project 128 x 64, 8 warps       255, 52; at rows of 5461 196
+    project 64 x 64, 4 warps        255, 26; at rows of 5461 347
+    project 32 x 128, 8 warps       191, 0; at rows of 5461 20; mma instead of wgmma and tcgen05
+    project 64 x 64, 8 warps        191, 0; at rows of 5461 255, 0
+    update 128 x 128 x 64, 8 warps  255, 6; at rows of 5461 236; float32 1,576; 176 to 224 kB shared
+    update 64 x 256 x 32, 8 warps   194, 0; at rows of 5461 218
+    update 64 x 128 x 32, 8 warps   182, 0; float32 128, 2
+    update 128 x 64 x 32, 3 stages  174, 0; float32 128, 7
+    update 128 x 64 x 32, 2 stages  178, 0
+    channel scale, 4 per thread     40, 3
+
+The projection's epilogue holds four float32 tiles and their 64-bit addresses beside the
+accumulator. At rows of 5461 elements no address is a multiple of 16 bytes, so each element of those
+tiles has an address and a mask of its own.
 """
 
 from typing import NamedTuple
@@ -28,25 +45,31 @@ class UpdateConfig(NamedTuple):
     stages: int
 
 
-SCALE_BLOCK = 1024
-SCALE_WARPS = 8
+# One program reads 3 tiles C floats, 2 MB at 11008 channels and rank 1024: many loads in flight.
+SCALE_BLOCK = 4096
+SCALE_WARPS = 16
 
 
 def project_config(channels: int, depth: int, rank: int, processors: int) -> ProjectConfig:
-    """Tiles of 64 channels, and enough parts of the reduction to occupy the processors.
+    """Tiles of 64 x 64 at most, and enough parts of the reduction to occupy the processors.
 
     A part is at least 512 entries deep: below that its share of the workspace's traffic, 8 bytes an
     element of R and part, outweighs the product.
     """
-    rank_tile = 128 if rank > 64 else max(16, 1 << (rank - 1).bit_length())
+    rank_tile = _tile(rank, 64)
     tiles = -(-channels // 64) * -(-rank // rank_tile)
     split = max(1, min(processors // max(tiles, 1), depth // 512, 16))
-    return ProjectConfig(64, rank_tile, 64, split, 8 if rank_tile == 128 else 4, 3)
+    return ProjectConfig(64, rank_tile, 64, split, 8 if rank_tile == 64 else 4, 3)
 
 
 def update_config(channels: int, depth: int, rank: int) -> UpdateConfig:
-    """Tiles of 128 x 128 for large matrices, 64 x 64 where those would leave processors idle."""
-    rank_tile = 64 if rank > 32 else max(16, 1 << (rank - 1).bit_length())
-    if channels * depth >= 128 * 128 * 132:
-        return UpdateConfig(128, 128, rank_tile, 8, 3)
-    return UpdateConfig(64, 64, rank_tile, 4, 3)
+    """Tiles of 128 x 64 for large matrices, 64 x 64 where those would leave processors idle."""
+    rank_tile = _tile(rank, 32)
+    if channels * depth >= 128 * 64 * 132:
+        return UpdateConfig(128, 64, rank_tile, 8, 2)
+    return UpdateConfig(64, 64, rank_tile, 8, 3)
+
+
+def _tile(size: int, largest: int) -> int:
+    """The smallest power of two that holds the size, at least 16, which a product needs."""
+    return min(largest, max(16, 1 << (size - 1).bit_length()))
