@@ -63,8 +63,9 @@ def _adam_epilogue(
     if SUMS:
         low_sq = tl.sum(tl.where(inside, low * low, 0.0), axis=1)
         residual_sq = tl.where(tile_k == 0, grad_sq, 0.0) - cancelled * low_sq
-        slot = sums_ptr + tile_k * channels + channel
-        plane = tiles.to(tl.int64) * channels
+        # tl.cast and not .to: the JIT passes an argument that is 1 as a plain int.
+        slot = sums_ptr + tl.cast(tile_k, tl.int64) * channels + channel
+        plane = tl.cast(tiles, tl.int64) * channels
         valid = channel < channels
         tl.store(slot, tl.sum(direction * direction, axis=1), mask=valid)
         tl.store(slot + plane, low_sq, mask=valid)

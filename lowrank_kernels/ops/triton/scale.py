@@ -3,7 +3,7 @@
     phi_c = |N_c| / (|R_c| + 1e-8),   nu^2 = sum_c phi_c^2 |e_c|^2,   phi' = lambda phi
 
 One program a matrix: the limiter needs every channel before it scales the first one. It reads the
-slots of operation 1 twice, 3 tiles C floats, which is a few hundred kB at most and in L2.
+slots of operation 1, 3 tiles C floats: 2.1 MB at 11008 channels and rank 1024, in L2.
 """
 
 import triton
