@@ -12,12 +12,13 @@ TORCH := $(shell sed -n 's/^torch==//p' constraints.txt)
 NATIVE := setup.py CMakeLists.txt $(shell find csrc -type f)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint build wheel clean
+.PHONY: help demo test sanitize lint build wheel clean
 
 help:
 	@echo "make demo    train a tiny LLaMA on this machine; results in demo/"
 	@echo "make test    run the tests"
 	@echo "make lint    check formatting, lint and types"
+	@echo "make sanitize  run the CPU tests of a build with address and undefined-behaviour sanitizers"
 	@echo "make build   editable install into $(VENV)"
 	@echo "make wheel   build a wheel into dist/"
 	@echo "make clean   remove $(VENV) and everything built"
@@ -27,6 +28,17 @@ demo: $(VENV)/.bench
 
 test: $(VENV)/.bench $(VENV)/.test
 	@$(BIN)/python -m pytest
+
+# A build of its own, without the run-time choice of instruction sets: its resolvers run before the
+# sanitizers are up. Leaks are not looked for: Python keeps much until its end.
+sanitize: $(VENV)/.test
+	@CXXFLAGS="-fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer -g" \
+	  CMAKE_ARGS=-DLOWRANK_CPU_DISPATCH=OFF LOWRANK_CUDA=off \
+	  $(PIP) install --no-deps --upgrade --target build/sanitized .
+	@export PYTHONPATH=build/sanitized ASAN_OPTIONS=detect_leaks=0 \
+	  LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so.6)"; \
+	$(BIN)/python -P -c "from lowrank_kernels import _native; assert 'sanitized' in _native.__file__" && \
+	$(BIN)/pytest python_tests/native/test_adam_moments.py
 
 lint: $(VENV)/.lint
 	@$(BIN)/ruff format --check .

@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import math
-import os
-import platform
 import statistics
-import subprocess
 import sys
 from dataclasses import asdict, dataclass
-from importlib import metadata
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
 from bench.data import DataSummary
+from bench.record import device_name, environment, write_lines
 from bench.settings import Settings
-
-PACKAGES = ("torch", "lowrank_kernels", "transformers", "tokenizers", "numpy")
 
 PEAK_MEANING = {
     "cuda": "most that the CUDA allocator had handed out.",
@@ -121,7 +115,7 @@ def _main_table(summaries: list[Summary], record: dict, settings: Settings) -> T
     tokens = settings.steps * settings.batch_size * settings.seq_len
     size = f"{record['parameters'] / 1e6:.2f} M parameters, {settings.dtype}"
     run = f"{tokens / 1e6:.2f} M tokens, {len(settings.seeds)} seed(s)"
-    table = Table(title=f"LLaMA {settings.model}, {size}, {run}, {device_name(settings)}")
+    table = Table(title=f"LLaMA {settings.model}, {size}, {run}, {device_name(settings.device)}")
     table.add_column("optimizer", no_wrap=True)
     for heading in (
         *("best\nlr", "validation\nloss", "perplexity", "bits per\nbyte", "tokens\nper s"),
@@ -159,61 +153,11 @@ def _loss_text(row: Summary) -> str:
 
 
 def write_record(records: list[dict], settings: Settings, data: DataSummary, path: Path) -> None:
-    """Writes everything that was measured, a line a run so that a diff shows which run changed."""
+    """Writes everything that was measured."""
     head = {
-        "environment": environment(settings),
+        "environment": environment(settings.device),
         "settings": asdict(settings),
         "data": asdict(data),
         "summary": [asdict(summary) for summary in summarize(records, settings, data)],
     }
-    text = json.dumps(_finite(head), indent=2, allow_nan=False).removesuffix("\n}")
-    runs = ",\n".join(json.dumps(_finite(record), allow_nan=False) for record in records)
-    path.write_text(f'{text},\n  "runs": [\n{runs}\n  ]\n}}\n')
-
-
-def _finite(value: object) -> object:
-    """Replaces NaN and infinity, which JSON does not have, by null."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, dict):
-        return {key: _finite(entry) for key, entry in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(entry) for entry in value]
-    return value
-
-
-def environment(settings: Settings) -> dict:
-    """Names the device, the versions and the commit that the numbers belong to."""
-    versions = {}
-    for package in PACKAGES:
-        try:
-            versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            versions[package] = None
-    return {
-        "device": device_name(settings),
-        "cores": os.cpu_count(),
-        "python": platform.python_version(),
-        "versions": versions,
-        "commit": _commit(),
-    }
-
-
-def device_name(settings: Settings) -> str:
-    if settings.device == "cuda":
-        import torch
-
-        return torch.cuda.get_device_name()
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
-
-
-def _commit() -> str | None:
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--match="]
-    try:
-        done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
-    except OSError:
-        return None
-    return done.stdout.strip() or None
+    write_lines(path, head, "runs", records)

@@ -23,6 +23,7 @@ from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
+from itertools import product, zip_longest
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -38,33 +39,95 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import JITFunction, driver
 
 from bench.models import PRESETS
-from lowrank_kernels.ops import AdamScalars, Residual, Side
+from lowrank_kernels.ops import AdamScalars, Noise, Residual, Side
 from lowrank_kernels.ops import triton as launchers
-from lowrank_kernels.ops.contract import basis_shape, projected_shape
+from lowrank_kernels.ops.contract import basis_shape, projected_shape, rank_axis
+from lowrank_kernels.ops.triton import config
 
 RESULT = Path(__file__).parent / "results" / "triton-compile.json"
 TOOLS = Path(nvidia.__file__).parent / "bin"
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 class Target(NamedTuple):
-    """A compute capability: processors of its largest GPU, shared memory a block can have."""
+    """A compute capability, and the largest GPU that has it."""
 
     capability: int
-    processors: int
-    shared_bytes: int
+    gpu: config.Gpu
 
 
 TARGETS = (
-    Target(80, 108, 163 * 1024),
-    Target(90, 132, 227 * 1024),
-    Target(100, 148, 227 * 1024),
+    Target(80, config.Gpu("a100", 108, 163 * 1024, 40 * 2**20)),
+    Target(90, config.Gpu("h200", 132, 227 * 1024, 50 * 2**20)),
+    Target(100, config.Gpu("b200", 148, 227 * 1024, 126 * 2**20)),
 )
 
 PRODUCTS = {"tcgen05": "tcgen05.mma", "wgmma": "wgmma.mma_async", "mma": "mma.sync"}
 
+
+class Dtypes(NamedTuple):
+    """Of weights and gradients, the basis being like the weights; how float32 is multiplied."""
+
+    weight: torch.dtype
+    grad: torch.dtype
+    precision: str = "ieee"
+
+
+DTYPES = {
+    "bf16": Dtypes(torch.bfloat16, torch.bfloat16),
+    "fp32": Dtypes(torch.float32, torch.float32),
+    "fp16": Dtypes(torch.float16, torch.float16),
+    "tf32": Dtypes(torch.float32, torch.float32, "tf32"),
+    "bf16 W, fp32 G": Dtypes(torch.bfloat16, torch.float32),
+    "fp32 W, bf16 G": Dtypes(torch.float32, torch.bfloat16),
+}
+
+
+class Options(NamedTuple):
+    """What else a launch can be asked for; `scattered`: 16 does not divide the distances."""
+
+    capturable: bool = False
+    stochastic: bool = False
+    scattered: bool = False
+
+
+OPTIONS = {
+    "": Options(),
+    "capturable": Options(capturable=True),
+    "stochastic": Options(stochastic=True),
+    "capturable, stochastic": Options(capturable=True, stochastic=True),
+    "scattered": Options(scattered=True),
+}
+
 # An argument that is 1 becomes a constant, which is not a tensor: a kernel has to compile then too.
 DEGENERATE = [((1, 1), 1), ((1, 17), 1), ((17, 1), 1), ((61, 37), 13)]
+
+
+class Case(NamedTuple):
+    """A group of equal matrices, and one step of it."""
+
+    name: str
+    shape: tuple[int, int]
+    rank: int
+    matrices: int
+    dtypes: str
+    options: str
+    residual: Residual | None
+
+    def __str__(self) -> str:
+        method = "GaLore" if self.residual is None else "Fira"
+        words = (
+            f"{self.matrices} of {self.name} {self.shape[0]} x {self.shape[1]} r{self.rank}",
+            self.dtypes,
+            method,
+            self.options,
+        )
+        return ", ".join(filter(None, words))
+
+    @property
+    def aligned(self) -> bool:
+        """Whether all rows begin at multiples of 16 bytes."""
+        multiples = self.shape[1] % 16 == 0 and self.rank % 16 == 0
+        return multiples and not OPTIONS[self.options].scattered
 
 
 @dataclass
@@ -75,7 +138,7 @@ class Variant:
     target: Target
     arguments: tuple
     options: dict
-    dtype: str
+    dtypes: str
     aligned: bool
     uses: list[str] = field(default_factory=list)
 
@@ -87,11 +150,12 @@ class Record:
     kernel: str
     target: int
     tile: str
+    cuts: int | None
     warps: int
     stages: int | None
-    split: int
+    split: bool
     sums_or_residual: bool | None
-    dtype: str
+    dtypes: str
     aligned: bool
     registers: int
     stack: int
@@ -104,71 +168,76 @@ class Record:
     def __str__(self) -> str:
         return (
             f"sm_{self.target} {self.kernel} {self.tile} ({self.warps} warps, {self.stages} stages,"
-            f" split {self.split}, {self.dtype}): {self.registers} registers, {self.stack} bytes of"
-            f" stack, {self.spills} spilling instructions, {self.shared} bytes shared,"
-            f" {self.product}, {self.accesses}; {self.uses[0]}, {len(self.uses)} in all"
+            f" {self.cuts} cuts, split {self.split}, {self.dtypes}): {self.registers} registers,"
+            f" {self.stack} bytes of stack, {self.spills} spilling instructions,"
+            f" {self.shared} bytes shared, {self.product}, {self.accesses}; {self.uses[0]},"
+            f" {len(self.uses)} in all"
         )
 
 
-def shapes(quick: bool) -> Iterator[tuple[str, tuple[int, int], int]]:
-    """Name, shape and rank of a layer's matrices, at the ranks of the papers."""
-    names = ("nano", "60m", "1b", "7b") if quick else PRESETS
-    for name in names:
+def cases(quick: bool) -> Iterator[Case]:
+    """The layers of the models at the ranks of the papers, alone and in groups.
+
+    Dtypes other than bf16 and float32, and options, are compiled for two models; if quick, for the
+    matrix of one whose rows begin at odd distances from 16 bytes.
+    """
+    for name in ("nano", "1b", "7b") if quick else PRESETS:
         preset = PRESETS[name]
-        for rank in (64, preset.rank) if name == "7b" else (preset.rank,):
-            for shape in (
-                (preset.hidden, preset.hidden),
-                (preset.ffn, preset.hidden),
-                (preset.hidden, preset.ffn),
-            ):
-                yield name, shape, rank
+        hidden, ffn = preset.hidden, preset.ffn
+        ranks = (64, preset.rank) if name == "7b" else (preset.rank,)
+        shapes = ((hidden, hidden), (ffn, hidden), (hidden, ffn))
+        for rank, shape, residual in product(ranks, shapes, (None, Residual(0.25, 1.0))):
+            case = Case(name, shape, rank, preset.layers, "bf16", "", residual)
+            some = shape == (2048, 5461) and residual is not None
+            many = some if quick else name in ("1b", "7b")
+            for dtypes in DTYPES if many else ("bf16",) if quick else ("bf16", "fp32"):
+                yield case._replace(dtypes=dtypes)
+                if not quick:
+                    yield case._replace(dtypes=dtypes, matrices=1)
+            for options in OPTIONS if many else ():
+                yield case._replace(options=options)
+    for shape, rank in DEGENERATE:
+        for dtypes, options in product(("bf16", "fp32"), ("", "capturable")):
+            yield Case("degenerate", shape, rank, 1, dtypes, options, Residual(0.25, 1.0))
 
 
-def variants(quick: bool) -> list[Variant]:
+def variants(quick: bool, candidates: bool) -> list[Variant]:
     """Everything that the launchers would launch, once each."""
     found: dict[str, Variant] = {}
     for target in TARGETS:
-        for name, shape, rank in shapes(quick):
-            # float32 products are sums of FMA, which take ptxas longest.
-            dtypes = DTYPES if not quick or name == "1b" else ("bf16",)
-            for dtype in dtypes:
-                _add(found, target, name, shape, rank, dtype)
-    for shape, rank in DEGENERATE:
-        _add(found, TARGETS[0], "degenerate", shape, rank, "fp32")
+        for case in cases(quick):
+            if quick and case.name == "degenerate" and target is not TARGETS[0]:
+                continue
+            for project, update in _configurations(case, target) if candidates else [(None, None)]:
+                with config.forced(project=project, update=update):
+                    _add(found, target, case)
     return list(found.values())
 
 
-def _add(
-    found: dict[str, Variant],
-    target: Target,
-    name: str,
-    shape: tuple[int, int],
-    rank: int,
-    dtype: str,
-) -> None:
-    aligned = shape[1] % 16 == 0 and rank % 16 == 0
-    for residual in (None, Residual(0.25, 1.0)):
-        method = "GaLore" if residual is None else "Fira"
-        use = f"{name} {shape[0]} x {shape[1]} r{rank} {dtype} {method}"
-        for kernel, arguments, options in launches(target, shape, rank, DTYPES[dtype], residual):
-            key = _key(kernel, target, arguments, options)
-            variant = found.setdefault(
-                key, Variant(kernel, target, arguments, options, dtype, aligned)
-            )
-            variant.aligned &= aligned
-            variant.uses.append(use)
-            if options.get("SPLIT", 1) > variant.options.get("SPLIT", 1):
-                variant.arguments, variant.options = arguments, options
+def _configurations(case: Case, target: Target) -> Iterator[tuple]:
+    """All that a tuner may try, two operations at a time."""
+    weight, grad, _ = DTYPES[case.dtypes]
+    side, axis = _side(case), rank_axis(_side(case))
+    channels, depth = case.shape[1 - axis], case.shape[axis]
+    common = (side, channels, depth, case.rank, case.matrices)
+    projected = launchers.Problem(*common, (grad, weight))
+    updated = launchers.Problem(*common, (weight, weight))
+    projects = config.project_candidates(projected, target.gpu)
+    updates = config.update_candidates(updated, target.gpu)
+    return zip_longest(projects, updates)
 
 
-def launches(
-    target: Target,
-    shape: tuple[int, int],
-    rank: int,
-    dtype: torch.dtype,
-    residual: Residual | None,
-) -> list[tuple[JITFunction, tuple, dict]]:
-    """The launches of one step of one matrix, recorded instead of run."""
+def _add(found: dict[str, Variant], target: Target, case: Case) -> None:
+    for kernel, arguments, options in launches(target, case):
+        key = _key(kernel, target, arguments, options)
+        new = Variant(kernel, target, arguments, options, case.dtypes, case.aligned)
+        variant = found.setdefault(key, new)
+        variant.aligned &= case.aligned
+        variant.uses.append(str(case))
+
+
+def launches(target: Target, case: Case) -> list[tuple[JITFunction, tuple, dict]]:
+    """The launches of one step of one group, recorded instead of run."""
     recorded = []
 
     class Recorder:
@@ -181,22 +250,44 @@ def launches(
     def empty(size: tuple[int, ...], dtype: torch.dtype = torch.float32) -> torch.Tensor:
         return torch.empty(size, dtype=dtype, device="meta")
 
-    kernels = {name: Recorder(k) for name, k in vars(launchers).items() if _is_kernel(k)}
-    side = Side.LEFT if shape[0] < shape[1] else Side.RIGHT
-    low, basis = projected_shape(shape, side, rank), empty(basis_shape(shape, side, rank), dtype)
-    weight, grad = empty(shape, dtype), empty(shape, dtype)
-    with mock.patch.multiple(launchers, _processors=lambda _: target.processors, **kernels):
+    def group(tensors: list[torch.Tensor]) -> launchers.groups.Group:
+        made = launchers.groups.group(tensors)
+        return made._replace(unit=1) if options.scattered else made
+
+    dtypes, options, count = DTYPES[case.dtypes], OPTIONS[case.options], case.matrices
+    replaced = {name: Recorder(k) for name, k in vars(launchers).items() if _is_kernel(k)}
+    replaced["gpu_of"] = lambda _: target.gpu
+    switches = SimpleNamespace(fp32_precision=dtypes.precision)
+    side, residual = _side(case), case.residual
+    low = projected_shape(case.shape, side, case.rank)
+    bases = [empty(basis_shape(case.shape, side, case.rank), dtypes.weight)] * count
+    weights, grads = [empty(case.shape, dtypes.weight)] * count, [empty(case.shape, dtypes.grad)]
+    scalar = empty((count,), torch.float64) if options.capturable else 0.5
+    step = empty((count,), torch.int32) if options.capturable else 17
+    noise = Noise(tuple(range(count)), step) if options.stochastic else None
+    with (
+        mock.patch.multiple(launchers, group=group, **replaced),
+        mock.patch.object(torch.backends.cuda, "matmul", switches),
+    ):
         projection = launchers.project_moments(
-            grad, basis, side, empty(low), empty(low), AdamScalars(0.9, 0.999, 1e-8), residual
+            *(grads * count, bases, side, [empty(low)] * count, [empty(low)] * count),
+            AdamScalars(0.9, 0.999, 1e-8, scalar, scalar),
+            residual,
         )
-        factor = launchers.channel_scale(projection.sums, empty(())) if residual else None
+        norms = [empty(())] * count
+        factor = launchers.channel_scale(projection.sums, norms) if residual else None
         launchers.back_project_update(
-            *(weight, grad, basis, side, projection, residual, factor),
+            *(weights, grads * count, bases, side, projection, residual, factor),
             scale=0.25,
-            step_size=0.01,
-            decay=0.0,
+            step_size=scalar,
+            decay=scalar,
+            noise=noise,
         )
     return recorded
+
+
+def _side(case: Case) -> Side:
+    return Side.LEFT if case.shape[0] < case.shape[1] else Side.RIGHT
 
 
 def _is_kernel(value: object) -> bool:
@@ -215,12 +306,10 @@ def _activate(target: Target) -> None:
 
 
 def _key(kernel: JITFunction, target: Target, arguments: tuple, options: dict) -> str:
-    """Equal for launches that share a binary, and for all numbers of parts but one part."""
+    """Equal for launches that share a binary."""
     _activate(target)
     *_, binder = kernel.device_caches[target.capability]
     options = {"debug": False, "instrumentation_mode": "", **options}
-    if "SPLIT" in options:
-        options["SPLIT"] = min(options["SPLIT"], 2)
     _, specialization, remaining = binder(*arguments, **options)
     return f"{kernel.__name__} {target.capability} {specialization} {remaining}"
 
@@ -244,11 +333,12 @@ def compile_variant(variant: Variant) -> Record:
         kernel=variant.kernel.__name__,
         target=target.capability,
         tile=" x ".join(str(options[key]) for key in ("BC", "BR", "BD") if key in options),
+        cuts=options.get("CUTS"),
         warps=options["num_warps"],
         stages=options.get("num_stages"),
-        split=options.get("SPLIT", 1),
+        split=options.get("SPLIT", False),
         sums_or_residual=options.get("SUMS", options.get("RESIDUAL")),
-        dtype=variant.dtype,
+        dtypes=variant.dtypes,
         aligned=variant.aligned,
         registers=int(re.search(r"REG:(\d+)", usage)[1]),
         stack=int(re.search(r"STACK:(\d+)", usage)[1]),
@@ -277,9 +367,9 @@ def _accesses(ptx: str) -> dict[str, int]:
     return dict(sorted(found.items()))
 
 
-def compile_all(quick: bool) -> list[Record]:
+def compile_all(quick: bool, candidates: bool = False) -> list[Record]:
     """Compiles every variant, in processes: ptxas takes most of the time."""
-    todo = variants(quick)
+    todo = variants(quick, candidates)
     # Kernels do not pickle: the processes inherit the list.
     _inherited[:] = todo
     fork = multiprocessing.get_context("fork")
@@ -315,11 +405,11 @@ def table(records: list[Record]) -> Table:
 
 def _row(record: Record) -> tuple[str, ...]:
     name = record.kernel.removesuffix("_kernel")
-    if name == "project" and record.split > 1:
+    if record.split:
         name += ", split"
     stages = str(record.stages or "")
     rows = "16-byte" if record.aligned else "odd"
-    return name, record.tile, str(record.warps), stages, record.dtype, rows
+    return name, record.tile, str(record.warps), stages, record.dtypes, rows
 
 
 def _worst(records: list[Record]) -> str:
@@ -337,7 +427,7 @@ def write(records: list[Record], path: Path) -> None:
     head = {
         "triton": triton.__version__,
         "ptxas": _tool("ptxas", "--version").split()[-1],
-        "targets": [target._asdict() for target in TARGETS],
+        "targets": [{"capability": t.capability, **t.gpu._asdict()} for t in TARGETS],
     }
     lines = ",\n".join(f"  {json.dumps(asdict(record))}" for record in records)
     text = json.dumps(head, indent=1).removesuffix("\n}")
@@ -347,12 +437,13 @@ def write(records: list[Record], path: Path) -> None:
 def main(arguments: list[str] | None = None) -> None:
     """Compiles, writes the record and prints the table."""
     parser = argparse.ArgumentParser(prog="python -m bench.triton_compile")
-    parser.add_argument("--quick", action="store_true", help="fewer shapes, float32 at one model")
+    parser.add_argument("--quick", action="store_true", help="fewer shapes and dtypes")
+    parser.add_argument("--candidates", action="store_true", help="what a tuner may try")
     parser.add_argument("--out", type=Path, default=RESULT, help="the JSON record")
     command = parser.parse_args(arguments)
     if os.environ.get("TRITON_INTERPRET") == "1":
         sys.exit("triton_compile: unset TRITON_INTERPRET, it replaces the compiler")
-    records = compile_all(command.quick)
+    records = compile_all(command.quick, command.candidates)
     write(records, command.out)
     Console(width=None if sys.stdout.isatty() else 150).print(table(records))
 

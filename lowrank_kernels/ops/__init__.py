@@ -1,16 +1,24 @@
 """The three operations of a low-rank step: checked here, computed by a backend.
 
-Each takes `backend`, a name out of `dispatch.choose`. Shapes and notation are in `contract`, the
-mathematics in `reference`.
+Each takes a group of equal matrices and `backend`, a name out of `dispatch.choose`. Shapes and
+notation are in `contract`, the mathematics in `reference`. Eager calls go straight to the backend;
+a compiler sees the operators of `library` instead.
 """
 
+from collections.abc import Sequence
+from typing import Any
+
+import torch
 from torch import Tensor
 
+from . import library
 from .contract import (
     AdamScalars,
     ChannelSums,
+    Noise,
     Projection,
     Residual,
+    Scalar,
     Side,
     check_back_project_update,
     check_channel_scale,
@@ -23,6 +31,7 @@ __all__ = [
     "BackendUnavailable",
     "ChannelSums",
     "Choice",
+    "Noise",
     "Projection",
     "Residual",
     "Side",
@@ -30,36 +39,57 @@ __all__ = [
     "backends",
     "channel_scale",
     "choose",
+    "group_size",
     "project_moments",
     "requested_backend",
+    "tiles",
 ]
 
 
+def group_size(param: Tensor, grad: Tensor, rank: int, *, backend: str = "reference") -> int:
+    """How many matrices like this one the backend takes best in one group, at least 1.
+
+    The workspace of a step, N and R of a group, grows with it.
+    """
+    size: int = load(backend).group_size(param, grad, rank)
+    return size
+
+
+def tiles(param: Tensor, side: Side, rank: int, *, backend: str) -> str:
+    """Where the backend's tile sizes for a matrix come from; empty if it has none to choose."""
+    explain = getattr(load(backend), "explain", None)
+    if explain is None:
+        return ""
+    sources = explain(param, param, side, rank)
+    return ", ".join(f"{operation}: {source}" for operation, source in sources.items())
+
+
 def project_moments(
-    grad: Tensor,
-    basis: Tensor,
+    grads: Sequence[Tensor],
+    bases: Sequence[Tensor],
     side: Side,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
     adam: AdamScalars,
     residual: Residual | None = None,
     *,
     backend: str = "reference",
 ) -> Projection:
-    """Operation 1: project the gradient and update the low-rank Adam moments in place.
+    """Operation 1: project the gradients and update the low-rank Adam moments in place.
 
     Args:
-        grad: G, rows x cols, real floating point, any strides.
-        basis: P, rows x r on the left, cols x r on the right.
+        grads: G of each matrix, rows x cols, real floating point, any strides.
+        bases: P, rows x r on the left, cols x r on the right.
         side: which side of G the basis multiplies.
-        exp_avg: M, r x cols on the left, rows x r on the right; float32 or float64; in place.
-        exp_avg_sq: V, as `exp_avg`; in place.
+        exp_avgs: M, r x cols on the left, rows x r on the right; float32 or float64; in place.
+        exp_avg_sqs: V, as `exp_avgs`; in place.
         adam: betas, eps and bias corrections.
         residual: Fira's residual form; None leaves the channel sums out.
         backend: who computes it.
 
     Returns:
-        The direction N and the projected gradient R, shaped as the moments, and the channel sums.
+        The directions N and the projected gradients R, a stack of the shape of the moments each,
+        and the channel sums.
 
     Raises:
         ValueError: a shape, device or stride does not fit; nothing was written.
@@ -67,20 +97,23 @@ def project_moments(
 
     Source: GaLore (arXiv 2403.03507), algorithm 2; Fira (arXiv 2410.01623), algorithm 1.
     """
-    check_project_moments(grad, basis, side, exp_avg, exp_avg_sq)
-    return load(backend).project_moments(grad, basis, side, exp_avg, exp_avg_sq, adam, residual)
+    check_project_moments(grads, bases, side, exp_avgs, exp_avg_sqs)
+    module = _module(backend)
+    return module.project_moments(grads, bases, side, exp_avgs, exp_avg_sqs, adam, residual)
 
 
-def channel_scale(sums: ChannelSums, limiter_norm: Tensor, *, backend: str = "reference") -> Tensor:
+def channel_scale(
+    sums: ChannelSums, limiter_norms: Sequence[Tensor], *, backend: str = "reference"
+) -> Tensor:
     """Operation 2: Fira's channel factors, limited; no look at G or W, no host synchronization.
 
     Args:
-        sums: the channel sums of operation 1, one value a channel each.
-        limiter_norm: 0-d, the norm that the limiter stored last, 0 for none; in place.
+        sums: the channel sums of operation 1.
+        limiter_norms: 0-d each, the norm that the limiter stored last, 0 for none; in place.
         backend: who computes it.
 
     Returns:
-        phi', one value a channel, in the dtype of the sums. It is 0 for a channel whose gradient
+        phi', matrices x channels, in the dtype of the sums. It is 0 for a channel whose gradient
         was not finite.
 
     Raises:
@@ -89,23 +122,24 @@ def channel_scale(sums: ChannelSums, limiter_norm: Tensor, *, backend: str = "re
 
     Source: Fira (arXiv 2410.01623), equations of norm-based scaling and norm-growth limiter.
     """
-    check_channel_scale(sums, limiter_norm)
-    factor: Tensor = load(backend).channel_scale(sums, limiter_norm)
+    check_channel_scale(sums, limiter_norms)
+    factor: Tensor = _module(backend).channel_scale(sums, limiter_norms)
     return factor
 
 
 def back_project_update(
-    param: Tensor,
-    grad: Tensor,
-    basis: Tensor,
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    bases: Sequence[Tensor],
     side: Side,
     projection: Projection,
     residual: Residual | None = None,
     factor: Tensor | None = None,
     *,
     scale: float,
-    step_size: float,
-    decay: float,
+    step_size: Scalar,
+    decay: Scalar,
+    noise: Noise | None = None,
     backend: str = "reference",
 ) -> None:
     """Operation 3: back-project the direction, add the scaled residual, decay, write W.
@@ -114,9 +148,9 @@ def back_project_update(
     B = scale N - rho kappa phi' (x) R for Fira and B = scale N, without the G term, for GaLore.
 
     Args:
-        param: W, rows x cols; in place, rounded once by the reference.
-        grad: G, rows x cols.
-        basis: P of operation 1.
+        params: W of each matrix, rows x cols; in place, rounded once by the reference.
+        grads: G, rows x cols.
+        bases: P of operation 1.
         side: side of operation 1.
         projection: what operation 1 returned.
         residual: Fira's residual form, or None for GaLore.
@@ -124,6 +158,7 @@ def back_project_update(
         scale: alpha of the papers.
         step_size: learning rate, with the bias correction where the moments do not carry it.
         decay: learning rate times weight decay.
+        noise: rounds bfloat16 weights stochastically; None rounds to nearest.
         backend: who computes it.
 
     Raises:
@@ -133,11 +168,11 @@ def back_project_update(
     Source: the two products of Fira's update in one, W - s (alpha P N + S), S = phi' (x) (G - kappa
     P R).
     """
-    check_back_project_update(param, grad, basis, side, projection, residual, factor)
-    load(backend).back_project_update(
-        param,
-        grad,
-        basis,
+    check_back_project_update(params, grads, bases, side, projection, residual, factor, noise)
+    _module(backend).back_project_update(
+        params,
+        grads,
+        bases,
         side,
         projection,
         residual,
@@ -145,4 +180,14 @@ def back_project_update(
         scale=scale,
         step_size=step_size,
         decay=decay,
+        noise=noise,
     )
+
+
+def _module(backend: str) -> Any:
+    """The backend, or, under a compiler, the operators that stand for it: a dispatch costs tens of
+    microseconds, which only a compiler needs.
+    """
+    if torch.compiler.is_compiling():
+        return library.Operators(backend)
+    return load(backend)

@@ -10,10 +10,15 @@ The rank axis of R is axis 0 on the left and axis 1 on the right. G is summed ov
 for its channel norms, so `rank_axis(side)` serves every channel sum.
 
 Moments are float32, or float64 for float64 weights; that dtype is the dtype of all arithmetic.
+
+An operation takes a group: lists of B matrices that are equal in shape, strides, dtypes, side and
+rank, so that a backend can serve them in one launch. What passes between the operations is stacked,
+one entry a matrix.
 """
 
 import enum
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -47,6 +52,29 @@ def moment_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
+# A number for the whole group, or a float64 tensor on its device with one value a matrix: what a
+# captured CUDA graph reads anew at each replay.
+Scalar = float | Tensor
+
+
+def scalar_of(scalar: Scalar, index: int | slice) -> Scalar:
+    """The value for one matrix of the group, or the values for some."""
+    return scalar[index] if isinstance(scalar, Tensor) else scalar
+
+
+def number(name: str, scalar: Scalar) -> float:
+    """The scalar, where only a number will do.
+
+    Raises:
+        TypeError: it is a tensor.
+    """
+    if isinstance(scalar, Tensor):
+        raise TypeError(
+            f"{name} is a tensor, which only eager calls of the reference and triton backends take"
+        )
+    return scalar
+
+
 @dataclass(frozen=True, slots=True)
 class AdamScalars:
     """Run-time scalars of the moment update, N = (M / c1) / (sqrt(V / c2) + eps).
@@ -58,8 +86,17 @@ class AdamScalars:
     beta1: float
     beta2: float
     eps: float
-    bias_correction1: float = 1.0
-    bias_correction2: float = 1.0
+    bias_correction1: Scalar = 1.0
+    bias_correction2: Scalar = 1.0
+
+
+def adam_of(adam: AdamScalars, index: int | slice) -> AdamScalars:
+    """The scalars for one matrix of the group, or for some."""
+    return replace(
+        adam,
+        bias_correction1=scalar_of(adam.bias_correction1, index),
+        bias_correction2=scalar_of(adam.bias_correction2, index),
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,11 +110,28 @@ class Residual:
     rho: float
 
 
+class Noise(NamedTuple):
+    """What stochastic rounding of bfloat16 weights draws from: a counter, no generator's state.
+
+    Element (c, d) of a matrix, c its channel and d its place in the channel, is rounded away from
+    zero if the 16 bits that bfloat16 drops and the lower 16 bits of
+
+        mix(mix(key + c) + d),   key = mix(salt + mix(step)),   in 32-bit unsigned arithmetic,
+
+    add up to 2^16 or more. Salts below 2^31, one a matrix, keep equal matrices apart; a tensor
+    `step` has one value a matrix, int32.
+    """
+
+    salts: tuple[int, ...]
+    step: int | Tensor
+
+
 class ChannelSums(NamedTuple):
     """Squared norms of each channel of N, R and E = G - kappa back(R), in the moments' dtype.
 
     E need not be formed: for an orthonormal basis |e_j|^2 = |g_j|^2 - (2 kappa - kappa^2) |r_j|^2.
-    A backend may hand over slots x channels instead, partial sums that add up in their order.
+    B x channels each. A backend may hand over B x slots x channels instead, partial sums that add
+    up in their order.
     """
 
     direction: Tensor
@@ -86,7 +140,7 @@ class ChannelSums(NamedTuple):
 
 
 class Projection(NamedTuple):
-    """What operation 1 hands to the other two."""
+    """What operation 1 hands to the other two: N and R, B x the shape of R each, and the sums."""
 
     direction: Tensor
     projected: Tensor
@@ -94,9 +148,16 @@ class Projection(NamedTuple):
 
 
 def check_project_moments(
-    grad: Tensor, basis: Tensor, side: Side, exp_avg: Tensor, exp_avg_sq: Tensor
+    grads: Sequence[Tensor],
+    bases: Sequence[Tensor],
+    side: Side,
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
 ) -> None:
     """Raises before anything is written if operation 1 cannot run on these tensors."""
+    grad, basis = _group("grad", grads, len(grads)), _group("basis", bases, len(grads))
+    exp_avg = _group("exp_avg", exp_avgs, len(grads))
+    exp_avg_sq = _group("exp_avg_sq", exp_avg_sqs, len(grads))
     _check_matrix("grad", grad)
     _check_matrix("basis", basis)
     rank = basis.shape[1]
@@ -111,31 +172,40 @@ def check_project_moments(
             raise ValueError(f"{name} must be contiguous, got strides {moment.stride()}")
 
 
-def check_channel_scale(sums: ChannelSums, limiter_norm: Tensor) -> None:
+def check_channel_scale(sums: ChannelSums, limiter_norms: Sequence[Tensor]) -> None:
     """Raises before anything is written if operation 2 cannot run on these tensors."""
     first = sums.direction
-    if first.dim() not in (1, 2):
-        raise ValueError(f"sums.direction must have 1 or 2 dimensions, got {tuple(first.shape)}")
+    if first.dim() not in (2, 3):
+        raise ValueError(f"sums.direction must have 2 or 3 dimensions, got {tuple(first.shape)}")
     for name, value in zip(ChannelSums._fields, sums, strict=True):
         _check_like(f"sums.{name}", value, tuple(first.shape), first.dtype, first.device)
+    limiter_norm = _group("limiter_norm", limiter_norms, first.shape[0])
     _check_like("limiter_norm", limiter_norm, (), first.dtype, first.device)
 
 
 def check_back_project_update(
-    param: Tensor,
-    grad: Tensor,
-    basis: Tensor,
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    bases: Sequence[Tensor],
     side: Side,
     projection: Projection,
     residual: Residual | None,
     factor: Tensor | None,
+    noise: Noise | None,
 ) -> None:
     """Raises before anything is written if operation 3 cannot run on these tensors."""
+    count = len(params)
+    param, grad = _group("param", params, count), _group("grad", grads, count)
+    basis = _group("basis", bases, count)
     _check_matrix("param", param)
+    if any(
+        size > 1 and stride == 0 for size, stride in zip(param.shape, param.stride(), strict=True)
+    ):
+        raise ValueError(f"param must not overlap itself, got strides {param.stride()}")
     _check_like("grad", grad, _shape(param), None, param.device)
     rank = basis.shape[1]
     _check_like("basis", basis, basis_shape(_shape(param), side, rank), None, param.device)
-    expected = projected_shape(_shape(param), side, rank)
+    expected = (count, *projected_shape(_shape(param), side, rank))
     dtype = projection.direction.dtype
     _check_like("direction", projection.direction, expected, dtype, param.device)
     _check_like("projected", projection.projected, expected, dtype, param.device)
@@ -143,11 +213,33 @@ def check_back_project_update(
         raise ValueError("residual and factor go together: give both (Fira) or neither (GaLore)")
     if factor is not None:
         channels = param.shape[1 - rank_axis(side)]
-        _check_like("factor", factor, (channels,), dtype, param.device)
+        _check_like("factor", factor, (count, channels), dtype, param.device)
+    if noise is not None:
+        if param.dtype is not torch.bfloat16:
+            raise TypeError(f"stochastic rounding serves bfloat16 weights, param is {param.dtype}")
+        if len(noise.salts) != count:
+            raise ValueError(f"noise must have {count} salts, got {len(noise.salts)}")
 
 
 def _shape(matrix: Tensor) -> tuple[int, int]:
     return (matrix.shape[0], matrix.shape[1])
+
+
+def _group(name: str, tensors: Sequence[Tensor], count: int) -> Tensor:
+    """The first of a group, after a check that the others are like it."""
+    if len(tensors) != count or not count:
+        raise ValueError(
+            f"{name}: a group needs {count or 'at least 1'} tensors, got {len(tensors)}"
+        )
+    first, *others = tensors
+    for index, other in enumerate(others, start=1):
+        _check_like(f"{name} {index}", other, tuple(first.shape), first.dtype, first.device)
+        if other.stride() != first.stride():
+            raise ValueError(
+                f"{name} {index} must have the strides of the group's first, {first.stride()},"
+                f" got {other.stride()}"
+            )
+    return first
 
 
 def _check_matrix(name: str, tensor: Tensor) -> None:

@@ -9,6 +9,7 @@ from types import ModuleType
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from . import native
 
@@ -17,6 +18,9 @@ logger = logging.getLogger("lowrank_kernels")
 BACKENDS = ("reference", "native", "triton")
 REQUESTS = ("auto", *BACKENDS)
 ENVIRONMENT_VARIABLE = "LOWRANK_BACKEND"
+
+# Kernels take named tuples, which older versions cannot pass.
+OLDEST_TRITON = (3, 3)
 
 _KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -61,29 +65,61 @@ def requested_backend(backend: str) -> str:
     return name
 
 
-@functools.cache
-def choose(request: str, device_type: str, param: torch.dtype, grad: torch.dtype) -> Choice:
-    """The backend for one kind of matrix; each answer is logged once.
+class Kind(NamedTuple):
+    """What the choice of a backend depends on; hashable, so that each is chosen and logged once.
+
+    `strides` says why the kernels cannot address the weight or its gradient, None if they can.
+    """
+
+    device_type: str
+    param: torch.dtype
+    grad: torch.dtype
+    stochastic: bool = False
+    capturable: bool = False
+    strides: str | None = None
+
+
+def choose(
+    request: str,
+    param: Tensor,
+    grad: Tensor | None = None,
+    *,
+    stochastic: bool = False,
+    capturable: bool = False,
+) -> Choice:
+    """The backend for a matrix; the answer for each kind of matrix is logged once.
 
     Args:
         request: a name out of `requested_backend`.
-        device_type: "cpu", "cuda", ...
-        param: dtype of the weight.
-        grad: dtype of its gradient.
+        param: the weight.
+        grad: its gradient; without one, a gradient like the weight is meant.
+        stochastic: bfloat16 weights are rounded stochastically.
+        capturable: step-dependent scalars are tensors on the device.
 
     Raises:
         ValueError: a backend was asked for by name and does not serve these tensors.
     """
+    grad = param if grad is None else grad
+    stochastic = stochastic and param.dtype is torch.bfloat16
+    ask_triton = request == "triton" and _triton_is_installed()
+    strides = load("triton").obstacle(param, grad) if ask_triton else None
+    kind = Kind(param.device.type, param.dtype, grad.dtype, stochastic, capturable, strides)
+    return choose_kind(request, kind)
+
+
+@functools.cache
+def choose_kind(request: str, kind: Kind) -> Choice:
+    """As `choose`, for a kind of matrix."""
     if request == "auto":
-        choice = _choose_automatically(device_type, param, grad)
+        choice = _choose_automatically(kind)
     else:
-        obstacle = _OBSTACLES[request](device_type, param, grad)
+        obstacle = _OBSTACLES[request](kind)
         if obstacle:
             raise ValueError(f"backend={request!r}: {obstacle}; backend='auto' picks one that can")
         choice = Choice(request, "asked for by name")
     level = logging.WARNING if choice.backend == "reference" != request else logging.INFO
-    kind = f"{device_type} {_short(param)} weights, {_short(grad)} gradients"
-    logger.log(level, "%s: %s backend (%s)", kind, *choice)
+    name = f"{kind.device_type} {_short(kind.param)} weights, {_short(kind.grad)} gradients"
+    logger.log(level, "%s: %s backend (%s)", name, *choice)
     return choice
 
 
@@ -93,10 +129,10 @@ def load(backend: str) -> ModuleType:
     return importlib.import_module(f".{backend}", __package__)
 
 
-def _choose_automatically(device_type: str, param: torch.dtype, grad: torch.dtype) -> Choice:
-    if device_type == "cuda":
+def _choose_automatically(kind: Kind) -> Choice:
+    if kind.device_type == "cuda":
         return Choice("reference", "no kernel has been measured on a GPU yet; name one to use it")
-    obstacle = _native_obstacle(device_type, param, grad)
+    obstacle = _native_obstacle(kind)
     if obstacle:
         return Choice("reference", obstacle)
     return Choice("native", "compiled CPU passes")
@@ -117,6 +153,10 @@ def _native_status() -> tuple[bool, str]:
 def _triton_status() -> tuple[bool, str]:
     if not _triton_is_installed():
         return False, "triton is not installed: pip install triton"
+    version = _triton_version()
+    if version < OLDEST_TRITON:
+        found, needed = (".".join(map(str, v)) for v in (version, OLDEST_TRITON))
+        return False, f"triton {found} is too old: {needed} is needed, which comes with torch 2.7"
     if _interpreted():
         return True, "Triton's interpreter (TRITON_INTERPRET=1), for tests"
     if not torch.cuda.is_available():
@@ -129,6 +169,12 @@ def _triton_is_installed() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
+@functools.cache
+def _triton_version() -> tuple[int, ...]:
+    version: str = importlib.import_module("triton").__version__
+    return tuple(int(part) for part in version.split(".")[:2])
+
+
 _STATUS = {
     "reference": _reference_status,
     "native": _native_status,
@@ -136,38 +182,40 @@ _STATUS = {
 }
 
 
-def _no_obstacle(device_type: str, param: torch.dtype, grad: torch.dtype) -> str | None:
+def _no_obstacle(kind: Kind) -> str | None:
     return None
 
 
-def _native_obstacle(device_type: str, param: torch.dtype, grad: torch.dtype) -> str | None:
+def _native_obstacle(kind: Kind) -> str | None:
     """Why the native backend does not serve these tensors, or None."""
     available, reason = _native_status()
     if not available:
         return reason
-    if device_type not in ("cpu", "cuda"):
-        return f"the native backend runs on cpu and cuda, not on {device_type}"
-    if device_type == "cuda" and not native.build_info()["cuda"]:
+    if kind.device_type not in ("cpu", "cuda"):
+        return f"the native backend runs on cpu and cuda, not on {kind.device_type}"
+    if kind.device_type == "cuda" and not native.build_info()["cuda"]:
         return "the native backend was built without its CUDA half"
-    return _dtype_obstacle("native", _KERNEL_DTYPES, param, grad)
+    if kind.capturable:
+        return "the native backend takes its scalars from the host, so it is not capturable"
+    if kind.stochastic:
+        return "the native backend has no stochastic rounding"
+    return _dtype_obstacle("native", _KERNEL_DTYPES, kind)
 
 
-def _triton_obstacle(device_type: str, param: torch.dtype, grad: torch.dtype) -> str | None:
+def _triton_obstacle(kind: Kind) -> str | None:
     """Why the Triton backend does not serve these tensors, or None."""
     available, reason = _triton_status()
     if not available:
         return reason
-    if device_type != ("cpu" if _interpreted() else "cuda"):
-        return f"the triton backend runs on cuda, or interpreted on cpu, not on {device_type}"
+    if kind.device_type != ("cpu" if _interpreted() else "cuda"):
+        return f"the triton backend runs on cuda, or interpreted on cpu, not on {kind.device_type}"
     # The interpreter multiplies the bit patterns of bf16 and truncates where a GPU rounds.
     dtypes = (torch.float32,) if _interpreted() else _KERNEL_DTYPES
-    return _dtype_obstacle("triton", dtypes, param, grad)
+    return kind.strides or _dtype_obstacle("triton", dtypes, kind)
 
 
-def _dtype_obstacle(
-    backend: str, dtypes: tuple[torch.dtype, ...], param: torch.dtype, grad: torch.dtype
-) -> str | None:
-    for dtype in (param, grad):
+def _dtype_obstacle(backend: str, dtypes: tuple[torch.dtype, ...], kind: Kind) -> str | None:
+    for dtype in (kind.param, kind.grad):
         if dtype not in dtypes:
             return f"the {backend} backend has no {_short(dtype)} here"
     return None

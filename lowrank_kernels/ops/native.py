@@ -5,13 +5,24 @@ touched only by torch's in-place products, so there is no temporary of W's size.
 """
 
 import logging
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import reference
-from .contract import AdamScalars, ChannelSums, Projection, Residual, Side, rank_axis
+from .contract import (
+    AdamScalars,
+    ChannelSums,
+    Noise,
+    Projection,
+    Residual,
+    Scalar,
+    Side,
+    number,
+    rank_axis,
+)
 from .notices import notice_once
 from .reference import channel_scale as channel_scale
 
@@ -33,23 +44,42 @@ def build_info() -> dict[str, Any]:
     return _native.build_info() if import_error is None else {}
 
 
+def group_size(param: Tensor, grad: Tensor, rank: int) -> int:
+    """Matrices a group: one, since each has a product of its own."""
+    return 1
+
+
 def project_moments(
-    grad: Tensor,
-    basis: Tensor,
+    grads: Sequence[Tensor],
+    bases: Sequence[Tensor],
     side: Side,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
     adam: AdamScalars,
     residual: Residual | None,
 ) -> Projection:
     """As `reference.project_moments`."""
+    grad = grads[0]
     if grad.dtype.itemsize < 4 and residual and residual.kappa > MAX_KAPPA_HALF_PRECISION:
         notice_once(
             logging.WARNING,
             f"{grad.dtype} gradients with Fira's paper form or a scale above"
             f" {MAX_KAPPA_HALF_PRECISION}: the projection runs in float32, on the reference path",
         )
-        return reference.project_moments(grad, basis, side, exp_avg, exp_avg_sq, adam, residual)
+        return reference.project_moments(grads, bases, side, exp_avgs, exp_avg_sqs, adam, residual)
+    matrices = zip(grads, bases, exp_avgs, exp_avg_sqs, strict=True)
+    return reference.stacked([_project_one(*m, side, adam, residual) for m in matrices])
+
+
+def _project_one(
+    grad: Tensor,
+    basis: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    side: Side,
+    adam: AdamScalars,
+    residual: Residual | None,
+) -> Projection:
     factor = basis.to(grad.dtype)
     projected = factor.T @ grad if side is Side.LEFT else grad @ factor
     projected = projected.to(exp_avg.dtype).contiguous()
@@ -70,8 +100,8 @@ def project_moments(
         beta1=adam.beta1,
         beta2=adam.beta2,
         eps=adam.eps,
-        bias_correction1=adam.bias_correction1,
-        bias_correction2=adam.bias_correction2,
+        bias_correction1=number("bias_correction1", adam.bias_correction1),
+        bias_correction2=number("bias_correction2", adam.bias_correction2),
         threads=torch.get_num_threads(),
         device=projected.device.index if on_gpu else -1,
         stream=torch.cuda.current_stream(projected.device).cuda_stream if on_gpu else 0,
@@ -87,33 +117,42 @@ def project_moments(
 
 
 def back_project_update(
-    param: Tensor,
-    grad: Tensor,
-    basis: Tensor,
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    bases: Sequence[Tensor],
     side: Side,
     projection: Projection,
     residual: Residual | None,
     factor: Tensor | None,
     *,
     scale: float,
-    step_size: float,
-    decay: float,
+    step_size: Scalar,
+    decay: Scalar,
+    noise: Noise | None,
 ) -> None:
-    """As `reference.back_project_update`, by one in-place product and one in-place axpy."""
-    keep = 1 - decay
+    """As `reference.back_project_update`, by one in-place product and one in-place axpy.
+
+    Raises:
+        TypeError: a scalar is a tensor; nothing was written.
+        NotImplementedError: rounding is stochastic; nothing was written.
+    """
+    if noise is not None:
+        raise NotImplementedError("the native backend rounds to nearest")
+    step_size, keep = number("step_size", step_size), 1 - number("decay", decay)
     combined = projection.direction * scale
     if residual is not None and factor is not None:
-        factor = factor.unsqueeze(rank_axis(side))
-        weight = residual.rho * factor
-        combined.addcmul_(projection.projected, weight, value=-residual.kappa)
-        # As in the reference; on a CPU the copy is saved when no channel was skipped, on a GPU
-        # asking would wait for the device.
-        usable = factor != 0
-        if grad.device.type != "cpu" or not usable.all():
-            grad = grad.where(usable, 0.0)
-        param.addcmul_(grad, weight.to(param.dtype), value=-step_size)
-    combined, basis = combined.to(param.dtype), basis.to(param.dtype)
-    if side is Side.LEFT:
-        param.addmm_(basis, combined, beta=keep, alpha=-keep * step_size)
-    else:
-        param.addmm_(combined, basis.T, beta=keep, alpha=-keep * step_size)
+        weights = residual.rho * factor.unsqueeze(1 + rank_axis(side))
+        combined.addcmul_(projection.projected, weights, value=-residual.kappa)
+        for param, grad, weight in zip(params, grads, weights, strict=True):
+            # As in the reference; on a CPU the copy is saved when no channel was skipped, on a GPU
+            # asking would wait for the device.
+            usable = weight != 0
+            if grad.device.type != "cpu" or not usable.all():
+                grad = grad.where(usable, 0.0)
+            param.addcmul_(grad, weight.to(param.dtype), value=-step_size)
+    for param, basis, low in zip(params, bases, combined, strict=True):
+        low, basis = low.to(param.dtype), basis.to(param.dtype)
+        if side is Side.LEFT:
+            param.addmm_(basis, low, beta=keep, alpha=-keep * step_size)
+        else:
+            param.addmm_(low, basis.T, beta=keep, alpha=-keep * step_size)

@@ -8,17 +8,65 @@ are and its update is zero. The rule is local to a channel, needs no look at the
 and no answer from the device.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from .contract import AdamScalars, ChannelSums, Projection, Residual, Side, rank_axis
+from .contract import (
+    AdamScalars,
+    ChannelSums,
+    Noise,
+    Projection,
+    Residual,
+    Scalar,
+    Side,
+    adam_of,
+    rank_axis,
+    scalar_of,
+)
 
 # Fira: growth bound of the limiter, and the guard of both divisions (official code, both forms).
 LIMITER_GROWTH = 1.01
 NORM_EPS = 1e-8
 
 
+def group_size(param: Tensor, grad: Tensor, rank: int) -> int:
+    """Matrices a group: one, for the sake of the temporaries."""
+    return 1
+
+
 def project_moments(
+    grads: Sequence[Tensor],
+    bases: Sequence[Tensor],
+    side: Side,
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    adam: AdamScalars,
+    residual: Residual | None,
+) -> Projection:
+    """R, the Adam moments of R in place, the direction N, and Fira's channel sums."""
+    matrices = zip(grads, bases, exp_avgs, exp_avg_sqs, strict=True)
+    results = [
+        _project_one(grad, basis, side, exp_avg, exp_avg_sq, adam_of(adam, index), residual)
+        for index, (grad, basis, exp_avg, exp_avg_sq) in enumerate(matrices)
+    ]
+    return stacked(results)
+
+
+def stacked(results: Sequence[Projection]) -> Projection:
+    """One projection of a group from those of its matrices."""
+    directions, projected, sums = zip(*results, strict=True)
+    every_sum = None if sums[0] is None else ChannelSums(*map(_stack, zip(*sums, strict=True)))
+    return Projection(_stack(directions), _stack(projected), every_sum)
+
+
+def _stack(tensors: Sequence[Tensor]) -> Tensor:
+    """As torch.stack, but one tensor is not copied."""
+    return tensors[0].unsqueeze(0) if len(tensors) == 1 else torch.stack(list(tensors))
+
+
+def _project_one(
     grad: Tensor,
     basis: Tensor,
     side: Side,
@@ -27,7 +75,6 @@ def project_moments(
     adam: AdamScalars,
     residual: Residual | None,
 ) -> Projection:
-    """R, the Adam moments of R in place, the direction N, and Fira's channel sums."""
     grad, basis = grad.to(exp_avg.dtype), basis.to(exp_avg.dtype)
     projected = basis.T @ grad if side is Side.LEFT else grad @ basis
     finite = projected.isfinite()
@@ -48,63 +95,100 @@ def project_moments(
     return Projection(direction, projected, sums)
 
 
-def channel_scale(sums: ChannelSums, limiter_norm: Tensor) -> Tensor:
+def channel_scale(sums: ChannelSums, limiter_norms: Sequence[Tensor]) -> Tensor:
     """phi' = lambda phi: Fira's channel factors under its norm-growth limiter.
 
         phi_j = |N_j| / (|R_j| + 1e-8)
         nu    = |S| = |phi (x) E|
         L     = max(nu / (nu_prev + 1e-8), 1.01) / 1.01,   lambda = 1 / L,   nu_prev <- lambda nu
 
-    `limiter_norm` holds nu_prev; 0 means that none was stored yet, and then lambda = 1. A zero or
+    `limiter_norms` hold nu_prev; 0 means that none was stored yet, and then lambda = 1. A zero or
     non-finite norm is never stored: after a stored zero the official limiter needs over 1,300 steps
     to let an ordinary residual through again, and a stored NaN stays for ever.
     """
-    direction_sq, projected_sq, residual_sq = (x.sum(0) if x.dim() == 2 else x for x in sums)
+    direction_sq, projected_sq, residual_sq = (x.sum(1) if x.dim() == 3 else x for x in sums)
     phi = direction_sq.sqrt() / (projected_sq.sqrt() + NORM_EPS)
     scaled_sq = phi.square() * residual_sq
     finite = scaled_sq.isfinite()
     phi = phi.where(finite, 0.0)
-    norm = scaled_sq.where(finite, 0.0).sum().sqrt()
+    norm = scaled_sq.where(finite, 0.0).sum(1).sqrt()
 
-    growth = (norm / (limiter_norm + NORM_EPS)).clamp(min=LIMITER_GROWTH) / LIMITER_GROWTH
-    limit = torch.where(limiter_norm > 0, 1 / growth, 1.0)
+    previous = torch.stack(list(limiter_norms))
+    growth = (norm / (previous + NORM_EPS)).clamp(min=LIMITER_GROWTH) / LIMITER_GROWTH
+    limit = torch.where(previous > 0, 1 / growth, 1.0)
     limited = limit * norm
     storable = limited.isfinite() & (limited > 0)
-    limiter_norm.copy_(limited.where(storable, limiter_norm))
-    return limit * phi
+    for limiter_norm, value in zip(limiter_norms, limited.where(storable, previous), strict=True):
+        limiter_norm.copy_(value)
+    return limit.unsqueeze(1) * phi
 
 
 def back_project_update(
-    param: Tensor,
-    grad: Tensor,
-    basis: Tensor,
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    bases: Sequence[Tensor],
     side: Side,
     projection: Projection,
     residual: Residual | None,
     factor: Tensor | None,
     *,
     scale: float,
-    step_size: float,
-    decay: float,
+    step_size: Scalar,
+    decay: Scalar,
+    noise: Noise | None,
 ) -> None:
     """W <- (1 - decay) (W - step_size (back(B) + rho phi' (x) G)), in place.
 
     B = scale N - rho kappa phi' (x) R for Fira, B = scale N for GaLore, which has no G term.
     """
     dtype = projection.direction.dtype
-    basis = basis.to(dtype)
-    combined = scale * projection.direction
-    if residual is None or factor is None:
-        update = back_project(combined, basis, side)
-    else:
-        factor = factor.unsqueeze(rank_axis(side))
-        combined = combined - residual.rho * residual.kappa * factor * projection.projected
-        # A skipped channel has factor 0, and 0 * NaN would still be NaN.
-        usable_grad = grad.to(dtype).where(factor != 0, 0.0)
-        update = back_project(combined, basis, side) + residual.rho * factor * usable_grad
-    param.copy_((1 - decay) * (param.to(dtype) - step_size * update))
+    for index, (param, grad, basis) in enumerate(zip(params, grads, bases, strict=True)):
+        basis = basis.to(dtype)
+        combined = scale * projection.direction[index]
+        if residual is None or factor is None:
+            update = back_project(combined, basis, side)
+        else:
+            phi = factor[index].unsqueeze(rank_axis(side))
+            combined = combined - residual.rho * residual.kappa * phi * projection.projected[index]
+            # A skipped channel has factor 0, and 0 * NaN would still be NaN.
+            usable_grad = grad.to(dtype).where(phi != 0, 0.0)
+            update = back_project(combined, basis, side) + residual.rho * phi * usable_grad
+        keep = 1 - scalar_of(decay, index)
+        weight = keep * (param.to(dtype) - scalar_of(step_size, index) * update)
+        if noise is not None:
+            weight = stochastically_rounded(weight, side, noise, index)
+        param.copy_(weight)
 
 
 def back_project(projected: Tensor, basis: Tensor, side: Side) -> Tensor:
     """P X on the left, X P^T on the right."""
     return basis @ projected if side is Side.LEFT else projected @ basis.T
+
+
+def stochastically_rounded(weight: Tensor, side: Side, noise: Noise, index: int) -> Tensor:
+    """A float32 matrix whose values bfloat16 holds, each of the two neighbours of the given one.
+
+    The further a value is from a neighbour, the less probable is that neighbour, so the mean is the
+    value itself. Inf and NaN stay. The counter is described in `Noise`.
+    """
+    axis, device = rank_axis(side), weight.device
+    step = noise.step if isinstance(noise.step, int) else noise.step[index].long()
+    key = _mix(noise.salts[index] + _mix(torch.zeros((), dtype=torch.int64, device=device) + step))
+    channel = torch.arange(weight.shape[1 - axis], device=device)
+    place = torch.arange(weight.shape[axis], device=device)
+    row = _mix(key + channel)
+    bits = _mix(row.unsqueeze(axis) + place.unsqueeze(1 - axis))
+    raw = weight.contiguous().view(torch.int32)
+    rounded = ((raw + (bits & 0xFFFF).int()) & -0x10000).view(torch.float32)
+    return rounded.where(weight.isfinite(), weight)
+
+
+def _mix(value: Tensor) -> Tensor:
+    """A bijection of 32-bit integers, held in int64, that spreads each bit over all others.
+
+    Source: C. Wellons, "Prospecting for hash functions", lowbias32.
+    """
+    value = value & 0xFFFFFFFF
+    value = (value ^ value >> 16) * 0x7FEB352D & 0xFFFFFFFF
+    value = (value ^ value >> 15) * 0x846CA68B & 0xFFFFFFFF
+    return value ^ value >> 16

@@ -103,6 +103,16 @@ def check_grad(name: str, param: Tensor, grad: Tensor) -> None:
         raise RuntimeError(f"{name} has a complex gradient ({grad.dtype})")
 
 
+def check_lr(group: Group, index: int, capturable: bool) -> None:
+    """Raises ValueError if reading the learning rate would wait for a device at every step."""
+    lr = group["lr"]
+    if isinstance(lr, Tensor) and lr.device.type != "cpu" and not capturable:
+        raise ValueError(
+            f"group {index}: lr is a tensor on {lr.device}, which the host would wait for at every"
+            " step; pass a float, a tensor on the CPU, or capturable=True"
+        )
+
+
 def _check_adam_options(group: Group, index: int) -> None:
     lr = group["lr"]
     if isinstance(lr, Tensor) and lr.numel() != 1:

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable, Iterator
-from typing import Any, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -11,11 +11,12 @@ from torch.optim.optimizer import Optimizer, ParamsT
 from .. import ops
 from ..ops import Choice, Side
 from ..ops.notices import notice_once
-from ..subspace import RANGE_FINDERS, ZERO_GRADIENT, is_due, refresh_basis
+from ..subspace import RANGE_FINDERS, is_due
 from .groups import (
     FORMAT,
     Group,
     check_grad,
+    check_lr,
     check_matrix,
     check_params,
     is_projected,
@@ -24,7 +25,8 @@ from .groups import (
     side_of,
 )
 from .plain import step_plain
-from .schedule import RESIDUAL_FORMS, ResidualForm, step_scalars
+from .projected import Matrix, Method, step_projected
+from .schedule import RESIDUAL_FORMS, ResidualForm
 from .state import (
     State,
     check_loadable,
@@ -34,6 +36,9 @@ from .state import (
     restore,
     state_bytes,
 )
+
+Rounding = Literal["nearest", "stochastic"]
+ROUNDINGS = ("nearest", "stochastic")
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -45,6 +50,15 @@ def _as_it_is(function: Function) -> Function:
 # A compiled step would be cut into dozens of graphs, and its kernels are compiled already. The
 # public torch.compiler.disable would import dynamo, 1.3 s, together with this package.
 _not_compiled: Callable[[Function], Function] = getattr(torch, "_disable_dynamo", _as_it_is)
+
+
+class _Work(NamedTuple):
+    """A parameter with a gradient; its backend if it is projected, its place in the optimizer."""
+
+    name: str
+    param: Tensor
+    backend: str | None
+    position: int
 
 
 class LowRankAdamW(Optimizer):
@@ -77,6 +91,13 @@ class LowRankAdamW(Optimizer):
         subspace: where a basis comes from: "svd".
         backend: "auto", "reference", "native" or "triton"; `LOWRANK_BACKEND` overrides it.
         maximize: ascend instead of descend.
+        rounding: "nearest", or "stochastic" for the projected bfloat16 weights: a step smaller than
+            half a unit in the last place of a weight then moves it in the mean instead of never.
+            The noise depends on the parameter's place and step only.
+        capturable: counts steps on the device, so that a CUDA graph can capture a step and replay
+            it, with `lr` as a tensor on that device. A replay keeps the basis: take an eager step
+            where one is due, every `update_proj_gap` steps. An eager step then waits for the device
+            once.
 
     Raises:
         ValueError, TypeError: an option or a parameter does not fit; the text names it.
@@ -97,13 +118,19 @@ class LowRankAdamW(Optimizer):
         subspace: str = "svd",
         backend: str = "auto",
         maximize: bool = False,
+        rounding: Rounding = "nearest",
+        capturable: bool = False,
     ) -> None:
         if residual is not None and residual not in RESIDUAL_FORMS:
             raise ValueError(f"residual must be one of {', '.join(RESIDUAL_FORMS)} or None")
         if subspace not in RANGE_FINDERS:
             raise ValueError(f"subspace must be one of {', '.join(RANGE_FINDERS)}")
+        if rounding not in ROUNDINGS:
+            raise ValueError(f"rounding must be one of {', '.join(ROUNDINGS)}, got {rounding!r}")
         ops.requested_backend(backend)
         self.residual, self.subspace, self.backend = residual, subspace, backend
+        self.rounding, self.capturable = rounding, capturable
+        self._counted: dict[Tensor, int] = {}
         defaults = {
             "lr": lr,
             "betas": betas,
@@ -147,13 +174,14 @@ class LowRankAdamW(Optimizer):
                 " lowrank_kernels.param_groups(model, rank=...)",
             )
         work = list(self._checked_work())
-        for group, params in work:
-            states = [self._state_of(group, param) for param in params]
+        if _capturing():
+            self._check_capture(work)
+        for group, items in work:
+            states = [self._state_of(group, item.param) for item in items]
             if is_projected(group):
-                for param, state in zip(params, states, strict=True):
-                    self._step_projected(group, param, state)
-            elif params:
-                step_plain(params, states, group)
+                self._step_projected(group, items, states)
+            elif items:
+                step_plain([item.param for item in items], states, group, self.capturable)
         return loss
 
     def explain(self) -> list[dict[str, Any]]:
@@ -186,7 +214,7 @@ class LowRankAdamW(Optimizer):
             incoming.update(candidate)
 
         def put_back(_: Optimizer) -> None:
-            restore(self.state, self.param_groups, incoming)
+            restore(self.state, self.param_groups, incoming, self.capturable)
 
         # Between the user's own hooks: after those that change the state dict, before those that
         # change what was loaded.
@@ -201,31 +229,58 @@ class LowRankAdamW(Optimizer):
                 handle.remove()
 
     def __getstate__(self) -> dict[str, Any]:
-        parts = {"residual": self.residual, "subspace": self.subspace, "backend": self.backend}
-        return {**super().__getstate__(), **parts}
+        parts = ("residual", "subspace", "backend", "rounding", "capturable")
+        return {**super().__getstate__(), **{name: getattr(self, name) for name in parts}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        self._counted = {}  # torch comes here when it loads a state dict, too
         for group in self.param_groups:
             group.setdefault("maximize", False)
             group.setdefault("format", FORMAT)
 
-    def _checked_work(self) -> Iterator[tuple[Group, list[Tensor]]]:
+    def _checked_work(self) -> Iterator[tuple[Group, list[_Work]]]:
         """Each group with its parameters that have a gradient, all checked."""
         request = ops.requested_backend(self.backend)
+        position = -1
         for index, group in enumerate(self.param_groups):
-            params = []
+            check_lr(group, index, self.capturable)
+            items = []
             for name, param in named_params(group, index):
+                position += 1
                 if param.grad is None:
                     continue
                 check_grad(name, param, param.grad)
+                backend = None
                 if is_projected(group):
                     check_matrix(name, param)
-                    ops.choose(request, param.device.type, param.dtype, param.grad.dtype)
+                    backend = self._choice(request, param, param.grad).backend
                 if self.state.get(param):
                     check_shapes(name, param, self.state[param], is_projected(group))
-                params.append(param)
-            yield group, params
+                items.append(_Work(name, param, backend, position))
+            yield group, items
+
+    def _check_capture(self, work: list[tuple[Group, list[_Work]]]) -> None:
+        """Raises RuntimeError if a CUDA graph cannot hold this step; nothing was changed."""
+        if not self.capturable:
+            raise RuntimeError("a CUDA graph can capture a step of capturable=True only")
+        for index, (group, items) in enumerate(work):
+            if not isinstance(group["lr"], Tensor):
+                raise RuntimeError(
+                    f"group {index}: the graph would keep lr={group['lr']} for ever; pass"
+                    " lr=torch.tensor(..., device='cuda') and change it in place"
+                )
+            for name, param, *_ in items:
+                state, count = self.state.get(param), self._counted.get(param, 0)
+                if not state or (is_projected(group) and not count):
+                    raise RuntimeError(f"{name}: take an eager step before capturing one")
+                if not is_projected(group):
+                    continue
+                if is_due(count, state["basis_step"], group["update_proj_gap"]):
+                    raise RuntimeError(
+                        f"{name}: its basis is due after {count} steps, and a CUDA graph cannot"
+                        " compute one; take this step eagerly and capture a later one"
+                    )
 
     def _state_of(self, group: Group, param: Tensor) -> State:
         state = self.state[param]
@@ -241,60 +296,41 @@ class LowRankAdamW(Optimizer):
             state.update(new_projected_state(param, rank, side, self.residual is not None))
         else:
             state.update(new_plain_state(param))
+        if self.capturable:
+            state["step"] = state["step"].to(param.device)
         return state
 
-    def _step_projected(self, group: Group, param: Tensor, state: State) -> None:
-        grad = param.grad
-        assert grad is not None
-        if group["maximize"]:
-            grad = -grad
-        completed = int(state["step"])
-        state["step"] += 1
-        if param.numel() == 0:
-            return
-        side, basis = Side(state["side"]), state["basis"]
-        if is_due(completed, state["basis_step"], group["update_proj_gap"]):
-            problem = refresh_basis(grad, basis, side, self.subspace)
-            if problem is None:
-                state["basis_step"] = completed
-            else:
-                # Checkpoint libraries create the state by a step with zero gradients.
-                level = logging.INFO if problem == ZERO_GRADIENT else logging.WARNING
-                notice_once(level, f"a basis was not renewed: {problem}")
+    def _step_projected(self, group: Group, items: list[_Work], states: list[State]) -> None:
+        by_device: dict[torch.device, list[Matrix]] = {}
+        for item, state in zip(items, states, strict=True):
+            grad, backend = item.param.grad, item.backend
+            assert grad is not None
+            assert backend is not None
+            matrix = Matrix(item.param, grad, state, backend, item.position)
+            by_device.setdefault(item.param.device, []).append(matrix)
+        stochastic = self.rounding == "stochastic"
+        method = Method(self.residual, self.subspace, stochastic, self.capturable)
+        for matrices in by_device.values():
+            step_projected(matrices, self._completed_steps(matrices), group, method)
 
-        scalars = step_scalars(group, completed + 1, self.residual)
-        backend = self._choice(param, grad).backend
-        projection = ops.project_moments(
-            grad,
-            basis,
-            side,
-            state["exp_avg"],
-            state["exp_avg_sq"],
-            scalars.adam,
-            scalars.residual,
-            backend=backend,
-        )
-        factor = None
-        if projection.sums is not None:
-            factor = ops.channel_scale(projection.sums, state["limiter_norm"], backend=backend)
-        ops.back_project_update(
-            param,
-            grad,
-            basis,
-            side,
-            projection,
-            scalars.residual,
-            factor,
-            scale=scalars.scale,
-            step_size=scalars.step_size,
-            decay=scalars.decay,
-            backend=backend,
-        )
+    def _completed_steps(self, matrices: list[Matrix]) -> list[int]:
+        """Steps that each matrix has taken.
 
-    def _choice(self, param: Tensor, grad: Tensor | None = None) -> Choice:
-        request = ops.requested_backend(self.backend)
-        grad_dtype = param.dtype if grad is None else grad.dtype
-        return ops.choose(request, param.device.type, param.dtype, grad_dtype)
+        With `capturable` they are counted on the device, since a replayed graph runs no Python: an
+        eager step waits once to read them, and a capture goes by what the last one read.
+        """
+        if _capturing():
+            return [self._counted[matrix.param] for matrix in matrices]
+        if not self.capturable:
+            return [int(matrix.state["step"]) for matrix in matrices]
+        counts = torch.stack([matrix.state["step"] for matrix in matrices]).int().tolist()
+        for matrix, count in zip(matrices, counts, strict=True):
+            self._counted[matrix.param] = count + 1
+        return counts
+
+    def _choice(self, request: str, param: Tensor, grad: Tensor | None) -> Choice:
+        stochastic = self.rounding == "stochastic"
+        return ops.choose(request, param, grad, stochastic=stochastic, capturable=self.capturable)
 
     def _explain_one(self, group: Group, param: Tensor) -> dict[str, Any]:
         if not is_projected(group):
@@ -304,8 +340,11 @@ class LowRankAdamW(Optimizer):
         side, rank = side_of(group["proj_type"], rows, cols), min(group["rank"], rows, cols)
         if state := self.state.get(param):
             side, rank = Side(state["side"]), state["basis"].shape[1]
-        choice = self._choice(param, param.grad)
-        return {"projected": True, "side": side.name.lower(), "rank": rank, **choice._asdict()}
+        choice = self._choice(ops.requested_backend(self.backend), param, param.grad)
+        tiles = ops.tiles(param, side, rank, backend=choice.backend)
+        reason = f"{choice.reason}; {tiles}" if tiles else choice.reason
+        row = {"projected": True, "side": side.name.lower(), "rank": rank}
+        return {**row, "backend": choice.backend, "reason": reason}
 
 
 class GaLoreAdamW(LowRankAdamW):
@@ -328,6 +367,8 @@ class GaLoreAdamW(LowRankAdamW):
         subspace: str = "svd",
         backend: str = "auto",
         maximize: bool = False,
+        rounding: Rounding = "nearest",
+        capturable: bool = False,
     ) -> None:
         super().__init__(
             params,
@@ -339,6 +380,8 @@ class GaLoreAdamW(LowRankAdamW):
             subspace=subspace,
             backend=backend,
             maximize=maximize,
+            rounding=rounding,
+            capturable=capturable,
         )
 
 
@@ -365,6 +408,8 @@ class FiraAdamW(LowRankAdamW):
         subspace: str = "svd",
         backend: str = "auto",
         maximize: bool = False,
+        rounding: Rounding = "nearest",
+        capturable: bool = False,
     ) -> None:
         if residual is None:
             raise ValueError("residual must be one of official, paper; use GaLoreAdamW for none")
@@ -378,6 +423,8 @@ class FiraAdamW(LowRankAdamW):
             subspace=subspace,
             backend=backend,
             maximize=maximize,
+            rounding=rounding,
+            capturable=capturable,
         )
 
 
@@ -390,3 +437,7 @@ def _cut_rank(rank: int, rows: int, cols: int) -> int:
             " cannot have more",
         )
     return min(rank, smallest)
+
+
+def _capturing() -> bool:
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()

@@ -10,7 +10,9 @@ from .groups import Group
 FUSED_DEVICES = ("cpu", "cuda")
 
 
-def step_plain(params: list[Tensor], states: list[dict[str, Any]], group: Group) -> None:
+def step_plain(
+    params: list[Tensor], states: list[dict[str, Any]], group: Group, capturable: bool
+) -> None:
     """One torch AdamW step of parameters that all have a gradient.
 
     torch's fused kernels want one dtype throughout. A bf16 weight has float32 moments here, so it
@@ -24,15 +26,21 @@ def step_plain(params: list[Tensor], states: list[dict[str, Any]], group: Group)
         if param.dtype is grad.dtype is dtype and param.device.type in FUSED_DEVICES:
             fused.append((param, grad, state))
         else:
-            _adamw([(param, grad.to(dtype), state)], group, fused=False)
+            _adamw([(param, grad.to(dtype), state)], group, capturable, fused=False)
     if fused:
-        _adamw(fused, group, fused=True)
+        _adamw(fused, group, capturable, fused=True)
 
 
-def _adamw(work: list[tuple[Tensor, Tensor, dict[str, Any]]], group: Group, *, fused: bool) -> None:
+def _adamw(
+    work: list[tuple[Tensor, Tensor, dict[str, Any]]],
+    group: Group,
+    capturable: bool,
+    *,
+    fused: bool,
+) -> None:
     for param, _, state in work:
         # torch counts steps on the device in its fused kernels and on the CPU elsewhere.
-        state["step"] = state["step"].to(param.device if fused else "cpu")
+        state["step"] = state["step"].to(param.device if fused or capturable else "cpu")
     beta1, beta2 = group["betas"]
     params, grads, states = map(list, zip(*work, strict=True))
     adamw(
@@ -44,10 +52,12 @@ def _adamw(work: list[tuple[Tensor, Tensor, dict[str, Any]]], group: Group, *, f
         [state["step"] for state in states],
         fused=fused,
         foreach=False,
+        # torch refuses it on a CPU, where it would change nothing.
+        capturable=capturable and params[0].device.type != "cpu",
         amsgrad=False,
         beta1=float(beta1),
         beta2=float(beta2),
-        lr=float(group["lr"]),
+        lr=group["lr"] if capturable else float(group["lr"]),
         weight_decay=float(group["weight_decay"]),
         eps=float(group["eps"]),
         maximize=group["maximize"],

@@ -1,7 +1,7 @@
 """Per-parameter state: tensors, ints and floats only, so that any checkpoint library can hold it.
 
 Projected parameter:
-    step          0-d float32 on the CPU, completed steps
+    step          0-d float32, completed steps; on the CPU, with `capturable` beside the weight
     exp_avg       M, the shape of R, float32 (float64 for float64 weights)
     exp_avg_sq    V, as exp_avg
     basis         P, in the dtype of the weight
@@ -91,7 +91,7 @@ def check_loadable(groups: list[Group], state_dict: State) -> None:
             check_shapes(name, param, state_dict["state"][key], projected)
 
 
-def restore(states: Any, groups: list[Group], state_dict: State) -> None:
+def restore(states: Any, groups: list[Group], state_dict: State, capturable: bool) -> None:
     """Puts the saved values back in their own dtypes.
 
     `Optimizer.load_state_dict` casts every floating-point tensor but `step` to the dtype of the
@@ -101,7 +101,8 @@ def restore(states: Any, groups: list[Group], state_dict: State) -> None:
         for entry, value in state_dict["state"].get(key, {}).items():
             if entry == "step":
                 # It may be a Python float in old files, and on a GPU after a mapped load.
-                value = torch.as_tensor(value, dtype=torch.float32).cpu().clone()
+                device = param.device if capturable else "cpu"
+                value = torch.as_tensor(value, dtype=torch.float32).to(device, copy=True)
             elif isinstance(value, Tensor):
                 value = value.to(param.device, copy=True)
             states[param][entry] = value

@@ -8,6 +8,7 @@ import torch
 from lowrank_kernels import BackendUnavailable, FiraAdamW, backends
 from lowrank_kernels.ops import choose, requested_backend
 from lowrank_kernels.ops import dispatch as dispatch_module
+from lowrank_kernels.ops.dispatch import Kind, choose_kind
 
 FLOAT, DOUBLE, BF16 = torch.float32, torch.float64, torch.bfloat16
 
@@ -15,9 +16,9 @@ FLOAT, DOUBLE, BF16 = torch.float32, torch.float64, torch.bfloat16
 @pytest.fixture(autouse=True)
 def fresh_choices(monkeypatch):
     monkeypatch.delenv("LOWRANK_BACKEND", raising=False)
-    choose.cache_clear()
+    choose_kind.cache_clear()
     yield
-    choose.cache_clear()
+    choose_kind.cache_clear()
 
 
 def small_optimizer(dtype=FLOAT, **options):
@@ -27,19 +28,21 @@ def small_optimizer(dtype=FLOAT, **options):
 
 
 @pytest.mark.parametrize(
-    ("request_", "device", "dtype", "backend", "reason"),
+    ("request_", "kind", "backend", "reason"),
     [
-        ("auto", "cpu", FLOAT, "native", "compiled"),
-        ("auto", "cpu", BF16, "native", "compiled"),
-        ("auto", "cpu", DOUBLE, "reference", "float64"),
-        ("auto", "mps", FLOAT, "reference", "mps"),
-        ("reference", "cpu", FLOAT, "reference", "asked for"),
-        ("native", "cpu", BF16, "native", "asked for"),
-        ("auto", "cuda", BF16, "reference", "measured on a GPU"),
+        ("auto", Kind("cpu", FLOAT, FLOAT), "native", "compiled"),
+        ("auto", Kind("cpu", BF16, BF16), "native", "compiled"),
+        ("auto", Kind("cpu", DOUBLE, DOUBLE), "reference", "float64"),
+        ("auto", Kind("mps", FLOAT, FLOAT), "reference", "mps"),
+        ("auto", Kind("cpu", BF16, BF16, stochastic=True), "reference", "stochastic"),
+        ("auto", Kind("cpu", BF16, BF16, capturable=True), "reference", "capturable"),
+        ("reference", Kind("cpu", FLOAT, FLOAT), "reference", "asked for"),
+        ("native", Kind("cpu", BF16, BF16), "native", "asked for"),
+        ("auto", Kind("cuda", BF16, BF16), "reference", "measured on a GPU"),
     ],
 )
-def test_choice_and_reason(request_, device, dtype, backend, reason):
-    choice = choose(request_, device, dtype, dtype)
+def test_choice_and_reason(request_, kind, backend, reason):
+    choice = choose_kind(request_, kind)
     assert choice.backend == backend
     assert reason in choice.reason
 
@@ -80,17 +83,26 @@ def test_named_backend_that_does_not_serve_a_dtype_is_refused_before_anything_ch
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels are compiled, not interpreted")
 def test_interpreted_kernels_serve_float32_only():
     """The interpreter multiplies the bit patterns of bf16."""
-    assert choose("triton", "cpu", FLOAT, FLOAT).backend == "triton"
+    assert choose("triton", torch.ones(2, 2)).backend == "triton"
     with pytest.raises(ValueError, match="triton backend has no bfloat16 here"):
-        choose("triton", "cpu", BF16, BF16)
+        choose("triton", torch.ones(2, 2, dtype=BF16))
     with pytest.raises(ValueError, match="not on cuda"):
-        choose("triton", "cuda", FLOAT, FLOAT)
+        choose_kind("triton", Kind("cuda", FLOAT, FLOAT))
+
+
+def test_stochastic_rounding_counts_for_bfloat16_only():
+    weight = torch.ones(2, 2)
+    assert choose("auto", weight, stochastic=True).backend == "native"
+    assert choose("auto", weight.bfloat16(), stochastic=True).backend == "reference"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_triton_says_what_it_lacks(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET")
     with pytest.raises(BackendUnavailable, match="no CUDA device"):
+        requested_backend("triton")
+    monkeypatch.setattr(dispatch_module, "_triton_version", lambda: (3, 2))
+    with pytest.raises(BackendUnavailable, match=r"triton 3.2 is too old: 3.3 is needed"):
         requested_backend("triton")
     monkeypatch.setattr(dispatch_module, "_triton_is_installed", lambda: False)
     with pytest.raises(BackendUnavailable, match="pip install triton"):
@@ -112,7 +124,15 @@ def test_slow_path_is_logged_once(caplog):
 
 def test_missing_compiled_module_is_reported(monkeypatch):
     monkeypatch.setattr(dispatch_module.native, "import_error", "no such file")
-    choice = choose("auto", "cpu", FLOAT, FLOAT)
+    choice = choose("auto", torch.ones(2, 2))
     assert choice == ("reference", "the compiled module does not load: no such file")
     with pytest.raises(BackendUnavailable, match="no such file"):
         requested_backend("native")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels are compiled, not interpreted")
+def test_the_report_says_where_the_tiles_come_from():
+    pytest.importorskip("triton")
+    reason = small_optimizer(backend="triton").explain()[0]["reason"]
+    assert reason == "asked for by name; project: heuristic tiles, update: heuristic tiles"
+    assert small_optimizer(backend="native").explain()[0]["reason"] == "asked for by name"

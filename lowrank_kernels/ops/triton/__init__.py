@@ -1,10 +1,12 @@
-"""The Triton backend: three launches a matrix (four with split-K), no temporary of W's size.
+"""The Triton backend: three launches a group, two for GaLore, and no temporary of W's size.
 
 In the channel coordinates of `project`, both sides are the same kernels with strides swapped.
 """
 
-import functools
+import logging
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from typing import NamedTuple
 
 import torch
 import triton
@@ -14,15 +16,29 @@ from torch import Tensor
 from ..contract import (
     AdamScalars,
     ChannelSums,
+    Noise,
     Projection,
     Residual,
+    Scalar,
     Side,
     rank_axis,
 )
+from ..notices import notice_once
 from ..reference import LIMITER_GROWTH, NORM_EPS
-from .config import SCALE_BLOCK, SCALE_WARPS, project_config, update_config
-from .project import finish_split_kernel, project_kernel
+from .config import (
+    SCALE_BLOCK,
+    SCALE_WARPS,
+    gpu_of,
+    group_matrices,
+    project_config,
+    project_source,
+    update_config,
+    update_source,
+)
+from .groups import Group, arrival_counters, device_table, group
+from .project import project_kernel
 from .scale import channel_scale_kernel
+from .tuned import LARGEST_TILE, Problem
 from .update import update_kernel
 
 _LANGUAGE_TYPES = {
@@ -32,153 +48,248 @@ _LANGUAGE_TYPES = {
 }
 
 
+class _Adam(NamedTuple):
+    """`AdamScalars` for the kernel; 1 - beta is formed here, in float64."""
+
+    beta1: float
+    one_minus_beta1: float
+    beta2: float
+    one_minus_beta2: float
+    eps: float
+    bias_correction1: Scalar
+    bias_correction2: Scalar
+
+
+def obstacle(param: Tensor, grad: Tensor) -> str | None:
+    """Why the kernels do not serve these matrices, None if they do.
+
+    They would be right for any weight of short strides, but slow for one that is not dense: its
+    lines are read in full, whatever share of them is the weight's.
+    """
+    if not (param.is_contiguous() or param.T.is_contiguous()):
+        return f"the triton backend takes dense weights, not strides {param.stride()}"
+    for name, matrix in (("weight", param), ("gradient", grad)):
+        if not _fits_32_bits(matrix.stride()):
+            return (
+                f"the triton backend has 32-bit offsets within {LARGEST_TILE} rows and columns,"
+                f" too few for the strides {matrix.stride()} of the {name}"
+            )
+    return None
+
+
+def _fits_32_bits(strides: Sequence[int]) -> bool:
+    return LARGEST_TILE * sum(abs(stride) for stride in strides) < 2**31
+
+
+def group_size(param: Tensor, grad: Tensor, rank: int) -> int:
+    """As many matrices as have their gradients in half of the L2 cache, unless a table knows.
+
+    Operation 3 then reads most of G from L2, and the other half is left to everything else.
+    """
+    rows, cols = param.shape
+    return group_matrices((rows, cols), rank, grad.dtype, gpu_of(param.device))
+
+
+def explain(param: Tensor, grad: Tensor, side: Side, rank: int) -> dict[str, str]:
+    """Where the configurations of operations 1 and 3 come from, the basis being like the weight."""
+    axis, gpu = rank_axis(side), gpu_of(param.device)
+    sizes = (side, param.shape[1 - axis], param.shape[axis], rank, 1)
+    return {
+        "project": project_source(Problem(*sizes, (grad.dtype, param.dtype)), gpu),
+        "update": update_source(Problem(*sizes, (param.dtype, param.dtype)), gpu),
+    }
+
+
 def project_moments(
-    grad: Tensor,
-    basis: Tensor,
+    grads: Sequence[Tensor],
+    bases: Sequence[Tensor],
     side: Side,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
     adam: AdamScalars,
     residual: Residual | None,
 ) -> Projection:
     """As `reference.project_moments`; the channel sums come as slots, one row a rank tile."""
-    axis = rank_axis(side)
-    channels, depth, rank = grad.shape[1 - axis], grad.shape[axis], basis.shape[1]
-    stride_gc, stride_gd = _channel_strides(grad, side)
-    stride_c, stride_k = _channel_strides(exp_avg, side)
-    config = project_config(channels, depth, rank, _processors(grad.device))
-    tiles = triton.cdiv(rank, config.rank)
-    direction, projected = torch.empty_like(exp_avg), torch.empty_like(exp_avg)
-    sums = exp_avg.new_empty((3, tiles, channels) if residual else 0)
-    partial = exp_avg.new_empty((config.split, channels, rank) if config.split > 1 else 0)
-    partial_sq = exp_avg.new_empty((config.split, channels) if config.split > 1 else 0)
-    cancelled = 2 * residual.kappa - residual.kappa**2 if residual else 0.0
-    epilogue = (
-        adam.beta1,
-        1 - adam.beta1,
-        adam.beta2,
-        1 - adam.beta2,
-        adam.eps,
-        1 / adam.bias_correction1,
-        1 / adam.bias_correction2,
-        cancelled,
-    )
-    outputs = (exp_avg, exp_avg_sq, direction, projected, sums, partial, partial_sq)
-    programs = triton.cdiv(channels, config.channels) * tiles
-    with _device_of(grad):
-        if programs:
-            project_kernel[(programs, config.split)](
-                grad,
-                basis,
-                *outputs,
-                channels,
-                depth,
-                rank,
-                tiles,
-                stride_gc,
-                stride_gd,
-                *basis.stride(),
-                stride_c,
-                stride_k,
-                *epilogue,
-                OPERAND=_operand(grad, basis),
-                PRECISION=_precision(),
+    grads = _readable(grads)
+    first, basis, moment = grads[0], bases[0], exp_avgs[0]
+    groups = [group(tensors) for tensors in (grads, bases, exp_avgs, exp_avg_sqs)]
+    problem = _problem(first, side, basis, (first.dtype, basis.dtype), groups)
+    config = project_config(problem, gpu_of(first.device))
+    tiles_k = triton.cdiv(problem.rank, config.rank)
+    tiles = len(grads) * triton.cdiv(problem.channels, config.channels) * tiles_k
+    stacked = (len(grads), *moment.shape)
+    direction, projected = moment.new_empty(stacked), moment.new_empty(stacked)
+    sums = moment.new_empty((3, len(grads), tiles_k, problem.channels) if residual else (0,))
+    split = config.split > 1
+    pieces = tiles * config.split * config.channels if split else 0
+    partial, partial_sq = moment.new_empty(pieces * config.rank), moment.new_empty(pieces)
+    if tiles:
+        with _device_of(first):
+            project_kernel[(tiles, config.split)](
+                groups[0],
+                _channel_strides(first, side),
+                groups[1],
+                basis.stride(),
+                *groups[2:],
+                _channel_strides(moment, side),
+                direction,
+                projected,
+                sums,
+                partial,
+                partial_sq,
+                arrival_counters(tiles if split else 0, first.device),
+                problem.channels,
+                problem.depth,
+                problem.rank,
+                config.split,
+                _adam(adam),
+                2 * residual.kappa - residual.kappa**2 if residual else 0.0,
+                OPERAND=_LANGUAGE_TYPES[_operand(*problem.dtypes)],
+                PRECISION=_precision(*problem.dtypes),
                 SUMS=residual is not None,
-                SPLIT=config.split,
+                SPLIT=split,
+                DEVICE_SCALARS=isinstance(adam.bias_correction1, Tensor),
                 BC=config.channels,
                 BR=config.rank,
                 BD=config.depth,
+                CUTS=config.cuts,
                 num_warps=config.warps,
                 num_stages=config.stages,
-            )
-        if programs and config.split > 1:
-            finish_split_kernel[(programs,)](
-                *outputs,
-                channels,
-                rank,
-                tiles,
-                stride_c,
-                stride_k,
-                *epilogue,
-                SUMS=residual is not None,
-                SPLIT=config.split,
-                BC=config.channels,
-                BR=config.rank,
-                num_warps=config.warps,
+                maxnreg=config.registers,
             )
     return Projection(direction, projected, ChannelSums(*sums) if residual else None)
 
 
-def channel_scale(sums: ChannelSums, limiter_norm: Tensor) -> Tensor:
+def channel_scale(sums: ChannelSums, limiter_norms: Sequence[Tensor]) -> Tensor:
     """As `reference.channel_scale`, in one launch."""
-    tiles, channels = sums.direction.shape
-    factor = limiter_norm.new_empty(channels)
-    with _device_of(limiter_norm):
-        channel_scale_kernel[(1,)](
-            *sums,
-            factor,
-            limiter_norm,
-            channels,
-            tiles,
-            LIMITER_GROWTH,
-            NORM_EPS,
-            BC=SCALE_BLOCK,
-            num_warps=SCALE_WARPS,
-        )
+    matrices, *slots, channels = sums.direction.shape
+    device = sums.direction.device
+    programs = triton.cdiv(channels, SCALE_BLOCK)
+    factor = sums.direction.new_empty((matrices, channels))
+    if programs:
+        with _device_of(factor):
+            channel_scale_kernel[(matrices * programs,)](
+                *sums,
+                factor,
+                sums.direction.new_empty((matrices, programs)),
+                group(limiter_norms),
+                arrival_counters(matrices, device),
+                channels,
+                slots[0] if slots else 1,
+                LIMITER_GROWTH,
+                NORM_EPS,
+                BC=SCALE_BLOCK,
+                num_warps=SCALE_WARPS,
+            )
     return factor
 
 
 def back_project_update(
-    param: Tensor,
-    grad: Tensor,
-    basis: Tensor,
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    bases: Sequence[Tensor],
     side: Side,
     projection: Projection,
     residual: Residual | None,
     factor: Tensor | None,
     *,
     scale: float,
-    step_size: float,
-    decay: float,
+    step_size: Scalar,
+    decay: Scalar,
+    noise: Noise | None,
 ) -> None:
     """As `reference.back_project_update`, in one launch."""
-    axis = rank_axis(side)
-    channels, depth, rank = param.shape[1 - axis], param.shape[axis], basis.shape[1]
-    config = update_config(channels, depth, rank)
-    tiles_d = triton.cdiv(depth, config.depth)
-    programs = triton.cdiv(channels, config.channels) * tiles_d
-    if not programs:
+    if residual is not None:
+        grads = _readable(grads)
+    param, basis, direction = params[0], bases[0], projection.direction
+    groups = [group(tensors) for tensors in (params, grads, bases)]
+    problem = _problem(param, side, basis, (basis.dtype, basis.dtype), groups)
+    config = update_config(problem, gpu_of(param.device))
+    tiles_c = triton.cdiv(problem.channels, config.channels)
+    tiles = len(params) * tiles_c * triton.cdiv(problem.depth, config.depth)
+    if not tiles:
         return
     with _device_of(param):
-        update_kernel[(programs,)](
-            param,
-            grad,
-            basis,
-            projection.direction,
+        update_kernel[(tiles,)](
+            groups[0],
+            _channel_strides(param, side),
+            groups[1],
+            _channel_strides(grads[0], side),
+            groups[2],
+            basis.stride(),
+            direction,
             projection.projected,
-            projection.direction if factor is None else factor,
-            channels,
-            depth,
-            rank,
-            tiles_d,
-            *_channel_strides(param, side),
-            *_channel_strides(grad, side),
-            *basis.stride(),
-            *_channel_strides(projection.direction, side),
+            _channel_strides(direction[0], side),
+            direction if factor is None else factor,
+            problem.channels,
+            problem.depth,
+            problem.rank,
             scale,
             residual.rho if residual else 0.0,
-            residual.rho * residual.kappa if residual else 0.0,
+            residual.kappa if residual else 0.0,
             step_size,
-            1 - decay,
+            decay,
+            device_table(noise.salts, param.device) if noise else direction,
+            noise.step if noise else 0,
             OPERAND=_LANGUAGE_TYPES[basis.dtype],
-            PRECISION=_precision(),
+            PRECISION=_precision(*problem.dtypes),
             RESIDUAL=residual is not None,
+            DEVICE_SCALARS=isinstance(step_size, Tensor),
+            NOISE=noise is not None,
+            DEVICE_STEP=noise is not None and isinstance(noise.step, Tensor),
             BC=config.channels,
             BD=config.depth,
             BR=config.rank,
+            CUTS=config.cuts,
             num_warps=config.warps,
             num_stages=config.stages,
+            maxnreg=config.registers,
         )
+
+
+def _problem(
+    matrix: Tensor,
+    side: Side,
+    basis: Tensor,
+    dtypes: tuple[torch.dtype, torch.dtype],
+    groups: Sequence[Group],
+) -> Problem:
+    axis = rank_axis(side)
+    wide = all(each.unit == 16 and each.base.data_ptr() % 16 == 0 for each in groups)
+    return Problem(
+        side,
+        channels=matrix.shape[1 - axis],
+        depth=matrix.shape[axis],
+        rank=basis.shape[1],
+        matrices=len(groups[0].offsets),
+        dtypes=dtypes,
+        wide=wide,
+    )
+
+
+def _readable(grads: Sequence[Tensor]) -> Sequence[Tensor]:
+    """The gradients, copied if no axis of theirs is contiguous: each element would cost a line."""
+    strides = grads[0].stride()
+    if 1 in strides:
+        return grads
+    notice_once(
+        logging.WARNING,
+        f"gradients with strides {strides} are copied at every step: the triton backend reads rows"
+        " or columns that are contiguous",
+    )
+    return [grad.contiguous() for grad in grads]
+
+
+def _adam(adam: AdamScalars) -> _Adam:
+    return _Adam(
+        adam.beta1,
+        1 - adam.beta1,
+        adam.beta2,
+        1 - adam.beta2,
+        adam.eps,
+        adam.bias_correction1,
+        adam.bias_correction2,
+    )
 
 
 def _channel_strides(matrix: Tensor, side: Side) -> tuple[int, int]:
@@ -187,21 +298,23 @@ def _channel_strides(matrix: Tensor, side: Side) -> tuple[int, int]:
     return matrix.stride(1 - axis), matrix.stride(axis)
 
 
-def _operand(grad: Tensor, basis: Tensor) -> tl.dtype:
+def _operand(grad: torch.dtype, basis: torch.dtype) -> torch.dtype:
     """Two half-precision operands of one kind stay as they are; anything mixed is float32."""
-    return _LANGUAGE_TYPES[grad.dtype if grad.dtype is basis.dtype else torch.float32]
+    return grad if grad is basis else torch.float32
 
 
-def _precision() -> str:
-    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
+def _precision(grad: torch.dtype, basis: torch.dtype) -> str:
+    """How float32 is multiplied: by what the user allows; the rest is of no effect.
 
-
-@functools.cache
-def _processors(device: torch.device) -> int:
-    """Streaming multiprocessors; in the interpreter a number that makes small matrices split."""
-    if device.type != "cuda":
-        return 64
-    return torch.cuda.get_device_properties(device).multi_processor_count
+    Triton 3.7.1 takes "ieee" for TF32 on sm_100 where it sees that an operand was half precision;
+    three TF32 products, which keep 22 bits of either operand, it leaves alone.
+    """
+    matmul = torch.backends.cuda.matmul
+    # torch raises on the old switch once the new one was set.
+    switch = getattr(matmul, "fp32_precision", None)
+    if matmul.allow_tf32 if switch is None else switch == "tf32":
+        return "tf32"
+    return "ieee" if grad is basis else "tf32x3"
 
 
 def _device_of(tensor: Tensor) -> AbstractContextManager[object]:

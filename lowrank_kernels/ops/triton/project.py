@@ -6,236 +6,163 @@ the strides differ.
 
     R(c, k) = sum_d G'(c, d) P(d, k)
     M = b1 M + (1 - b1) R,   V = b2 V + (1 - b2) R^2,   N = (M / c1) / (sqrt(V / c2) + eps)
-    slots per rank tile: sum_k N^2, sum_k R^2, -(2 kappa - kappa^2) sum_k R^2 (+ sum_d G'^2 once)
+    channel sums, a slot a rank tile: sum_k N^2,   sum_k R^2,
+                                      sum_d G'^2 - (2 kappa - kappa^2) sum_k R^2
 
-Bytes, b for G and P, float32 moments: C D b + D r b + 24 C r. FLOPs: 2 C D r.
+Bytes a matrix, b for G and P, float32 moments: C D b + D r b + 24 C r. FLOPs: 2 C D r.
 
-Adam is not linear, so it sees a complete sum only. With split-K the partial sums go to a workspace,
-and a second kernel adds them in ascending order before the same epilogue. Sums go to one slot a
-tile: no atomics, two runs give the same bits.
+Adam is not linear, so it has to see complete sums. Where the reduction is split, each part stores
+its sums and is counted; the part that arrives last adds all of them, its own too, in ascending
+order, and alone goes on to Adam. Which part that is changes no bit, nor does any atomic add floats.
 """
 
 import triton
 import triton.language as tl
 
+from .device import arrives_last, locate, piece, scalar
+
 
 @triton.jit
-def _adam_epilogue(
-    low,  # [BC, BR], complete sums
-    grad_sq,  # [BC], sums of G'^2, used by the first rank tile
-    tile_k,
-    channel,
-    rank_index,
-    inside,  # [BC, BR]
-    exp_avg_ptr,
-    exp_avg_sq_ptr,
-    direction_ptr,
-    projected_ptr,
-    sums_ptr,
-    channels,
-    tiles,
-    stride_c,
-    stride_k,
-    beta1,
-    one_minus_beta1,
-    beta2,
-    one_minus_beta2,
-    eps,
-    inverse_correction1,
-    inverse_correction2,
-    cancelled,
-    SUMS: tl.constexpr,
-):
-    offsets = channel[:, None] * stride_c + rank_index[None, :] * stride_k
-    exp_avg = tl.load(exp_avg_ptr + offsets, mask=inside, other=0.0)
-    exp_avg_sq = tl.load(exp_avg_sq_ptr + offsets, mask=inside, other=0.0)
-    # NaN and Inf fail the comparison: such an element keeps its moments and moves nothing.
+def _adam(low, exp_avg, exp_avg_sq, inside, matrix, adam, DEVICE_SCALARS: tl.constexpr):
+    """M, V and N of R; an element of R that is not finite keeps its moments and moves nothing."""
     finite = tl.abs(low) < float("inf")
     low = tl.where(finite, low, 0.0)
-    exp_avg = tl.where(finite, beta1 * exp_avg + one_minus_beta1 * low, exp_avg)
-    exp_avg_sq = tl.where(finite, beta2 * exp_avg_sq + one_minus_beta2 * (low * low), exp_avg_sq)
-    root = tl.sqrt(exp_avg_sq * inverse_correction2)
-    direction = tl.where(finite & inside, exp_avg * inverse_correction1 / (root + eps), 0.0)
-    tl.store(exp_avg_ptr + offsets, exp_avg, mask=inside)
-    tl.store(exp_avg_sq_ptr + offsets, exp_avg_sq, mask=inside)
-    tl.store(direction_ptr + offsets, direction, mask=inside)
-    tl.store(projected_ptr + offsets, low, mask=inside)
-    if SUMS:
-        low_sq = tl.sum(tl.where(inside, low * low, 0.0), axis=1)
-        residual_sq = tl.where(tile_k == 0, grad_sq, 0.0) - cancelled * low_sq
-        # tl.cast and not .to: the JIT passes an argument that is 1 as a plain int.
-        slot = sums_ptr + tl.cast(tile_k, tl.int64) * channels + channel
-        plane = tl.cast(tiles, tl.int64) * channels
-        valid = channel < channels
-        tl.store(slot, tl.sum(direction * direction, axis=1), mask=valid)
-        tl.store(slot + plane, low_sq, mask=valid)
-        tl.store(slot + 2 * plane, residual_sq, mask=valid)
+    new_avg = adam.beta1 * exp_avg + adam.one_minus_beta1 * low
+    new_avg_sq = adam.beta2 * exp_avg_sq + adam.one_minus_beta2 * (low * low)
+    exp_avg = tl.where(finite, new_avg, exp_avg)
+    exp_avg_sq = tl.where(finite, new_avg_sq, exp_avg_sq)
+    inverse1 = 1.0 / scalar(adam.bias_correction1, matrix, DEVICE_SCALARS)
+    inverse2 = 1.0 / scalar(adam.bias_correction2, matrix, DEVICE_SCALARS)
+    direction = exp_avg * inverse1 / (tl.sqrt(exp_avg_sq * inverse2) + adam.eps)
+    return low, exp_avg, exp_avg_sq, tl.where(finite & inside, direction, 0.0)
 
 
 @triton.jit
 def project_kernel(
-    grad_ptr,
-    basis_ptr,
-    exp_avg_ptr,
-    exp_avg_sq_ptr,
-    direction_ptr,
-    projected_ptr,
-    sums_ptr,  # [3, tiles, C]
-    partial_ptr,  # [SPLIT, C, r], SPLIT > 1 only
-    partial_sq_ptr,  # [SPLIT, C], SPLIT > 1 only
+    grads,
+    grad_strides,  # of c and d
+    bases,
+    basis_strides,  # of d and k
+    exp_avgs,
+    exp_avg_sqs,
+    low_strides,  # of c and k
+    direction_ptr,  # [B, shape of R]
+    projected_ptr,  # [B, shape of R]
+    sums_ptr,  # [3, B, rank tiles, C]
+    partial_ptr,  # [tiles, parts, BC, BR], if SPLIT
+    partial_sq_ptr,  # [tiles, parts, BC], if SPLIT
+    arrived_ptr,  # [tiles], if SPLIT
     channels,
     depth,
     rank,
-    tiles,
-    stride_gc,
-    stride_gd,
-    stride_pd,
-    stride_pk,
-    stride_c,
-    stride_k,
-    beta1,
-    one_minus_beta1,
-    beta2,
-    one_minus_beta2,
-    eps,
-    inverse_correction1,
-    inverse_correction2,
+    parts,
+    adam,
     cancelled,
     OPERAND: tl.constexpr,
     PRECISION: tl.constexpr,
     SUMS: tl.constexpr,
     SPLIT: tl.constexpr,
+    DEVICE_SCALARS: tl.constexpr,
     BC: tl.constexpr,
     BR: tl.constexpr,
     BD: tl.constexpr,
+    CUTS: tl.constexpr,
 ):
     # Rank tiles are neighbours in the grid: they read the same rows of G, which then hit in L2.
-    tile_k = tl.program_id(0) % tiles
-    tile_c = tl.program_id(0) // tiles
+    tiles_k = tl.cdiv(rank, BR)
+    tiles_c = tl.cdiv(channels, BC)
+    tile = tl.program_id(0)
+    tile_k = tile % tiles_k
+    tile_c = tile // tiles_k % tiles_c
+    matrix = tile // tiles_k // tiles_c
     part = tl.program_id(1)
-    channel = tile_c.to(tl.int64) * BC + tl.arange(0, BC)
-    rank_index = tile_k.to(tl.int64) * BR + tl.arange(0, BR)
-    entry = tl.arange(0, BD).to(tl.int64)
+
+    # Tiles begin at 64-bit scalars; offsets within them have 32 bits, which saves registers.
+    first_c = tile_c.to(tl.int64) * BC
+    first_k = tile_k.to(tl.int64) * BR
+    c, k, d = tl.arange(0, BC), tl.arange(0, BR), tl.arange(0, BD)
+    inside_c = (c < channels - first_c)[:, None]
+    inside_k = (k < rank - first_k)[None, :]
+    grad_ptr = locate(grads, matrix) + first_c * grad_strides[0]
+    basis_ptr = locate(bases, matrix) + first_k * basis_strides[1]
+    grad_offsets = c[:, None] * grad_strides[0] + d[None, :] * grad_strides[1]
+    basis_offsets = d[:, None] * basis_strides[0] + k[None, :] * basis_strides[1]
 
     low = tl.zeros((BC, BR), dtype=tl.float32)
     grad_sq = tl.zeros((BC,), dtype=tl.float32)
-    for block in range(part, tl.cdiv(depth, BD), SPLIT):
-        d = tl.cast(block, tl.int64) * BD + entry
+    for block in range(part, tl.cdiv(depth, BD), parts):
+        first_d = tl.cast(block, tl.int64) * BD
+        inside_d = d < depth - first_d
         grad = tl.load(
-            grad_ptr + channel[:, None] * stride_gc + d[None, :] * stride_gd,
-            mask=(channel[:, None] < channels) & (d[None, :] < depth),
+            grad_ptr + first_d * grad_strides[1] + grad_offsets,
+            mask=inside_c & inside_d[None, :],
             other=0.0,
         )
         basis = tl.load(
-            basis_ptr + d[:, None] * stride_pd + rank_index[None, :] * stride_pk,
-            mask=(d[:, None] < depth) & (rank_index[None, :] < rank),
+            basis_ptr + first_d * basis_strides[0] + basis_offsets,
+            mask=inside_d[:, None] & inside_k,
             other=0.0,
         )
         low = tl.dot(grad.to(OPERAND), basis.to(OPERAND), low, input_precision=PRECISION)
+        if SUMS:  # noqa: SIM102, one condition is the compiler's
+            # Each rank tile squares its share of the blocks.
+            if block % tiles_k == tile_k:
+                wide = grad.to(tl.float32)
+                grad_sq += tl.sum(wide * wide, axis=1)
+
+    complete = True
+    if SPLIT:
+        place = tile.to(tl.int64) * parts
+        own = (place + part) * BC
+        low_offsets = c[:, None] * BR + k[None, :]
+        tl.store(partial_ptr + own * BR + low_offsets, low)
+        tl.store(partial_sq_ptr + own + c, grad_sq)
+        complete = arrives_last(arrived_ptr + tile, parts)
+        if complete:
+            low = tl.zeros((BC, BR), dtype=tl.float32)
+            grad_sq = tl.zeros((BC,), dtype=tl.float32)
+            for other in range(parts):
+                addend = (place + other) * BC
+                low += tl.load(partial_ptr + addend * BR + low_offsets, cache_modifier=".cg")
+                grad_sq += tl.load(partial_sq_ptr + addend + c, cache_modifier=".cg")
+    if complete:
+        low_first = first_c * low_strides[0] + first_k * low_strides[1]
+        stacked_first = matrix.to(tl.int64) * channels * rank + low_first
+        exp_avg_ptr = locate(exp_avgs, matrix) + low_first
+        exp_avg_sq_ptr = locate(exp_avg_sqs, matrix) + low_first
+        direction_ptr += stacked_first
+        projected_ptr += stacked_first
+        # A piece at a time: whole tiles of M, V, N and R would spill.
+        WIDTH: tl.constexpr = BR >> CUTS
+        direction_sq = tl.zeros((BC, WIDTH), dtype=tl.float32)
+        low_sq = tl.zeros((BC, WIDTH), dtype=tl.float32)
+        for index in tl.static_range(1 << CUTS):
+            low_piece = piece(low, index, CUTS, BC, BR)
+            if index * WIDTH < rank - first_k:
+                piece_k = index * WIDTH + tl.arange(0, WIDTH)
+                offsets = c[:, None] * low_strides[0] + piece_k[None, :] * low_strides[1]
+                inside = inside_c & (piece_k < rank - first_k)[None, :]
+                new, exp_avg, exp_avg_sq, direction = _adam(
+                    low_piece,
+                    tl.load(exp_avg_ptr + offsets, mask=inside, other=0.0),
+                    tl.load(exp_avg_sq_ptr + offsets, mask=inside, other=0.0),
+                    inside,
+                    matrix,
+                    adam,
+                    DEVICE_SCALARS,
+                )
+                tl.store(exp_avg_ptr + offsets, exp_avg, mask=inside)
+                tl.store(exp_avg_sq_ptr + offsets, exp_avg_sq, mask=inside)
+                tl.store(direction_ptr + offsets, direction, mask=inside)
+                tl.store(projected_ptr + offsets, new, mask=inside)
+                direction_sq += direction * direction
+                low_sq += new * new
         if SUMS:
-            wide = grad.to(tl.float32)
-            grad_sq += tl.sum(wide * wide, axis=1)
-
-    inside = (channel[:, None] < channels) & (rank_index[None, :] < rank)
-    if SPLIT == 1:
-        _adam_epilogue(
-            low,
-            grad_sq,
-            tile_k,
-            channel,
-            rank_index,
-            inside,
-            exp_avg_ptr,
-            exp_avg_sq_ptr,
-            direction_ptr,
-            projected_ptr,
-            sums_ptr,
-            channels,
-            tiles,
-            stride_c,
-            stride_k,
-            beta1,
-            one_minus_beta1,
-            beta2,
-            one_minus_beta2,
-            eps,
-            inverse_correction1,
-            inverse_correction2,
-            cancelled,
-            SUMS,
-        )
-    else:
-        row = part.to(tl.int64) * channels + channel
-        tl.store(partial_ptr + row[:, None] * rank + rank_index[None, :], low, mask=inside)
-        if SUMS:
-            once = (channel < channels) & (tile_k == 0)
-            tl.store(partial_sq_ptr + row, grad_sq, mask=once)
-
-
-@triton.jit
-def finish_split_kernel(
-    exp_avg_ptr,
-    exp_avg_sq_ptr,
-    direction_ptr,
-    projected_ptr,
-    sums_ptr,
-    partial_ptr,
-    partial_sq_ptr,
-    channels,
-    rank,
-    tiles,
-    stride_c,
-    stride_k,
-    beta1,
-    one_minus_beta1,
-    beta2,
-    one_minus_beta2,
-    eps,
-    inverse_correction1,
-    inverse_correction2,
-    cancelled,
-    SUMS: tl.constexpr,
-    SPLIT: tl.constexpr,
-    BC: tl.constexpr,
-    BR: tl.constexpr,
-):
-    tile_k = tl.program_id(0) % tiles
-    tile_c = tl.program_id(0) // tiles
-    channel = tile_c.to(tl.int64) * BC + tl.arange(0, BC)
-    rank_index = tile_k.to(tl.int64) * BR + tl.arange(0, BR)
-    inside = (channel[:, None] < channels) & (rank_index[None, :] < rank)
-
-    low = tl.zeros((BC, BR), dtype=tl.float32)
-    grad_sq = tl.zeros((BC,), dtype=tl.float32)
-    for part in range(SPLIT):
-        row = tl.cast(part, tl.int64) * channels + channel
-        offsets = row[:, None] * rank + rank_index[None, :]
-        low += tl.load(partial_ptr + offsets, mask=inside, other=0.0)
-        if SUMS:
-            grad_sq += tl.load(partial_sq_ptr + row, mask=channel < channels, other=0.0)
-    _adam_epilogue(
-        low,
-        grad_sq,
-        tile_k,
-        channel,
-        rank_index,
-        inside,
-        exp_avg_ptr,
-        exp_avg_sq_ptr,
-        direction_ptr,
-        projected_ptr,
-        sums_ptr,
-        channels,
-        tiles,
-        stride_c,
-        stride_k,
-        beta1,
-        one_minus_beta1,
-        beta2,
-        one_minus_beta2,
-        eps,
-        inverse_correction1,
-        inverse_correction2,
-        cancelled,
-        SUMS,
-    )
+            slot = matrix.to(tl.int64) * tiles_k + tile_k
+            slot_ptr = sums_ptr + slot * channels + first_c + c
+            plane = (tl.num_programs(0) // tiles_c).to(tl.int64) * channels  # B rank tiles C
+            valid = c < channels - first_c
+            channel_low_sq = tl.sum(low_sq, axis=1)
+            tl.store(slot_ptr, tl.sum(direction_sq, axis=1), mask=valid)
+            tl.store(slot_ptr + plane, channel_low_sq, mask=valid)
+            tl.store(slot_ptr + 2 * plane, grad_sq - cancelled * channel_low_sq, mask=valid)

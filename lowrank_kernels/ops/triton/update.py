@@ -5,80 +5,138 @@ In the channel coordinates of operation 1:
     B(c, k) = scale N(c, k) - rho kappa phi'_c R(c, k)        (GaLore: scale N)
     W'(c, d) <- keep (W'(c, d) - s (sum_k B(c, k) P(d, k) + rho phi'_c G'(c, d)))
 
-Bytes, b for W, G and P: 3 C D b (GaLore 2 C D b) + D r b + 8 C r. FLOPs: 2 C D r. W is read and
-written once, B is formed in registers on its way into the product.
+Bytes a matrix, b for W, G and P: 3 C D b (GaLore 2 C D b) + D r b + 8 C r. FLOPs: 2 C D r. W is
+read and written once, B is formed in registers on its way into the product.
+
+Matrices and tiles come in the reverse of operation 1's order: what of G it read last is still in
+the L2 cache when this kernel reads G again.
 """
 
 import triton
 import triton.language as tl
 
+from .device import locate, piece, scalar
+
 
 @triton.jit
+def _mix(value):
+    """lowbias32, as in `reference`; unsigned."""
+    value = (value ^ (value >> 16)) * 0x7FEB352D
+    value = (value ^ (value >> 15)) * 0x846CA68B
+    return value ^ (value >> 16)
+
+
+@triton.jit
+def _noise_key(salts, noise_step, matrix, DEVICE_STEP: tl.constexpr):
+    if DEVICE_STEP:
+        noise_step = tl.load(noise_step + matrix)
+    salt = tl.load(salts + matrix).to(tl.uint32)
+    return _mix(salt + _mix(tl.cast(noise_step, tl.uint32)))
+
+
+@triton.jit
+def _rounded_at_random(weight, key, channel, d):
+    """float32 of which bfloat16 loses nothing: `reference.stochastically_rounded` bit for bit."""
+    row = _mix(key + channel.to(tl.uint32))
+    bits = _mix(row[:, None] + d.to(tl.uint32)[None, :])
+    raw = weight.to(tl.uint32, bitcast=True)
+    rounded = ((raw + (bits & 0xFFFF)) & 0xFFFF0000).to(tl.float32, bitcast=True)
+    return tl.where(tl.abs(weight) < float("inf"), rounded, weight)
+
+
+@triton.jit(do_not_specialize=["noise_step"])
 def update_kernel(
-    param_ptr,
-    grad_ptr,
-    basis_ptr,
-    direction_ptr,
-    projected_ptr,
-    factor_ptr,
+    weights,  # Triton generates a launcher with a local of its own called `params`
+    weight_strides,  # of c and d
+    grads,
+    grad_strides,  # of c and d
+    bases,
+    basis_strides,  # of d and k
+    direction_ptr,  # [B, shape of R]
+    projected_ptr,  # [B, shape of R]
+    low_strides,  # of c and k
+    factor_ptr,  # [B, C], if RESIDUAL
     channels,
     depth,
     rank,
-    tiles_d,
-    stride_wc,
-    stride_wd,
-    stride_gc,
-    stride_gd,
-    stride_pd,
-    stride_pk,
-    stride_c,
-    stride_k,
     scale,
     rho,
-    rho_kappa,
+    kappa,
     step_size,
-    keep,
+    decay,
+    salts,  # [B], if NOISE
+    noise_step,
     OPERAND: tl.constexpr,
     PRECISION: tl.constexpr,
     RESIDUAL: tl.constexpr,
+    DEVICE_SCALARS: tl.constexpr,
+    NOISE: tl.constexpr,
+    DEVICE_STEP: tl.constexpr,
     BC: tl.constexpr,
     BD: tl.constexpr,
     BR: tl.constexpr,
+    CUTS: tl.constexpr,
 ):
-    tile_d = tl.program_id(0) % tiles_d
-    tile_c = tl.program_id(0) // tiles_d
-    channel = tile_c.to(tl.int64) * BC + tl.arange(0, BC)
-    d = tile_d.to(tl.int64) * BD + tl.arange(0, BD)
-    entry_k = tl.arange(0, BR).to(tl.int64)
-    valid = channel < channels
+    tiles_d = tl.cdiv(depth, BD)
+    tiles_c = tl.cdiv(channels, BC)
+    tile = tl.num_programs(0) - 1 - tl.program_id(0)
+    tile_d = tile % tiles_d
+    tile_c = tile // tiles_d % tiles_c
+    matrix = tile // tiles_d // tiles_c
+
+    first_c = tile_c.to(tl.int64) * BC
+    first_d = tile_d.to(tl.int64) * BD
+    c, d, k = tl.arange(0, BC), tl.arange(0, BD), tl.arange(0, BR)
+    valid = c < channels - first_c
+    inside_d = (d < depth - first_d)[None, :]
+    low_offset = matrix.to(tl.int64) * channels * rank + first_c * low_strides[0]
+    low_offsets = c[:, None] * low_strides[0] + k[None, :] * low_strides[1]
+    basis_ptr = locate(bases, matrix) + first_d * basis_strides[0]
+    basis_offsets = d[None, :] * basis_strides[0] + k[:, None] * basis_strides[1]
 
     factor = tl.zeros((BC,), dtype=tl.float32)
     if RESIDUAL:
-        factor = tl.load(factor_ptr + channel, mask=valid, other=0.0)
+        factor_ptr += matrix.to(tl.int64) * channels + first_c
+        factor = rho * tl.load(factor_ptr + c, mask=valid, other=0.0)
     total = tl.zeros((BC, BD), dtype=tl.float32)
     for start in range(0, rank, BR):
-        k = start + entry_k
-        low_offsets = channel[:, None] * stride_c + k[None, :] * stride_k
-        low_mask = valid[:, None] & (k[None, :] < rank)
-        combined = scale * tl.load(direction_ptr + low_offsets, mask=low_mask, other=0.0)
+        first_k = tl.cast(start, tl.int64)
+        inside_k = k < rank - first_k
+        low_first = low_offset + first_k * low_strides[1]
+        inside = valid[:, None] & inside_k[None, :]
+        combined = scale * tl.load(direction_ptr + low_first + low_offsets, mask=inside, other=0.0)
         if RESIDUAL:
-            low = tl.load(projected_ptr + low_offsets, mask=low_mask, other=0.0)
-            combined -= rho_kappa * factor[:, None] * low
+            low = tl.load(projected_ptr + low_first + low_offsets, mask=inside, other=0.0)
+            combined -= kappa * factor[:, None] * low
         basis = tl.load(
-            basis_ptr + d[None, :] * stride_pd + k[:, None] * stride_pk,
-            mask=(d[None, :] < depth) & (k[:, None] < rank),
+            basis_ptr + first_k * basis_strides[1] + basis_offsets,
+            mask=inside_d & inside_k[:, None],
             other=0.0,
         )
         total = tl.dot(combined.to(OPERAND), basis.to(OPERAND), total, input_precision=PRECISION)
 
-    inside = valid[:, None] & (d[None, :] < depth)
-    if RESIDUAL:
-        grad_offsets = channel[:, None] * stride_gc + d[None, :] * stride_gd
-        grad = tl.load(grad_ptr + grad_offsets, mask=inside, other=0.0).to(tl.float32)
-        # A skipped channel has factor 0, and 0 * NaN would still be NaN.
-        used = tl.where(factor[:, None] != 0.0, grad, 0.0)
-        total += rho * factor[:, None] * used
-    weight_offsets = channel[:, None] * stride_wc + d[None, :] * stride_wd
-    weight = tl.load(param_ptr + weight_offsets, mask=inside, other=0.0).to(tl.float32)
-    weight = keep * (weight - step_size * total)
-    tl.store(param_ptr + weight_offsets, weight.to(param_ptr.dtype.element_ty), mask=inside)
+    weight_ptr = locate(weights, matrix) + first_c * weight_strides[0] + first_d * weight_strides[1]
+    grad_ptr = locate(grads, matrix) + first_c * grad_strides[0] + first_d * grad_strides[1]
+    step = scalar(step_size, matrix, DEVICE_SCALARS)
+    keep = 1.0 - scalar(decay, matrix, DEVICE_SCALARS)
+    # A piece at a time: whole tiles of W and G would spill.
+    WIDTH: tl.constexpr = BD >> CUTS
+    for index in tl.static_range(1 << CUTS):
+        update = piece(total, index, CUTS, BC, BD)
+        if index * WIDTH < depth - first_d:
+            piece_d = index * WIDTH + tl.arange(0, WIDTH)
+            inside = valid[:, None] & (piece_d < depth - first_d)[None, :]
+            if RESIDUAL:
+                grad_offsets = c[:, None] * grad_strides[0] + piece_d[None, :] * grad_strides[1]
+                grad = tl.load(grad_ptr + grad_offsets, mask=inside, other=0.0).to(tl.float32)
+                # A skipped channel has factor 0, and 0 * NaN would still be NaN.
+                update += factor[:, None] * tl.where(factor[:, None] != 0.0, grad, 0.0)
+            weight_offsets = c[:, None] * weight_strides[0] + piece_d[None, :] * weight_strides[1]
+            weight = tl.load(weight_ptr + weight_offsets, mask=inside, other=0.0).to(tl.float32)
+            weight = keep * (weight - step * update)
+            if NOISE:
+                key = _noise_key(salts, noise_step, matrix, DEVICE_STEP)
+                weight = _rounded_at_random(weight, key, first_c + c, first_d + piece_d)
+            tl.store(
+                weight_ptr + weight_offsets, weight.to(weight_ptr.dtype.element_ty), mask=inside
+            )

@@ -1,0 +1,116 @@
+"""Times side by side: interleaved rounds, and the two rates of a device that floors are made of."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+# A run of one candidate takes a round's number, by which it picks its inputs: a candidate that
+# finds them in a cache, because it has just used them, is measured at another problem.
+Candidate = Callable[[int], object]
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Seconds of one candidate, one a round."""
+
+    seconds: list[float]
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.seconds)
+
+    @property
+    def spread(self) -> float:
+        """Half of what lies between the first and the third quartile, as a share of the median."""
+        if len(self.seconds) < 2:
+            return 0.0
+        first, _, third = statistics.quantiles(self.seconds, n=4, method="inclusive")
+        return (third - first) / 2 / self.median
+
+
+def interleaved(
+    candidates: dict[str, Candidate],
+    device: torch.device,
+    rounds: int,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, Samples]:
+    """Runs every candidate once a round, each round from another one on, after two idle rounds.
+
+    What disturbs the machine for a while then disturbs all of them, and none always comes after the
+    same one. On a GPU events take the time; the host waits once a round.
+    """
+    names = list(candidates)
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    for turn in range(-2, rounds):
+        first = turn % len(names)
+        for name in names[first:] + names[:first]:
+            elapsed = _time_once(candidates[name], turn + 2, device, clock)
+            if turn >= 0:
+                seconds[name].append(elapsed)
+    return {name: Samples(values) for name, values in seconds.items()}
+
+
+def _time_once(
+    candidate: Candidate, turn: int, device: torch.device, clock: Callable[[], float]
+) -> float:
+    if device.type != "cuda":
+        start = clock()
+        candidate(turn)
+        return clock() - start
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in "be")
+    # The queue must not run dry while Python launches: events would time the gaps. 1 ms of spinning
+    # at 2 GHz gives the host its lead.
+    torch.cuda._sleep(2_000_000)
+    begin.record()
+    candidate(turn)
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end) / 1e3
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What the device was measured to do: bytes copied (read + written) and FLOPs, a second."""
+
+    bytes_per_second: float
+    flops_per_second: float
+
+    def floor(self, bytes_moved: float, flops: float) -> float:
+        """Seconds that no implementation on this device can beat by much."""
+        return max(bytes_moved / self.bytes_per_second, flops / self.flops_per_second)
+
+
+def measure_rates(device: torch.device, dtype: torch.dtype, quick: bool = False) -> Rates:
+    """The best of a few large copies and of a few large matrix products in this dtype."""
+    cuda = device.type == "cuda"
+    numbers = (2**30 if cuda else 2**26) // dtype.itemsize
+    side = 8192 if cuda else 2048
+    if quick:
+        numbers, side = 2**16, 256
+    source = torch.randn(numbers, device=device).to(dtype)
+    target = torch.empty_like(source)
+    left, right = (torch.randn(side, side, device=device).to(dtype) for _ in "lr")
+    product = torch.empty_like(left)
+    times = interleaved(
+        {
+            "copy": lambda _: target.copy_(source),
+            "product": lambda _: torch.mm(left, right, out=product),
+        },
+        device,
+        rounds=2 if quick else 10,
+    )
+    copied = 2 * source.numel() * source.element_size() / min(times["copy"].seconds)
+    return Rates(copied, 2 * side**3 / min(times["product"].seconds))
+
+
+def copies_beyond_cache(bytes_of_one: int, device: torch.device) -> int:
+    """How many sets of inputs, used in turn, a cache does not hold."""
+    cache = 64 * 2**20
+    if device.type == "cuda":
+        cache = torch.cuda.get_device_properties(device).L2_cache_size
+    return max(2, min(16, -(-3 * cache // max(1, bytes_of_one))))

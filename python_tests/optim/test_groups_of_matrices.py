@@ -1,0 +1,115 @@
+"""Equal matrices are stepped together, as many as the backend takes, and only equal ones."""
+
+import pytest
+import torch
+
+from lowrank_kernels import FiraAdamW, ops
+from lowrank_kernels.ops import reference
+
+SHAPES = [(12, 20), (20, 12), (12, 20), (12, 20), (12, 12), (20, 12), (12, 20)]
+
+
+def make(**options):
+    rng = torch.Generator().manual_seed(0)
+    params = [torch.nn.Parameter(torch.randn(shape, generator=rng)) for shape in SHAPES]
+    optimizer = FiraAdamW(
+        [{"params": params, "rank": 3, "update_proj_gap": 4}],
+        lr=0.05,
+        backend="reference",
+        **options,
+    )
+    return params, optimizer
+
+
+def step(params, optimizer, seed, skip=()):
+    rng = torch.Generator().manual_seed(seed)
+    for index, param in enumerate(params):
+        grad = torch.randn(param.shape, generator=rng).to(param.dtype)
+        param.grad = None if index in skip else grad
+    optimizer.step()
+
+
+@pytest.fixture
+def seen(monkeypatch):
+    """Parameters of each call of operation 3, with three matrices a group."""
+    calls = []
+    update = ops.back_project_update
+
+    def record(params, *args, **kwargs):
+        calls.append(params)
+        update(params, *args, **kwargs)
+
+    monkeypatch.setattr(ops, "back_project_update", record)
+    monkeypatch.setattr(reference, "group_size", lambda *_: 3)
+    return calls
+
+
+def places(params, calls):
+    index = {id(param): place for place, param in enumerate(params)}
+    return [[index[id(param)] for param in call] for call in calls]
+
+
+def test_equal_matrices_go_together_up_to_the_size_of_a_group(seen):
+    params, optimizer = make()
+    step(params, optimizer, 0)
+    assert places(params, seen) == [[0, 2, 3], [6], [1, 5], [4]]
+
+
+@pytest.mark.parametrize("options", [{}, {"capturable": True}], ids=str)
+def test_groups_of_any_size_give_the_same_bits(options, monkeypatch):
+    results = []
+    for size in (1, 3, 100):
+        monkeypatch.setattr(reference, "group_size", lambda *_, size=size: size)
+        params, optimizer = make(**options)
+        for seed in range(6):
+            step(params, optimizer, seed)
+        results.append(params)
+    for other in results[1:]:
+        for one, two in zip(results[0], other, strict=True):
+            assert torch.equal(one, two)
+
+
+def test_matrices_of_different_age_are_not_mixed(seen):
+    params, optimizer = make()
+    step(params, optimizer, 0, skip=(2,))
+    seen.clear()
+    step(params, optimizer, 1)
+    assert places(params, seen) == [[0, 3, 6], [1, 5], [2], [4]]
+    alone, other = make()
+    for seed, skip in ((0, (2,)), (1, ())):
+        step(alone, other, seed, skip)
+    for one, two in zip(params, alone, strict=True):
+        assert torch.equal(one, two)
+
+
+@pytest.mark.parametrize("change", ["strides of the weight", "strides of the gradient", "dtype"])
+def test_matrices_of_different_layout_are_not_mixed(seen, change):
+    params, optimizer = make()
+    rng = torch.Generator().manual_seed(0)
+    for param in params:
+        param.grad = torch.randn(param.shape, generator=rng)
+    if change == "strides of the weight":
+        params[3].data = params[3].data.T.contiguous().T
+    elif change == "strides of the gradient":
+        params[3].grad = params[3].grad.T.contiguous().T
+    else:
+        params[3].data, params[3].grad = params[3].data.double(), None
+        params[3].grad = torch.randn(params[3].shape, generator=rng, dtype=torch.float64)
+    optimizer.step()
+    assert places(params, seen) == [[0, 2, 6], [1, 5], [3], [4]]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_counting_on_the_device_keeps_each_matrix_with_its_own_count(dtype, monkeypatch):
+    """With bfloat16 weights each also keeps its own noise."""
+    monkeypatch.setattr(reference, "group_size", lambda *_: 2)
+    results = []
+    for capturable in (False, True):
+        params, optimizer = make(capturable=capturable, rounding="stochastic")
+        for param in params:
+            param.data = param.data.to(dtype)
+        for seed, skip in enumerate([(2, 5), (), (0,), ()]):
+            step(params, optimizer, seed, skip)
+        results.append(params)
+    for one, two in zip(*results, strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-6, atol=1e-6)
