@@ -125,7 +125,7 @@ def cases(options: argparse.Namespace, backend: str) -> list[Case]:
     found = []
     for dtype in options.dtypes.split(","):
         for (shape, rank), count in shapes.items():
-            matrix = torch.empty(shape, dtype=DTYPES[dtype], device="meta")
+            matrix = torch.empty(shape, dtype=DTYPES[dtype], device=options.device)
             size = min(count, load(backend).group_size(matrix, matrix, rank))
             found += [Case(*shape, rank, dtype, m, size) for m in options.methods.split(",")]
     return found

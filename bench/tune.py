@@ -148,7 +148,7 @@ def problems(models: list[str], dtypes: list[str]) -> Iterator[tuple[Case, int]]
         for dtype in dtypes:
             for shape, each in (((hidden, hidden), 4), ((ffn, hidden), 2), ((hidden, ffn), 1)):
                 count = each * preset.layers
-                matrix = torch.empty(shape, dtype=DTYPES[dtype], device="meta")
+                matrix = torch.empty(shape, dtype=DTYPES[dtype], device="cuda")
                 size = min(count, load("triton").group_size(matrix, matrix, preset.rank))
                 yield Case(*shape, preset.rank, dtype, "fira", size), count
 

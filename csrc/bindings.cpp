@@ -1,18 +1,15 @@
-#include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
-
-#include <array>
-#include <cmath>
-#include <cstdint>
-#include <limits>
 #include <optional>
 #include <sstream>
 #include <string>
-#include <vector>
 
-#include "cpu/adam_moments.h"
+#include "checks.h"
+#include "cpu/passes.h"
+#include "rules/channel.h"
 #if defined(LOWRANK_CUDA)
-#include "cuda/adam_moments.h"
+#include "cuda/passes.h"
+#define LOWRANK_ON_CUDA(pass) &cuda::pass
+#else
+#define LOWRANK_ON_CUDA(pass) nullptr
 #endif
 
 namespace py = pybind11;
@@ -20,119 +17,166 @@ namespace py = pybind11;
 namespace lowrank {
 namespace {
 
-struct Array {
-  const char* name;
-  std::uintptr_t address;
-  int64_t size;
+// Where a pass runs: on `threads` of the CPU for device -1, else on a stream of a CUDA device.
+struct Place {
+  Place(int threads, int device, std::uintptr_t stream)
+      : threads(threads), device(device), stream(stream) {
+    require(threads >= 1, "threads must be at least 1, got ", threads);
+    require(device >= -1, "device must be -1 (CPU) or a CUDA device index, got ", device);
+  }
 
-  std::uintptr_t end() const { return address + static_cast<std::uintptr_t>(size) * sizeof(float); }
+  int threads;
+  int device;
+  std::uintptr_t stream;
 };
 
-void require(bool condition, const std::string& message) {
-  if (!condition) throw py::value_error(message);
-}
+template <typename Pass>
+struct Halves {
+  void (*on_cpu)(const Pass&, int threads);
+  // Enqueues and returns at once: a text if that failed, else null. Null without a CUDA half.
+  const char* (*on_cuda)(const Pass&, int device, std::uintptr_t stream);
+};
 
-template <std::size_t kCount>
-void check_arrays(const std::array<Array, kCount>& arrays) {
-  for (const Array& array : arrays) {
-    require(array.size == 0 || array.address != 0, std::string(array.name) +
-                                                       " is a null pointer but has " +
-                                                       std::to_string(array.size) + " elements");
-    require(array.address % alignof(float) == 0,
-            std::string(array.name) + " is not aligned to 4 bytes");
-    require(array.end() >= array.address,
-            std::string(array.name) + " runs past the end of the address space");
+template <typename Pass>
+void run(const char* name, const Pass& pass, const Place& place, const Halves<Pass>& halves) {
+  if (place.device < 0) {
+    const py::gil_scoped_release release;
+    halves.on_cpu(pass, place.threads);
+    return;
   }
-  for (std::size_t i = 0; i < kCount; ++i) {
-    for (std::size_t j = i + 1; j < kCount; ++j) {
-      const bool overlap =
-          arrays[i].address < arrays[j].end() && arrays[j].address < arrays[i].end();
-      require(!overlap, std::string(arrays[i].name) + " overlaps " + arrays[j].name);
-    }
+  const std::string device = "device " + std::to_string(place.device);
+  if (halves.on_cuda == nullptr) {
+    throw std::runtime_error(device +
+                             " needs the CUDA half of lowrank_kernels._native, and this build has "
+                             "only the CPU half: install nvcc and rebuild with LOWRANK_CUDA=on");
   }
-}
-
-void check_size(const char* name, int64_t size) {
-  require(size >= 0, std::string(name) + " must not be negative, got " + std::to_string(size));
-}
-
-void check_beta(const char* name, double beta) {
-  require(beta >= 0.0 && beta < 1.0,
-          std::string(name) + " must be in [0, 1), got " + std::to_string(beta));
-}
-
-void check_bias_correction(const char* name, double correction) {
-  require(correction > 0.0 && correction <= 1.0,
-          std::string(name) + " must be in (0, 1], got " + std::to_string(correction));
-}
-
-void run_on_device(const AdamArrays& arrays, const AdamRule& rule, int device,
-                   std::uintptr_t stream) {
-#if defined(LOWRANK_CUDA)
-  cudaError_t error;
+  const char* error;
   {
     const py::gil_scoped_release release;
-    error = cuda::adam_moments(arrays, rule, device, reinterpret_cast<cudaStream_t>(stream));
+    error = halves.on_cuda(pass, place.device, place.stream);
   }
-  if (error != cudaSuccess) {
-    throw std::runtime_error("adam_moments on CUDA device " + std::to_string(device) + ": " +
-                             cudaGetErrorString(error));
-  }
-#else
-  (void)arrays, (void)rule, (void)stream;
-  throw std::runtime_error("device " + std::to_string(device) +
-                           " needs the CUDA half of lowrank_kernels._native, and this build has "
-                           "only the CPU half: install nvcc and rebuild with LOWRANK_CUDA=on");
-#endif
+  if (error != nullptr)
+    throw std::runtime_error(std::string(name) + " on CUDA " + device + ": " + error);
 }
 
-void adam_moments(std::uintptr_t projected, std::uintptr_t exp_avg, std::uintptr_t exp_avg_sq,
-                  std::uintptr_t direction, std::uintptr_t direction_sq,
-                  std::uintptr_t projected_sq, int64_t rows, int64_t cols, bool channels_are_rows,
-                  double beta1, double beta2, double eps, double bias_correction1,
-                  double bias_correction2, int threads, int device, std::uintptr_t stream) {
-  check_size("rows", rows);
-  check_size("cols", cols);
-  constexpr int64_t kMaxElements = std::numeric_limits<int64_t>::max() / sizeof(float);
-  require(cols == 0 || rows <= kMaxElements / cols,
-          "rows * cols overflows: " + std::to_string(rows) + " * " + std::to_string(cols));
-  check_beta("beta1", beta1);
-  check_beta("beta2", beta2);
-  require(eps >= 0.0 && std::isfinite(eps),
-          "eps must be finite and not negative, got " + std::to_string(eps));
-  check_bias_correction("bias_correction1", bias_correction1);
-  check_bias_correction("bias_correction2", bias_correction2);
-  require(threads >= 1, "threads must be at least 1, got " + std::to_string(threads));
-  require(device >= -1,
-          "device must be -1 (CPU) or a CUDA device index, got " + std::to_string(device));
+void adam_moments(const MatrixArguments& product, const Addresses& projected,
+                  const Addresses& exp_avg, const Addresses& exp_avg_sq, const Addresses& direction,
+                  const Addresses& direction_sq, const Addresses& projected_sq, int64_t rows,
+                  int64_t cols, bool channels_are_rows, double beta1, double beta2, double eps,
+                  double bias_correction1, double bias_correction2, int threads, int device,
+                  std::uintptr_t stream) {
+  require(beta1 >= 0.0 && beta1 < 1.0, "beta1 must be in [0, 1), got ", beta1);
+  require(beta2 >= 0.0 && beta2 < 1.0, "beta2 must be in [0, 1), got ", beta2);
+  require(eps >= 0.0 && std::isfinite(eps), "eps must be finite and not negative, got ", eps);
+  require(bias_correction1 > 0.0 && bias_correction1 <= 1.0,
+          "bias_correction1 must be in (0, 1], got ", bias_correction1);
+  require(bias_correction2 > 0.0 && bias_correction2 <= 1.0,
+          "bias_correction2 must be in (0, 1], got ", bias_correction2);
+  const Place place(threads, device, stream);
+  const Group group = checked_group(projected.size(), rows, cols, channels_are_rows);
+  ArrayChecks checks(group);
+  const auto& [products, code, stride] = product;
+  // The product may be converted in place, which for float32 is no conversion at all.
+  const bool in_place = products == projected && code == 0 && stride == cols;
+  Matrices read = in_place ? ArrayChecks(group).matrices("product", product, false)
+                           : checks.matrices("product", product, false);
+  const AdamMoments pass{group,
+                         std::move(read),
+                         checks.elements("projected", projected, true),
+                         checks.elements("exp_avg", exp_avg, true),
+                         checks.elements("exp_avg_sq", exp_avg_sq, true),
+                         checks.elements("direction", direction, true),
+                         checks.channels("direction_sq", direction_sq, true),
+                         checks.channels("projected_sq", projected_sq, true),
+                         AdamRule(beta1, beta2, eps, bias_correction1, bias_correction2)};
+  checks.no_overlap();
+  run("adam_moments", pass, place, {&cpu::adam_moments, LOWRANK_ON_CUDA(adam_moments)});
+}
 
-  const int64_t elements = rows * cols;
-  const int64_t channels = channels_are_rows ? rows : cols;
-  require(channels <= kMaxElements, "the number of channels overflows");
-  check_arrays<6>({{{"projected", projected, elements},
-                    {"exp_avg", exp_avg, elements},
-                    {"exp_avg_sq", exp_avg_sq, elements},
-                    {"direction", direction, elements},
-                    {"direction_sq", direction_sq, channels},
-                    {"projected_sq", projected_sq, channels}}});
+void residual_sums(const MatrixArguments& matrix, const Addresses& residual_sq,
+                   const std::optional<Addresses>& projected_sq, int64_t rows, int64_t cols,
+                   bool channels_are_rows, double kappa, int threads, int device,
+                   std::uintptr_t stream) {
+  require_finite("kappa", kappa);
+  const Place place(threads, device, stream);
+  const Group group = checked_group(residual_sq.size(), rows, cols, channels_are_rows);
+  ArrayChecks checks(group);
+  const ResidualSums pass{
+      group, checks.matrices("matrix", matrix, false),
+      checks.channels("residual_sq", residual_sq, true),
+      projected_sq ? checks.channels("projected_sq", *projected_sq, false) : Arrays{},
+      static_cast<float>(2.0 * kappa - kappa * kappa)};
+  checks.no_overlap();
+  run("residual_sums", pass, place, {&cpu::residual_sums, LOWRANK_ON_CUDA(residual_sums)});
+}
 
-  const auto floats = [](std::uintptr_t address) { return reinterpret_cast<float*>(address); };
-  const AdamArrays arrays{floats(projected),
-                          floats(exp_avg),
-                          floats(exp_avg_sq),
-                          floats(direction),
-                          floats(direction_sq),
-                          floats(projected_sq),
-                          rows,
-                          cols,
-                          channels_are_rows};
-  const AdamRule rule(beta1, beta2, eps, bias_correction1, bias_correction2);
-  if (device >= 0) {
-    run_on_device(arrays, rule, device, stream);
-  } else {
-    const py::gil_scoped_release release;
-    cpu::adam_moments(arrays, rule, threads);
+void channel_scale(const Addresses& direction_sq, const Addresses& projected_sq,
+                   const Addresses& residual_sq, const Addresses& limiter_norm,
+                   const Addresses& factor, int64_t channels, int threads, int device,
+                   std::uintptr_t stream) {
+  require(channels >= 0, "channels must not be negative, got ", channels);
+  const Place place(threads, device, stream);
+  const Group group = checked_group(factor.size(), channels, 1, true);
+  ArrayChecks checks(group);
+  const ChannelScale pass{group,
+                          checks.channels("direction_sq", direction_sq, false),
+                          checks.channels("projected_sq", projected_sq, false),
+                          checks.channels("residual_sq", residual_sq, false),
+                          checks.dense("limiter_norm", limiter_norm, 1, true),
+                          checks.channels("factor", factor, true)};
+  checks.no_overlap();
+  run("channel_scale", pass, place, {&cpu::channel_scale, LOWRANK_ON_CUDA(channel_scale)});
+}
+
+void combine(const Addresses& direction, const Addresses& projected,
+             const std::optional<Addresses>& factor, const MatrixArguments& combined, int64_t rows,
+             int64_t cols, bool channels_are_rows, double scale, double rho_kappa, int threads,
+             int device, std::uintptr_t stream) {
+  require_finite("scale", scale);
+  require_finite("rho_kappa", rho_kappa);
+  const Place place(threads, device, stream);
+  const Group group = checked_group(direction.size(), rows, cols, channels_are_rows);
+  ArrayChecks checks(group);
+  const Combine pass{group,
+                     checks.elements("direction", direction, false),
+                     checks.elements("projected", projected, false),
+                     factor ? checks.channels("factor", *factor, false) : Arrays{},
+                     checks.matrices("combined", combined, true),
+                     CombineRule(scale, rho_kappa)};
+  checks.no_overlap();
+  run("combine", pass, place, {&cpu::combine, LOWRANK_ON_CUDA(combine)});
+}
+
+void update(const MatrixArguments& param, const MatrixArguments& product,
+            const std::optional<MatrixArguments>& grad, const std::optional<Addresses>& factor,
+            int64_t rows, int64_t cols, bool channels_are_rows, double step_size, double decay,
+            double rho, const std::optional<std::vector<uint32_t>>& salts, uint32_t step,
+            int64_t first_row, int64_t first_col, int threads, int device, std::uintptr_t stream) {
+  require_finite("step_size", step_size);
+  require_finite("decay", decay);
+  require_finite("rho", rho);
+  require(grad.has_value() == factor.has_value(), "grad and factor go together");
+  require(first_row >= 0 && first_col >= 0, "first_row and first_col must not be negative");
+  const Place place(threads, device, stream);
+  const std::size_t count = std::get<0>(param).size();
+  const Group group = checked_group(count, rows, cols, channels_are_rows);
+  ArrayChecks checks(group);
+  Update pass{group,
+              checks.matrices("param", param, true),
+              grad ? checks.matrices("grad", *grad, false) : Matrices{},
+              checks.matrices("product", product, false),
+              factor ? checks.channels("factor", *factor, false) : Arrays{},
+              UpdateRule(step_size, decay, rho),
+              {},
+              first_row,
+              first_col};
+  checks.no_overlap();
+  if (salts) {
+    require(pass.param.dtype == DType::kBFloat16, "salts are for a bfloat16 param only");
+    require(salts->size() == count, "salts must have ", count, " values, got ", salts->size());
+    for (const uint32_t salt : *salts) pass.noise.emplace_back(salt, step);
   }
+  run("update", pass, place, {&cpu::update, LOWRANK_ON_CUDA(update)});
 }
 
 std::vector<std::string> words(const char* text) {
@@ -164,10 +208,24 @@ py::dict build_info() {
 
 PYBIND11_MODULE(_native, module) {
   using namespace py::literals;
-  module.doc() = "The compiled half of lowrank_kernels: pointers and sizes, no torch.";
-  module.def("adam_moments", &lowrank::adam_moments, "projected"_a, "exp_avg"_a, "exp_avg_sq"_a,
-             "direction"_a, "direction_sq"_a, "projected_sq"_a, "rows"_a, "cols"_a,
-             "channels_are_rows"_a, "beta1"_a, "beta2"_a, "eps"_a, "bias_correction1"_a,
-             "bias_correction2"_a, "threads"_a, "device"_a = -1, "stream"_a = 0);
+  module.doc() = "The compiled half of lowrank_kernels: addresses and sizes, no torch.";
+  module.def("adam_moments", &lowrank::adam_moments, py::kw_only(), "product"_a, "projected"_a,
+             "exp_avg"_a, "exp_avg_sq"_a, "direction"_a, "direction_sq"_a, "projected_sq"_a,
+             "rows"_a, "cols"_a, "channels_are_rows"_a, "beta1"_a, "beta2"_a, "eps"_a,
+             "bias_correction1"_a, "bias_correction2"_a, "threads"_a, "device"_a = -1,
+             "stream"_a = 0);
+  module.def("residual_sums", &lowrank::residual_sums, py::kw_only(), "matrix"_a, "residual_sq"_a,
+             "projected_sq"_a, "rows"_a, "cols"_a, "channels_are_rows"_a, "kappa"_a, "threads"_a,
+             "device"_a = -1, "stream"_a = 0);
+  module.def("channel_scale", &lowrank::channel_scale, py::kw_only(), "direction_sq"_a,
+             "projected_sq"_a, "residual_sq"_a, "limiter_norm"_a, "factor"_a, "channels"_a,
+             "threads"_a, "device"_a = -1, "stream"_a = 0);
+  module.def("combine", &lowrank::combine, py::kw_only(), "direction"_a, "projected"_a, "factor"_a,
+             "combined"_a, "rows"_a, "cols"_a, "channels_are_rows"_a, "scale"_a, "rho_kappa"_a,
+             "threads"_a, "device"_a = -1, "stream"_a = 0);
+  module.def("update", &lowrank::update, py::kw_only(), "param"_a, "product"_a, "grad"_a,
+             "factor"_a, "rows"_a, "cols"_a, "channels_are_rows"_a, "step_size"_a, "decay"_a,
+             "rho"_a, "salts"_a, "step"_a, "first_row"_a, "first_col"_a, "threads"_a,
+             "device"_a = -1, "stream"_a = 0);
   module.def("build_info", &lowrank::build_info);
 }

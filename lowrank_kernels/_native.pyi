@@ -1,13 +1,20 @@
+from collections.abc import Sequence
 from typing import Any
+
+Addresses = Sequence[int]
+# Addresses, a code (float32 0, bfloat16 1, float16 2), elements from row to row.
+Matrices = tuple[Addresses, int, int]
 
 def build_info() -> dict[str, Any]: ...
 def adam_moments(
-    projected: int,
-    exp_avg: int,
-    exp_avg_sq: int,
-    direction: int,
-    direction_sq: int,
-    projected_sq: int,
+    *,
+    product: Matrices,
+    projected: Addresses,
+    exp_avg: Addresses,
+    exp_avg_sq: Addresses,
+    direction: Addresses,
+    direction_sq: Addresses,
+    projected_sq: Addresses,
     rows: int,
     cols: int,
     channels_are_rows: bool,
@@ -16,6 +23,66 @@ def adam_moments(
     eps: float,
     bias_correction1: float,
     bias_correction2: float,
+    threads: int,
+    device: int = -1,
+    stream: int = 0,
+) -> None: ...
+def residual_sums(
+    *,
+    matrix: Matrices,
+    residual_sq: Addresses,
+    projected_sq: Addresses | None,
+    rows: int,
+    cols: int,
+    channels_are_rows: bool,
+    kappa: float,
+    threads: int,
+    device: int = -1,
+    stream: int = 0,
+) -> None: ...
+def channel_scale(
+    *,
+    direction_sq: Addresses,
+    projected_sq: Addresses,
+    residual_sq: Addresses,
+    limiter_norm: Addresses,
+    factor: Addresses,
+    channels: int,
+    threads: int,
+    device: int = -1,
+    stream: int = 0,
+) -> None: ...
+def combine(
+    *,
+    direction: Addresses,
+    projected: Addresses,
+    factor: Addresses | None,
+    combined: Matrices,
+    rows: int,
+    cols: int,
+    channels_are_rows: bool,
+    scale: float,
+    rho_kappa: float,
+    threads: int,
+    device: int = -1,
+    stream: int = 0,
+) -> None: ...
+def update(
+    *,
+    param: Matrices,
+    product: Matrices,
+    grad: Matrices | None,
+    factor: Addresses | None,
+    rows: int,
+    cols: int,
+    channels_are_rows: bool,
+    step_size: float,
+    decay: float,
+    rho: float,
+    salts: Sequence[int] | None,
+    step: int,
+    first_row: int,
+    first_col: int,
     threads: int,
     device: int = -1,
     stream: int = 0,

@@ -6,11 +6,7 @@
 #include <cfloat>
 #include <cmath>
 
-#if defined(__CUDACC__)
-#define LOWRANK_HOST_DEVICE __host__ __device__ __forceinline__
-#else
-#define LOWRANK_HOST_DEVICE inline
-#endif
+#include "rules/host_device.h"
 
 namespace lowrank {
 

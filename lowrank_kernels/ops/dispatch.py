@@ -74,7 +74,6 @@ class Kind(NamedTuple):
     device_type: str
     param: torch.dtype
     grad: torch.dtype
-    stochastic: bool = False
     capturable: bool = False
     strides: str | None = None
 
@@ -84,7 +83,6 @@ def choose(
     param: Tensor,
     grad: Tensor | None = None,
     *,
-    stochastic: bool = False,
     capturable: bool = False,
 ) -> Choice:
     """The backend for a matrix; the answer for each kind of matrix is logged once.
@@ -93,17 +91,15 @@ def choose(
         request: a name out of `requested_backend`.
         param: the weight.
         grad: its gradient; without one, a gradient like the weight is meant.
-        stochastic: bfloat16 weights are rounded stochastically.
         capturable: step-dependent scalars are tensors on the device.
 
     Raises:
         ValueError: a backend was asked for by name and does not serve these tensors.
     """
     grad = param if grad is None else grad
-    stochastic = stochastic and param.dtype is torch.bfloat16
     ask_triton = request == "triton" and _triton_is_installed()
     strides = load("triton").obstacle(param, grad) if ask_triton else None
-    kind = Kind(param.device.type, param.dtype, grad.dtype, stochastic, capturable, strides)
+    kind = Kind(param.device.type, param.dtype, grad.dtype, capturable, strides)
     return choose_kind(request, kind)
 
 
@@ -197,8 +193,6 @@ def _native_obstacle(kind: Kind) -> str | None:
         return "the native backend was built without its CUDA half"
     if kind.capturable:
         return "the native backend takes its scalars from the host, so it is not capturable"
-    if kind.stochastic:
-        return "the native backend has no stochastic rounding"
     return _dtype_obstacle("native", _KERNEL_DTYPES, kind)
 
 

@@ -1,17 +1,18 @@
-"""torch's matrix products around the compiled passes of `lowrank_kernels._native`.
+"""torch's matrix products, and one compiled pass over memory before, between and after them.
 
-The moments, the direction and two of the channel sums are one compiled pass over R. G and W are
-touched only by torch's in-place products, so there is no temporary of W's size.
+The passes are in `lowrank_kernels._native`. Operation 3 works tile by tile: the product of a tile
+goes to a small buffer, and one pass reads it with W and G and writes W. So W is read, written and
+rounded once, and nothing of W's size is allocated.
 """
 
-import logging
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
-from . import reference
 from .contract import (
     AdamScalars,
     ChannelSums,
@@ -23,8 +24,6 @@ from .contract import (
     number,
     rank_axis,
 )
-from .notices import notice_once
-from .reference import channel_scale as channel_scale
 
 import_error: str | None = None
 try:
@@ -33,10 +32,22 @@ except ImportError as error:
     import_error = str(error)
 
 # Above this kappa |S| is a small difference of large sums when the gradient lies near the span of
-# the basis, and bf16 products round away what is left. Below it the difference keeps at least a
-# quarter of either, and the error of |S|^2 from one rounding of R stays under 1.2e-2, systematic
-# signs assumed; random ones average out.
+# the basis, and half precision rounds away what is left: of R, or of a basis that was orthonormal.
+# Below it the difference keeps at least a quarter of either, and the error of |S|^2 from one
+# rounding of R stays under 1.2e-2, systematic signs assumed; random ones average out.
 MAX_KAPPA_HALF_PRECISION = 0.5
+
+# A tile, like a group, holds at most this many elements: its product stays in the last cache. Its
+# rows are whole, which the passes like best, unless that left fewer than TILE_ROWS of them: too few
+# for the products to run at full speed. The numbers for CUDA were not measured.
+TILE_ELEMENTS = {"cpu": 2**20, "cuda": 2**23}
+TILE_ROWS = {"cpu": 512, "cuda": 4096}
+
+# Rows of products start at cache lines: odd strides cost MKL a third of its speed, and its bits may
+# depend on alignment, which must not differ with the group.
+ALIGNED_ELEMENTS = 32
+
+_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
 def build_info() -> dict[str, Any]:
@@ -45,8 +56,8 @@ def build_info() -> dict[str, Any]:
 
 
 def group_size(param: Tensor, grad: Tensor, rank: int) -> int:
-    """Matrices a group: one, since each has a product of its own."""
-    return 1
+    """Matrices a group: as many as a tile holds."""
+    return max(1, TILE_ELEMENTS[param.device.type] // max(1, param.numel()))
 
 
 def project_moments(
@@ -58,62 +69,80 @@ def project_moments(
     adam: AdamScalars,
     residual: Residual | None,
 ) -> Projection:
-    """As `reference.project_moments`."""
-    grad = grads[0]
-    if grad.dtype.itemsize < 4 and residual and residual.kappa > MAX_KAPPA_HALF_PRECISION:
-        notice_once(
-            logging.WARNING,
-            f"{grad.dtype} gradients with Fira's paper form or a scale above"
-            f" {MAX_KAPPA_HALF_PRECISION}: the projection runs in float32, on the reference path",
-        )
-        return reference.project_moments(grads, bases, side, exp_avgs, exp_avg_sqs, adam, residual)
-    matrices = zip(grads, bases, exp_avgs, exp_avg_sqs, strict=True)
-    return reference.stacked([_project_one(*m, side, adam, residual) for m in matrices])
+    """As `reference.project_moments`.
 
-
-def _project_one(
-    grad: Tensor,
-    basis: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    side: Side,
-    adam: AdamScalars,
-    residual: Residual | None,
-) -> Projection:
-    factor = basis.to(grad.dtype)
-    projected = factor.T @ grad if side is Side.LEFT else grad @ factor
-    projected = projected.to(exp_avg.dtype).contiguous()
+    Raises:
+        TypeError: a scalar is a tensor or the moments are not float32; nothing was written.
+    """
+    grad, moment = grads[0], exp_avgs[0]
+    _check_float32("exp_avg", moment)
+    correction1 = number("bias_correction1", adam.bias_correction1)
+    correction2 = number("bias_correction2", adam.bias_correction2)
+    count, (rows, cols) = len(grads), moment.shape
+    projected = moment.new_empty(count, rows, cols)
     direction = torch.empty_like(projected)
-    axis = rank_axis(side)
-    direction_sq, projected_sq = projected.new_empty(2, projected.shape[1 - axis])
-    on_gpu = projected.device.type == "cuda"
+    sums = ChannelSums(*moment.new_empty(3, count, moment.shape[1 - rank_axis(side)]))
+
+    addressable = _rows_are_dense(grad) or _rows_are_dense(grad.T)
+    half = grad.dtype.itemsize < 4 or bases[0].dtype.itemsize < 4
+    products, kappa = projected, None
+    if residual is not None and (
+        not addressable or (half and residual.kappa > MAX_KAPPA_HALF_PRECISION)
+    ):
+        kappa = residual.kappa
+    if kappa is not None or not addressable or _product_dtype(grad) is not grad.dtype:
+        for matrix, basis, *outputs in zip(grads, bases, projected, sums.residual, strict=True):
+            _project_in_blocks(matrix, basis, side, kappa, *outputs)
+    else:
+        if grad.dtype is not torch.float32 or cols % ALIGNED_ELEMENTS:
+            products = _aligned_empty(count, rows, cols, grad.dtype, grad.device)
+        for matrix, basis, product in zip(grads, bases, products, strict=True):
+            _project(matrix, basis.to(matrix.dtype), side, product)
+
     _native.adam_moments(
-        projected=projected.data_ptr(),
-        exp_avg=exp_avg.data_ptr(),
-        exp_avg_sq=exp_avg_sq.data_ptr(),
-        direction=direction.data_ptr(),
-        direction_sq=direction_sq.data_ptr(),
-        projected_sq=projected_sq.data_ptr(),
-        rows=projected.shape[0],
-        cols=projected.shape[1],
+        product=_matrices(products),
+        projected=_addresses(projected),
+        exp_avg=_addresses(exp_avgs),
+        exp_avg_sq=_addresses(exp_avg_sqs),
+        direction=_addresses(direction),
+        direction_sq=_addresses(sums.direction),
+        projected_sq=_addresses(sums.projected),
+        rows=rows,
+        cols=cols,
         channels_are_rows=side is Side.RIGHT,
         beta1=adam.beta1,
         beta2=adam.beta2,
         eps=adam.eps,
-        bias_correction1=number("bias_correction1", adam.bias_correction1),
-        bias_correction2=number("bias_correction2", adam.bias_correction2),
-        threads=torch.get_num_threads(),
-        device=projected.device.index if on_gpu else -1,
-        stream=torch.cuda.current_stream(projected.device).cuda_stream if on_gpu else 0,
+        bias_correction1=correction1,
+        bias_correction2=correction2,
+        **_place(grad),
     )
     if residual is None:
         return Projection(direction, projected, None)
-    # The identity of `ChannelSums`. Rounding can leave a channel in the span a little below 0.
-    kappa = residual.kappa
-    grad_sq = torch.linalg.vector_norm(grad, dim=axis, dtype=exp_avg.dtype).square_()
-    residual_sq = grad_sq.sub_(projected_sq, alpha=2 * kappa - kappa**2).clamp_(min=0.0)
-    sums = ChannelSums(direction_sq, projected_sq, residual_sq)
+    if kappa is None:
+        _residual_sums(grads, side, sums.residual, sums.projected, residual.kappa)
     return Projection(direction, projected, sums)
+
+
+def channel_scale(sums: ChannelSums, limiter_norms: Sequence[Tensor]) -> Tensor:
+    """As `reference.channel_scale`.
+
+    Raises:
+        TypeError: the sums are not float32; nothing was written.
+    """
+    _check_float32("sums", sums.direction)
+    dense = ChannelSums(*((x.sum(1) if x.dim() == 3 else x).contiguous() for x in sums))
+    factor = torch.empty_like(dense.direction)
+    _native.channel_scale(
+        direction_sq=_addresses(dense.direction),
+        projected_sq=_addresses(dense.projected),
+        residual_sq=_addresses(dense.residual),
+        limiter_norm=_addresses(limiter_norms),
+        factor=_addresses(factor),
+        channels=factor.shape[1],
+        **_place(factor),
+    )
+    return factor
 
 
 def back_project_update(
@@ -130,29 +159,245 @@ def back_project_update(
     decay: Scalar,
     noise: Noise | None,
 ) -> None:
-    """As `reference.back_project_update`, by one in-place product and one in-place axpy.
+    """As `reference.back_project_update`; W is rounded once.
 
     Raises:
-        TypeError: a scalar is a tensor; nothing was written.
-        NotImplementedError: rounding is stochastic; nothing was written.
+        TypeError: a scalar is a tensor or the projection is not float32; nothing was written.
     """
-    if noise is not None:
-        raise NotImplementedError("the native backend rounds to nearest")
-    step_size, keep = number("step_size", step_size), 1 - number("decay", decay)
-    combined = projection.direction * scale
-    if residual is not None and factor is not None:
-        weights = residual.rho * factor.unsqueeze(1 + rank_axis(side))
-        combined.addcmul_(projection.projected, weights, value=-residual.kappa)
-        for param, grad, weight in zip(params, grads, weights, strict=True):
-            # As in the reference; on a CPU the copy is saved when no channel was skipped, on a GPU
-            # asking would wait for the device.
-            usable = weight != 0
-            if grad.device.type != "cpu" or not usable.all():
-                grad = grad.where(usable, 0.0)
-            param.addcmul_(grad, weight.to(param.dtype), value=-step_size)
-    for param, basis, low in zip(params, bases, combined, strict=True):
-        low, basis = low.to(param.dtype), basis.to(param.dtype)
-        if side is Side.LEFT:
-            param.addmm_(basis, low, beta=keep, alpha=-keep * step_size)
-        else:
-            param.addmm_(low, basis.T, beta=keep, alpha=-keep * step_size)
+    _check_float32("projection", projection.direction)
+    step_size, decay = number("step_size", step_size), number("decay", decay)
+    salts, step = (None, 0) if noise is None else (noise.salts, noise.step)
+    if isinstance(step, Tensor):
+        raise TypeError("noise.step is a tensor, which the native backend does not take")
+    rho = residual.rho if residual is not None else 0.0
+    kappa = residual.kappa if residual is not None else 0.0
+    low = _combined(projection, factor, side, scale, rho * kappa, _product_dtype(params[0]))
+    bases = [basis.to(low.dtype) for basis in bases]
+    if side is Side.LEFT:
+        products = list(zip(bases, low, strict=True))
+    else:
+        products = [(low_one, basis.T) for low_one, basis in zip(low, bases, strict=True)]
+
+    if params[0].device.type == "cuda" and factor is None and noise is None:
+        # Of GaLore's update nothing is left but a product, which cuBLAS adds to W as it goes.
+        for param, (left, right) in zip(params, products, strict=True):
+            param.addmm_(left, right, beta=1 - decay, alpha=-(1 - decay) * step_size)
+        return
+
+    _update_in_tiles(
+        params,
+        grads,
+        products,
+        side is Side.RIGHT,
+        None if factor is None else factor.contiguous(),
+        step_size=step_size,
+        decay=decay,
+        rho=rho,
+        salts=salts,
+        step=step,
+    )
+    for param in params:
+        if not param.is_inference():
+            increment_version(param)
+
+
+def _update_in_tiles(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    products: Sequence[tuple[Tensor, Tensor]],
+    channels_are_rows: bool,
+    factor: Tensor | None,
+    *,
+    step_size: float,
+    decay: float,
+    rho: float,
+    salts: tuple[int, ...] | None,
+    step: int,
+) -> None:
+    """A tile of a few matrices at a time: their products into a buffer, then one pass over W."""
+    # The passes walk along rows: a W whose columns are dense is updated as its transpose.
+    if not _rows_are_dense(params[0]) and _rows_are_dense(params[0].T):
+        channels_are_rows = not channels_are_rows
+        params, grads = [param.T for param in params], [grad.T for grad in grads]
+        products = [(right.T, left.T) for left, right in products]
+    (rows, cols), (device, dtype) = params[0].shape, (params[0].device, products[0][0].dtype)
+    elements = TILE_ELEMENTS[device.type]
+    tile_rows = max(1, min(rows, max(TILE_ROWS[device.type], elements // max(1, cols))))
+    tile_cols = max(1, min(cols, elements // tile_rows // ALIGNED_ELEMENTS * ALIGNED_ELEMENTS))
+    at_once = min(len(params), max(1, elements // (tile_rows * tile_cols)))
+    buffer = _aligned_empty(at_once, tile_rows, tile_cols, dtype, device)
+    tiles = itertools.product(
+        range(0, len(params), at_once), range(0, rows, tile_rows), range(0, cols, tile_cols)
+    )
+    for first, row, col in tiles:
+        some = slice(first, first + at_once)
+        part = slice(row, row + tile_rows), slice(col, col + tile_cols)
+        targets = [param[part] for param in params[some]]
+        tile = _dense_rows(targets)
+        height, width = tile[0].shape
+        product = buffer[: len(tile), :height, :width]
+        for out, (left, right) in zip(product, products[some], strict=True):
+            torch.mm(left[part[0]], right[:, part[1]], out=out)
+        grad_tile = phi = None
+        if factor is not None:
+            grad_tile = _dense_rows([grad[part] for grad in grads[some]])
+            phi = factor[some, part[0] if channels_are_rows else part[1]]
+        _native.update(
+            param=_matrices(tile),
+            product=_matrices(product),
+            grad=None if grad_tile is None else _matrices(grad_tile),
+            factor=None if phi is None else _addresses(phi),
+            rows=height,
+            cols=width,
+            channels_are_rows=channels_are_rows,
+            step_size=step_size,
+            decay=decay,
+            rho=rho,
+            salts=None if salts is None else salts[some],
+            step=step,
+            first_row=row,
+            first_col=col,
+            **_place(product),
+        )
+        if tile is not targets:
+            torch._foreach_copy_(targets, tile)
+
+
+def _product_dtype(tensor: Tensor) -> torch.dtype:
+    """Of the products with a gradient or for a weight: CPUs hardly have any in float16."""
+    on_cpu = tensor.device.type == "cpu"
+    return torch.float32 if tensor.dtype is torch.float16 and on_cpu else tensor.dtype
+
+
+def _project(grad: Tensor, basis: Tensor, side: Side, projected: Tensor) -> None:
+    if side is Side.LEFT:
+        torch.mm(basis.T, grad, out=projected)
+    else:
+        torch.mm(grad, basis, out=projected)
+
+
+def _project_in_blocks(
+    grad: Tensor,
+    basis: Tensor,
+    side: Side,
+    kappa: float | None,
+    projected: Tensor,
+    residual_sq: Tensor,
+) -> None:
+    """R in float32 of any gradient, a few channels at a time; with kappa also |e|^2, literally."""
+    basis, axis = basis.float(), 1 - rank_axis(side)
+    channels = grad.shape[axis]
+    at_once = max(1, TILE_ELEMENTS[grad.device.type] // max(1, grad.shape[1 - axis]))
+    shape = list(grad.shape)
+    shape[axis] = min(channels, at_once)
+    buffer = grad.new_empty(shape, dtype=torch.float32)
+    for first in range(0, channels, at_once):
+        size = min(at_once, channels - first)
+        block = buffer.narrow(axis, 0, size)
+        block.copy_(grad.narrow(axis, first, size))
+        low = projected.narrow(axis, first, size)
+        _project(block, basis, side, low)
+        if kappa is not None:
+            left, right = (basis, low) if side is Side.LEFT else (low, basis.T)
+            block.addmm_(left, right, alpha=-kappa)
+            _residual_sums([block], side, residual_sq[None, first : first + size], None, 0.0)
+
+
+def _residual_sums(
+    matrices: Sequence[Tensor],
+    side: Side,
+    residual_sq: Tensor,
+    projected_sq: Tensor | None,
+    kappa: float,
+) -> None:
+    """|g|^2 of each channel, less what R holds of it, by the identity of `ChannelSums`."""
+    channels_are_rows = side is Side.RIGHT
+    if not _rows_are_dense(matrices[0]):
+        matrices = [matrix.T for matrix in matrices]
+        channels_are_rows = not channels_are_rows
+    rows, cols = matrices[0].shape
+    _native.residual_sums(
+        matrix=_matrices(matrices),
+        residual_sq=_addresses(residual_sq),
+        projected_sq=None if projected_sq is None else _addresses(projected_sq),
+        rows=rows,
+        cols=cols,
+        channels_are_rows=channels_are_rows,
+        kappa=kappa,
+        **_place(residual_sq),
+    )
+
+
+def _combined(
+    projection: Projection,
+    factor: Tensor | None,
+    side: Side,
+    scale: float,
+    rho_kappa: float,
+    dtype: torch.dtype,
+) -> Tensor:
+    """B = scale N - rho kappa phi' (x) R of each matrix, ready for the product."""
+    direction, projected = projection.direction.contiguous(), projection.projected.contiguous()
+    factor = None if factor is None else factor.contiguous()
+    count, rows, cols = direction.shape
+    combined = _aligned_empty(count, rows, cols, dtype, direction.device)
+    _native.combine(
+        direction=_addresses(direction),
+        projected=_addresses(projected),
+        factor=None if factor is None else _addresses(factor),
+        combined=_matrices(combined),
+        rows=rows,
+        cols=cols,
+        channels_are_rows=side is Side.RIGHT,
+        scale=scale,
+        rho_kappa=rho_kappa,
+        **_place(direction),
+    )
+    return combined
+
+
+def _aligned_empty(
+    count: int, rows: int, cols: int, dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """count x rows x cols; each row starts at a cache line."""
+    stride = -(-cols // ALIGNED_ELEMENTS) * ALIGNED_ELEMENTS
+    whole = torch.empty(count, rows, stride, dtype=dtype, device=device)
+    return whole if stride == cols else whole[:, :, :cols]
+
+
+def _rows_are_dense(matrix: Tensor) -> bool:
+    """A pass can walk along its rows: elements of one are adjacent, and rows do not overlap."""
+    (rows, cols), (row_stride, col_stride) = matrix.shape, matrix.stride()
+    return (col_stride == 1 or cols <= 1) and (row_stride >= cols or rows <= 1)
+
+
+def _dense_rows(tiles: list[Tensor]) -> list[Tensor]:
+    """The tiles, or copies that a pass can walk along."""
+    return tiles if _rows_are_dense(tiles[0]) else [tile.contiguous() for tile in tiles]
+
+
+def _addresses(tensors: Sequence[Tensor] | Tensor) -> list[int]:
+    if isinstance(tensors, Tensor):
+        # Stacked: to take such a tensor apart costs microseconds a matrix.
+        first, step = tensors.data_ptr(), tensors.stride(0) * tensors.itemsize
+        return [first + index * step for index in range(tensors.shape[0])]
+    return [tensor.data_ptr() for tensor in tensors]
+
+
+def _matrices(matrices: Sequence[Tensor] | Tensor) -> tuple[list[int], int, int]:
+    first = matrices if isinstance(matrices, Tensor) else matrices[0]
+    return _addresses(matrices), _CODES[first.dtype], max(first.stride(-2), first.shape[-1])
+
+
+def _place(tensor: Tensor) -> dict[str, int]:
+    """Where a pass runs: on torch's threads, or on the current stream of the tensor's device."""
+    place = {"threads": torch.get_num_threads()}
+    if tensor.device.type == "cuda":
+        stream = torch.cuda.current_stream(tensor.device).cuda_stream
+        place.update(device=tensor.device.index, stream=stream)
+    return place
+
+
+def _check_float32(name: str, tensor: Tensor) -> None:
+    if tensor.dtype is not torch.float32:
+        raise TypeError(f"the native backend keeps float32 state, {name} is {tensor.dtype}")

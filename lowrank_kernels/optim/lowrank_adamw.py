@@ -329,8 +329,7 @@ class LowRankAdamW(Optimizer):
         return counts
 
     def _choice(self, request: str, param: Tensor, grad: Tensor | None) -> Choice:
-        stochastic = self.rounding == "stochastic"
-        return ops.choose(request, param, grad, stochastic=stochastic, capturable=self.capturable)
+        return ops.choose(request, param, grad, capturable=self.capturable)
 
     def _explain_one(self, group: Group, param: Tensor) -> dict[str, Any]:
         if not is_projected(group):

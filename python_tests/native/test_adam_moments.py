@@ -6,13 +6,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from guarded import DEVICES, DTYPES, SIDES, Guarded, guard_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from lowrank_kernels import _native
 
-GUARD = 67  # odd, so that the arrays are aligned to 4 bytes and no better
 NAMES = ("projected", "exp_avg", "exp_avg_sq", "direction", "direction_sq", "projected_sq")
 SCALARS: dict[str, float] = {
     "beta1": 0.9,
@@ -23,23 +23,6 @@ SCALARS: dict[str, float] = {
 }
 CORRECTED = SCALARS | {"bias_correction1": 1 - 0.9**3, "bias_correction2": 1 - 0.999**3}
 SHAPES = [(1, 1), (37, 61), (61, 37), (128, 512), (512, 1376), (1377, 127), (3, 40000), (40000, 3)]
-SIDES = pytest.mark.parametrize("rows_are_channels", [True, False], ids=["right", "left"])
-DEVICES = pytest.mark.parametrize(
-    "device",
-    [
-        "cpu",
-        pytest.param(
-            "cuda",
-            marks=[
-                pytest.mark.gpu,
-                pytest.mark.skipif(
-                    not torch.cuda.is_available() or _native.build_info()["cuda"] is None,
-                    reason="needs a CUDA device and a build with the CUDA half",
-                ),
-            ],
-        ),
-    ],
-)
 
 
 @dataclass
@@ -60,24 +43,29 @@ class Problem:
         self.storage = {}
         for name in NAMES:
             size = self.channels if name in NAMES[4:] else self.rows * self.cols
-            self.storage[name] = torch.full((size + 2 * GUARD,), torch.nan, device=self.device)
+            self.storage[name] = torch.full((size + 2 * self.guard,), torch.nan, device=self.device)
         for name in NAMES[:3]:
             self[name].copy_(torch.randn(shape, generator=rng) * self.scale)
         # As in training, V is not far below M^2: one huge quotient would drown all other errors.
         self["exp_avg_sq"].square_().addcmul_(self["exp_avg"], self["exp_avg"])
 
     @property
+    def guard(self) -> int:
+        return guard_of(self.cols)
+
+    @property
     def channels(self) -> int:
         return self.rows if self.rows_are_channels else self.cols
 
     def __getitem__(self, name: str) -> Tensor:
-        inside = self.storage[name][GUARD:-GUARD]
+        inside = self.storage[name][self.guard : -self.guard]
         return inside if name in NAMES[4:] else inside.view(self.rows, self.cols)
 
     def arguments(self, **overrides: Any) -> dict[str, Any]:
         on_gpu = self.device == "cuda"
-        addresses = {name: self[name].data_ptr() for name in NAMES}
+        addresses = {name: [self[name].data_ptr()] for name in NAMES}
         return {
+            "product": (addresses["projected"], 0, self.cols),
             **addresses,
             "rows": self.rows,
             "cols": self.cols,
@@ -92,8 +80,8 @@ class Problem:
     def run(self, **overrides: Any) -> dict[str, Tensor]:
         _native.adam_moments(**self.arguments(**overrides))
         for name, storage in self.storage.items():
-            assert storage[:GUARD].isnan().all(), f"wrote before {name}"
-            assert storage[-GUARD:].isnan().all(), f"wrote behind {name}"
+            assert storage[: self.guard].isnan().all(), f"wrote before {name}"
+            assert storage[-self.guard :].isnan().all(), f"wrote behind {name}"
         return {name: self[name].clone() for name in NAMES}
 
     def expected(self, dtype: torch.dtype, scalars: dict[str, float]) -> dict[str, Tensor]:
@@ -275,13 +263,22 @@ def test_empty_matrices_have_zero_sums(shape, rows_are_channels, device):
 @DEVICES
 def test_null_pointers_are_allowed_for_nothing(device):
     nothing = Problem(0, 0, True, device)
-    nothing.run(**dict.fromkeys(NAMES, 0))
+    nothing.run(**{name: [0] for name in NAMES})
 
 
 def rejected() -> list[tuple[str, Any, str]]:
     nan = float("nan")
     return [
-        *((name, 0, f"{name} is a null pointer") for name in NAMES),
+        *((name, [0], f"{name} is a null pointer") for name in NAMES),
+        *((name, [], f"{name} must have 1 addresses, got 0") for name in NAMES[1:]),
+        ("product", ([8], 3, 5), "product has an unknown dtype code 3"),
+        ("product", ([8], -1, 5), "product has an unknown dtype code -1"),
+        ("product", ([8], 0, 4), "product has rows of 5 elements but a stride of 4"),
+        ("product", ([8], 0, 2**62), "product has a stride that overflows"),
+        ("product", ([8, 8], 0, 5), "product must have 1 addresses, got 2"),
+        ("product", ([0], 0, 5), "product is a null pointer"),
+        ("product", ([9], 1, 5), "product is not aligned to 2 bytes"),
+        ("product", ([2**64 - 16], 0, 5), "product runs past the end"),
         ("rows", -1, "rows must not be negative"),
         ("cols", -1, "cols must not be negative"),
         ("rows", 2**62, r"rows \* cols overflows"),
@@ -315,7 +312,7 @@ def test_bad_argument_is_named_and_nothing_is_written(name, value, match, device
 def test_misaligned_array_is_named(name, device):
     problem = Problem(4, 5, True, device)
     address = problem[name].data_ptr() + 2
-    assert_rejected(problem, f"{name} is not aligned", **{name: address})
+    assert_rejected(problem, f"{name} is not aligned", **{name: [address]})
 
 
 @DEVICES
@@ -323,19 +320,53 @@ def test_misaligned_array_is_named(name, device):
 def test_overlapping_arrays_are_named(first, second, device):
     problem = Problem(4, 5, True, device)
     last = problem[first].data_ptr() + 4 * (problem[first].numel() - 1)
-    assert_rejected(problem, f"{first}.*{second}|{second}.*{first}", **{second: last})
+    assert_rejected(problem, f"{first}.*{second}|{second}.*{first}", **{second: [last]})
 
 
 def test_adjacent_arrays_do_not_overlap():
     block = torch.zeros(6 * 4)
-    addresses = {name: block.data_ptr() + 16 * i for i, name in enumerate(NAMES)}
-    _native.adam_moments(**Problem(2, 2, True).arguments(**addresses))
+    addresses = {name: [block.data_ptr() + 16 * i] for i, name in enumerate(NAMES)}
+    product = (addresses["projected"], 0, 2)
+    _native.adam_moments(**Problem(2, 2, True).arguments(product=product, **addresses))
 
 
-def test_everything_can_be_passed_by_position():
-    problem, named = Problem(4, 5, True), Problem(4, 5, True)
-    _native.adam_moments(*problem.arguments().values())
-    assert_same_bits({name: problem[name] for name in NAMES}, named.run())
+def test_product_may_lie_beside_but_not_over_what_is_written():
+    problem, product = Problem(4, 5, True), torch.zeros(4, 5)
+    assert_rejected(problem, "overlaps", product=([problem["exp_avg"].data_ptr()], 0, 5))
+    assert_rejected(problem, "overlaps", product=([problem["projected"].data_ptr()], 1, 5))
+    problem.run(product=([product.data_ptr()], 0, 5))
+
+
+@DEVICES
+@SIDES
+@pytest.mark.parametrize("gap", [0, 3])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_products_of_any_dtype_and_stride(dtype, gap, rows_are_channels, device, rng):
+    """As if the product had been copied into `projected`."""
+    product = Guarded(1, 37, 61, dtype, gap, device).fill(rng)
+    apart, copied = (Problem(37, 61, rows_are_channels, device) for _ in range(2))
+    before = product.storage.clone()
+    copied["projected"].copy_(product.views[0])
+    expected = copied.run(threads=2)
+    assert_same_bits(apart.run(product=product.matrices, threads=2), expected)
+    assert torch.equal(product.storage.isnan(), before.isnan())
+    assert torch.equal(product.storage.nan_to_num(), before.nan_to_num())
+
+
+@DEVICES
+@SIDES
+@pytest.mark.parametrize("shape", [(37, 61), (128, 512), (3, 4000)], ids=str)
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_a_group_has_the_bits_of_its_matrices(shape, threads, rows_are_channels, device):
+    """More of them than one CUDA launch takes."""
+    alone = [Problem(*shape, rows_are_channels, device, seed) for seed in range(50)]
+    together = [Problem(*shape, rows_are_channels, device, seed) for seed in range(50)]
+    lists = {name: [problem[name].data_ptr() for problem in together] for name in NAMES}
+    product = (lists["projected"], 0, shape[1])
+    arguments = together[0].arguments(product=product, **lists, threads=threads)
+    _native.adam_moments(**arguments)
+    for one, other in zip(alone, together, strict=True):
+        assert_same_bits({name: other[name] for name in NAMES}, one.run())
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")

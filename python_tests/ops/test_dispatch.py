@@ -34,7 +34,6 @@ def small_optimizer(dtype=FLOAT, **options):
         ("auto", Kind("cpu", BF16, BF16), "native", "compiled"),
         ("auto", Kind("cpu", DOUBLE, DOUBLE), "reference", "float64"),
         ("auto", Kind("mps", FLOAT, FLOAT), "reference", "mps"),
-        ("auto", Kind("cpu", BF16, BF16, stochastic=True), "reference", "stochastic"),
         ("auto", Kind("cpu", BF16, BF16, capturable=True), "reference", "capturable"),
         ("reference", Kind("cpu", FLOAT, FLOAT), "reference", "asked for"),
         ("native", Kind("cpu", BF16, BF16), "native", "asked for"),
@@ -88,12 +87,6 @@ def test_interpreted_kernels_serve_float32_only():
         choose("triton", torch.ones(2, 2, dtype=BF16))
     with pytest.raises(ValueError, match="not on cuda"):
         choose_kind("triton", Kind("cuda", FLOAT, FLOAT))
-
-
-def test_stochastic_rounding_counts_for_bfloat16_only():
-    weight = torch.ones(2, 2)
-    assert choose("auto", weight, stochastic=True).backend == "native"
-    assert choose("auto", weight.bfloat16(), stochastic=True).backend == "reference"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -1,0 +1,48 @@
+// Fira's factor of a channel and its norm-growth limiter; `reference.channel_scale` defines them.
+#pragma once
+
+#include <cfloat>
+#include <cmath>
+
+#include "rules/host_device.h"
+
+namespace lowrank {
+
+constexpr float kLimiterGrowth = 1.01f;
+constexpr float kNormEps = 1e-8f;
+
+// |e|^2 = |g|^2 - share |r|^2 with share = 2 kappa - kappa^2. Rounding can leave a channel in the
+// span a little below 0; NaN stays, for `channel_factor` to leave the channel out.
+LOWRANK_HOST_DEVICE float residual_energy(float grad_sq, float projected_sq, float share) {
+  const float energy = grad_sq - share * projected_sq;
+  return energy < 0.0f ? 0.0f : energy;
+}
+
+struct ChannelFactor {
+  float phi;
+  float scaled_sq;
+};
+
+LOWRANK_HOST_DEVICE ChannelFactor channel_factor(float direction_sq, float projected_sq,
+                                                 float residual_sq) {
+  const float phi = sqrtf(direction_sq) / (sqrtf(projected_sq) + kNormEps);
+  const float scaled_sq = phi * phi * residual_sq;
+  const bool finite = fabsf(scaled_sq) <= FLT_MAX;
+  return {finite ? phi : 0.0f, finite ? scaled_sq : 0.0f};
+}
+
+struct Limit {
+  float factor;
+  float stored_norm;
+};
+
+LOWRANK_HOST_DEVICE Limit limit(float norm, float previous) {
+  const float ratio = norm / (previous + kNormEps);
+  const float growth = (ratio > kLimiterGrowth ? ratio : kLimiterGrowth) / kLimiterGrowth;
+  const float factor = previous > 0.0f ? 1.0f / growth : 1.0f;
+  const float limited = factor * norm;
+  const bool storable = limited > 0.0f && limited <= FLT_MAX;
+  return {factor, storable ? limited : previous};
+}
+
+}  // namespace lowrank

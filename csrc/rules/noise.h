@@ -1,0 +1,33 @@
+// Stochastic rounding to bfloat16 from a counter; `Noise` in ops/contract.py defines it.
+#pragma once
+
+#include "rules/convert.h"
+
+namespace lowrank {
+
+// A bijection that spreads each bit over all others: lowbias32, C. Wellons, "Prospecting for hash
+// functions".
+LOWRANK_HOST_DEVICE uint32_t mix(uint32_t value) {
+  value = (value ^ value >> 16) * 0x7feb352du;
+  value = (value ^ value >> 15) * 0x846ca68bu;
+  return value ^ value >> 16;
+}
+
+// One matrix at one step; channels and places wrap at 2^32 as the definition's counters do.
+class NoiseRule {
+ public:
+  NoiseRule() = default;
+  LOWRANK_HOST_DEVICE NoiseRule(uint32_t salt, uint32_t step) : key_(mix(salt + mix(step))) {}
+
+  LOWRANK_HOST_DEVICE uint16_t round(float value, uint32_t channel, uint32_t place) const {
+    const uint32_t bits = bits_of(value);
+    const uint32_t random = mix(mix(key_ + channel) + place) & 0xffff;
+    const bool finite = (bits & kFloatInf) != kFloatInf;
+    return finite ? static_cast<uint16_t>((bits + random) >> 16) : to_bfloat16(value);
+  }
+
+ private:
+  uint32_t key_ = 0;
+};
+
+}  // namespace lowrank
