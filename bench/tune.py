@@ -66,7 +66,7 @@ class Tuner:
     def _problem(self, case: Case) -> Any:
         shape, axis = (case.rows, case.cols), rank_axis(case.side)
         sizes = (shape[1 - axis], shape[axis], case.rank, case.matrices)
-        return self.tuned.Problem(case.side, *sizes, DTYPES[case.dtype])
+        return self.tuned.Problem(case.side, *sizes, (DTYPES[case.dtype],) * 2)
 
     def _store(self, kind: str, key: str, config: Any) -> Any:
         self.table[kind][key] = config._asdict()

@@ -56,7 +56,7 @@ def test_the_fastest_configuration_goes_into_the_table_and_is_used(make_tuner):
     tuner = make_tuner(small_is_fast)
     lines = list(tuner.tune(CASE, count=8))
     assert len(lines) == 3
-    problem = tuned.Problem(CASE.side, 48, 40, 16, 2, torch.float32)
+    problem = tuned.Problem(CASE.side, 48, 40, 16, 2, (torch.float32,) * 2)
     for kind in ("project", "update"):
         candidates = getattr(choices, f"{kind}_candidates")(problem, tuner.gpu)
         best = min(candidates, key=small_is_fast)
@@ -66,7 +66,7 @@ def test_the_fastest_configuration_goes_into_the_table_and_is_used(make_tuner):
         assert getattr(choices, f"{kind}_config")(problem, tuner.gpu) == best
     matrix = torch.ones(48, 40)
     assert load("triton").group_size(matrix, matrix, 16) == 4
-    assert choices.configuration_sources(problem, tuner.gpu)["project"].startswith("tuned")
+    assert choices.project_source(problem, tuner.gpu).startswith("tuned")
 
 
 def test_a_second_run_measures_only_what_is_missing(make_tuner):

@@ -25,7 +25,8 @@ _PROJECT_DEPTH = {2: 64, 4: 32}
 _UPDATE_TILES = {2: ((128, 256), (128, 128), (64, 64)), 4: ((128, 128), (64, 64))}
 _UPDATE_RANK = {2: 32, 4: 16}
 
-# Operands of two dtypes are split into three TF32 products, which takes registers.
+# Where accesses are as narrow as an element, addresses take registers: half the depth, no largest
+# tiles. Operands of two dtypes are split into three TF32 products, which takes registers.
 _MIXED_TILES = ((64, 128), (64, 64))
 
 # A tile size is taken if its tiles occupy this share of the processors.
@@ -171,9 +172,10 @@ def _project_configs(problem: Problem, gpu: Gpu) -> Iterator[ProjectConfig]:
         warps = _warps(channels * rank, size)
         # Pieces of 16 columns.
         cuts = _log2(rank // 16)
-        config = ProjectConfig(channels, rank, _PROJECT_DEPTH[size], 1, cuts, warps, 1)
+        depth = _PROJECT_DEPTH[size] // (1 if problem.wide else 2)
+        config = ProjectConfig(channels, rank, depth, 1, cuts, warps, 1)
         stages = min(3, gpu.shared_bytes // _project_stage(config, size))
-        if stages and (problem.wide or largest < 256):
+        if stages and (problem.wide or largest <= 128):
             yield config._replace(stages=stages)
 
 
@@ -187,7 +189,7 @@ def _update_configs(problem: Problem, gpu: Gpu) -> Iterator[UpdateConfig]:
         cuts = _log2(depth // (16 if depth == 256 else 64 // size))
         config = UpdateConfig(channels, depth, rank, cuts, warps, 1)
         stages = min(3, gpu.shared_bytes // _update_stage(config, size))
-        if stages and (problem.wide or depth < 256):
+        if stages and (problem.wide or channels * depth * size <= 128 * 128 * 2):
             yield config._replace(stages=stages)
 
 
