@@ -1,10 +1,10 @@
 """Which configuration a launch has: forced, out of a tuned table, or by the heuristics here.
 
-Compiled ahead of time by Triton 3.7.1 for sm_80, sm_90 and sm_100 (`python -m
-bench.triton_compile`, record in bench/results/triton-compile.json), none of what the heuristics choose spills: bf16, fp16,
-float32, TF32 and mixed dtypes, both sides, groups at any distance, rows of 5461 elements. No speed
-has been measured. Registers of a thread, 255 being the end, at the worst variant, where accesses are
-16 bytes wide / where they are as narrow as an element:
+Compiled ahead of time by Triton 3.7.1 for sm_80, sm_90 and sm_100, none of what the heuristics
+choose spills: bf16, fp16, float32, TF32 and mixed dtypes, both sides, groups at any distance, rows
+of 5461 elements. No speed has been measured. Tiles of channels x directions x depth, and of
+channels x depth x directions, with the registers of a thread, 255 being the end, at the worst
+variant, where accesses are 16 bytes wide / where they are as narrow as an element:
 
     project  bf16  128 x 256 x 64  255 / 255    update  bf16  128 x 256 x 32  255 / 255
                    128 x 128 x 64  215 / 254                  128 x 128 x 32  174 / 248
@@ -12,6 +12,8 @@ has been measured. Registers of a thread, 255 being the end, at the worst varian
                     64 x  64 x 64  200 / -            fp32  128 x 128 x 16  255 / 168
              fp32  128 x 128 x 32  255 / 254                   64 x  64 x 16  126 / 235
                     64 x  64 x 32  254 / -
+
+`python -m bench.triton_compile`, record in bench/results/triton-compile.json.
 """
 
 import functools
