@@ -206,8 +206,7 @@ def test_a_group_is_its_matrices_one_by_one(
     side, form, count, gap, unit, backwards, poisoned_workspaces
 ):
     """Bit for bit, wherever they lie, and nothing outside of them is read or written."""
-    alone = made(count, side=side, form=form)
-    together = made(count, side=side, form=form)
+    alone, together = (made(count, rank=35, side=side, form=form) for _ in "ab")
     buffers = scattered(together, gap, backwards)
     assert groups.group([run.weight for run in together]).unit == (16 if count == 1 else unit)
     with small_tiles(3 if backwards else 1):
@@ -223,10 +222,15 @@ def test_a_group_is_its_matrices_one_by_one(
 @pytest.mark.parametrize("shape_rank", SHAPES_AND_RANKS, ids=str)
 @pytest.mark.parametrize("side", list(Side))
 def test_nothing_is_touched_outside_the_tensors(side, shape_rank, poisoned_workspaces):
-    """At the tiles that the heuristics choose."""
+    """At the tiles that the heuristics choose for matrices that lie like these."""
     plain, guarded = (made(2, *shape_rank, side) for _ in "ab")
     buffers = scattered(guarded, 70001, False)
-    launch(plain)
+    (rows, cols), rank = shape_rank
+    sizes = (rows, cols) if side is Side.RIGHT else (cols, rows)
+    problem = Problem(side, *sizes, rank, 2, (torch.float32,) * 2, wide=False)
+    gpu = config.gpu_of(torch.device("cpu"))
+    with forced(project=project_config(problem, gpu), update=update_config(problem, gpu)):
+        launch(plain)
     launch(guarded)
     assert_equal(plain, guarded)
     for buffer, outside in buffers:
