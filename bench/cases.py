@@ -33,10 +33,12 @@ class Case:
     dtype: str
     method: str
     matrices: int
+    proj_type: str = "std"
 
     @property
     def side(self) -> Side:
-        return Side.LEFT if self.rows < self.cols else Side.RIGHT
+        wide = self.rows < self.cols
+        return Side.LEFT if wide == (self.proj_type == "std") else Side.RIGHT
 
     @property
     def residual(self) -> Residual | None:

@@ -178,8 +178,9 @@ def back_project_update(
     else:
         products = [(low_one, basis.T) for low_one, basis in zip(low, bases, strict=True)]
 
-    if params[0].device.type == "cuda" and factor is None and noise is None:
-        # Of GaLore's update nothing is left but a product, which cuBLAS adds to W as it goes.
+    addressable = _rows_are_dense(params[0]) or _rows_are_dense(params[0].T)
+    if factor is None and noise is None and addressable and low.dtype is params[0].dtype:
+        # Of GaLore's update nothing is left but a product, which BLAS adds to W as it goes.
         for param, (left, right) in zip(params, products, strict=True):
             param.addmm_(left, right, beta=1 - decay, alpha=-(1 - decay) * step_size)
         return
