@@ -10,15 +10,20 @@ if TYPE_CHECKING:
     import torch
 
     from bench.settings import Settings
+    from lowrank_kernels import Subspace
 
 
 @dataclass(frozen=True)
 class Method:
-    """How to build an optimizer for a model, and the learning rates to use when none is given."""
+    """How to build an optimizer for a model, and the learning rates to use when none is given.
+
+    A variant is compared only if it is named.
+    """
 
     build: Callable[[torch.nn.Module, float, Settings], torch.optim.Optimizer]
     nano_lr: float
     lr: float
+    variant: bool = False
 
 
 def _adamw(model: torch.nn.Module, lr: float, settings: Settings) -> torch.optim.Optimizer:
@@ -41,12 +46,45 @@ def _adamw_split(model: torch.nn.Module, lr: float, settings: Settings) -> torch
 
 
 def _galore(model: torch.nn.Module, lr: float, settings: Settings) -> torch.optim.Optimizer:
+    return _galore_in("randomized", model, lr, settings)
+
+
+def _galore_svd(model: torch.nn.Module, lr: float, settings: Settings) -> torch.optim.Optimizer:
+    """As the official package: exact bases, all at the same step."""
+    return _galore_in("svd", model, lr, settings)
+
+
+def _galore_together(
+    model: torch.nn.Module, lr: float, settings: Settings
+) -> torch.optim.Optimizer:
+    """Randomized bases, all at the same step."""
+    from lowrank_kernels import Subspace
+
+    return _galore_in(Subspace(stagger=False), model, lr, settings)
+
+
+def _galore_in(
+    subspace: str | Subspace, model: torch.nn.Module, lr: float, settings: Settings
+) -> torch.optim.Optimizer:
     from lowrank_kernels import GaLoreAdamW
 
     return GaLoreAdamW(
         _groups(model, settings),
         lr=lr,
         weight_decay=settings.weight_decay,
+        subspace=subspace,
+        backend=settings.backend,
+    )
+
+
+def _adarankgrad(model: torch.nn.Module, lr: float, settings: Settings) -> torch.optim.Optimizer:
+    from lowrank_kernels import AdaRankGradAdamW
+
+    return AdaRankGradAdamW(
+        _groups(model, settings),
+        lr=lr,
+        weight_decay=settings.weight_decay,
+        residual_energy=settings.residual_energy,
         backend=settings.backend,
     )
 
@@ -84,5 +122,8 @@ METHODS = {
     "adamw": Method(_adamw, nano_lr=1e-3, lr=1e-3),
     "adamw-split": Method(_adamw_split, nano_lr=5e-3, lr=1e-2),
     "galore": Method(_galore, nano_lr=2e-2, lr=1e-2),
+    "galore-svd": Method(_galore_svd, nano_lr=2e-2, lr=1e-2, variant=True),
+    "galore-together": Method(_galore_together, nano_lr=2e-2, lr=1e-2, variant=True),
+    "adarankgrad": Method(_adarankgrad, nano_lr=2e-2, lr=1e-2),
     "fira": Method(_fira, nano_lr=5e-3, lr=1e-2),
 }

@@ -1,4 +1,4 @@
-"""The picture of a comparison: loss curves, and next to them the optimizers' memory."""
+"""The pictures of a comparison: loss curves beside the optimizers' memory; subspaces over time."""
 
 from __future__ import annotations
 
@@ -32,6 +32,43 @@ def draw(records: list[dict], settings: Settings, data: DataSummary, path: Path)
         fontweight="bold",
     )
     figure.savefig(path, dpi=150)
+
+
+def draw_subspaces(records: list[dict], settings: Settings, path: Path) -> bool:
+    """Draws rank and captured energy of every projected matrix over time, a row an optimizer.
+
+    Returns:
+        False, and no file, if nobody projected anything.
+    """
+    runs = {r["optimizer"]: r for r in reversed(records) if r["subspaces"]}
+    if not runs:
+        return False
+    figure = Figure(figsize=(11, 1.2 + 2.8 * len(runs)), layout="constrained")
+    rows = figure.subplots(len(runs), 2, sharex=True, squeeze=False)
+    for axes, (name, run) in zip(rows, reversed(runs.items()), strict=True):
+        steps = [step for step, _ in run["subspaces"]]
+        kinds: dict[str, str] = {}
+        for matrix in run["subspaces"][0][1]:
+            kind = matrix.removesuffix(".weight").rsplit(".", 1)[-1]
+            label = None if kind in kinds else kind
+            colour = kinds.setdefault(kind, COLOURS[len(kinds) % len(COLOURS)])
+            for axis, part in zip(axes, (0, 1), strict=True):
+                values = [matrices[matrix][part] for _, matrices in run["subspaces"]]
+                axis.plot(steps, values, color=colour, lw=1, alpha=0.8, label=label)
+        axes[0].set(ylabel="rank", ylim=(0, settings.rank * 1.05))
+        axes[1].set(ylabel="captured energy", ylim=(0, 1))
+        axes[0].set_title(f"{name}, lr {run['lr']:g}", fontsize="medium", loc="left")
+        for axis in axes:
+            _tidy(axis)
+    for axis in rows[-1]:
+        axis.set_xlabel("optimizer step")
+    rows[0][1].legend(fontsize="small", frameon=False, ncols=4)
+    figure.suptitle(
+        f"LLaMA {settings.model}: each line a matrix, when its basis was last computed",
+        fontweight="bold",
+    )
+    figure.savefig(path, dpi=130)
+    return True
 
 
 def _draw_curves(

@@ -1,6 +1,6 @@
 """Pre-train a LLaMA on real text with several optimizers side by side, and compare them.
 
-    python -m bench.pretrain                      # four optimizers, minutes on two CPU cores
+    python -m bench.pretrain                      # five optimizers, minutes on two CPU cores
     python -m bench.pretrain --lr 3e-3,1e-2,3e-2 --seeds 0,1,2
     python -m bench.pretrain --optimizers adamw,fira --lr adamw=1e-3,3e-3 fira=1e-2
     python -m bench.pretrain --model 60m --dtype bf16 --data corpus/ --tokenizer bpe
@@ -40,11 +40,12 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit("pretrain: stopped; --resume goes on from the last checkpoint")
 
     # Drawing libraries take seconds to import, which a mistake in the arguments should not cost.
-    from bench.picture import draw
+    from bench.picture import draw, draw_subspaces
     from bench.report import print_tables, write_record
 
     write_record(records, settings, data, out / "pretrain.json")
     draw(records, settings, data, out / "pretrain.png")
+    draw_subspaces(records, settings, out / "subspaces.png")
     print_tables(records, settings, data)
     print(f"{time.perf_counter() - started:.0f} s; the record and the picture are in {out}")
 

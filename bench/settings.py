@@ -31,6 +31,7 @@ class Settings:
     weight_decay: float
     backend: str
     residual: str
+    residual_energy: float
     clip: float
     dtype: str
     device: str
@@ -157,7 +158,9 @@ def _parser() -> argparse.ArgumentParser:
         description="Pre-train a LLaMA with several optimizers side by side, and compare them.",
     )
     what = parser.add_argument_group("what is compared")
-    what.add_argument("--optimizers", default=",".join(METHODS), help="default: %(default)s")
+    usual = ",".join(name for name, method in METHODS.items() if not method.variant)
+    names = f"of {', '.join(METHODS)}; default: %(default)s"
+    what.add_argument("--optimizers", default=usual, help=names)
     rates = "1e-3,3e-3 for all, fira=1e-2 for one, or both; default: one good rate each"
     what.add_argument("--lr", nargs="+", default=[], metavar="RATES", help=rates)
     what.add_argument("--seeds", type=_integers, default=[0], help="of weights and batches: 0,1,2")
@@ -180,6 +183,8 @@ def _parser() -> argparse.ArgumentParser:
     recipe.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     recipe.add_argument("--backend", default="auto", help="of galore and fira")
     recipe.add_argument("--residual", choices=("official", "paper"), default="official")
+    share = "of the gradient that adarankgrad leaves outside; default: %(default)s"
+    recipe.add_argument("--residual-energy", type=float, default=0.1, metavar="SHARE", help=share)
 
     record = parser.add_argument_group("records")
     record.add_argument("--out", help="folder; default: bench/results/pretrain-MODEL")

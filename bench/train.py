@@ -20,6 +20,9 @@ from bench.models import PRESETS, build_model, cast_parameters
 from bench.optimizers import METHODS
 from bench.settings import Job, Settings
 
+# How often a run notes the ranks of its matrices.
+SUBSPACE_POINTS = 50
+
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -31,6 +34,7 @@ class History:
     step_seconds: list[float] = field(default_factory=list)
     optimizer_seconds: list[float] = field(default_factory=list)
     validation: list[tuple[int, float]] = field(default_factory=list)
+    subspaces: list[tuple[int, dict[str, tuple[int, float]]]] = field(default_factory=list)
     peak_bytes: int = 0
 
 
@@ -83,6 +87,8 @@ class Run:
         self.history.train_loss.append(loss.item())
         self.clock.mark()
         seconds, optimizer_seconds = self.clock.read()
+        if self.step % max(1, settings.steps // SUBSPACE_POINTS) == 0:
+            self._note_subspaces()
         self.history.step_seconds.append(round(seconds, 6))
         self.history.optimizer_seconds.append(round(optimizer_seconds, 6))
 
@@ -135,6 +141,13 @@ class Run:
             "backends": self._backends(),
             **asdict(self.history),
         }
+
+    def _note_subspaces(self) -> None:
+        """Rank and captured energy of every projected matrix."""
+        stats = getattr(self.optimizer, "stats", list)()
+        if stats:
+            rows = {row["name"]: (row["rank"], round(row["captured"], 4)) for row in stats}
+            self.history.subspaces.append((self.step, rows))
 
     def _backends(self) -> dict[str, int]:
         """Counts the projected matrices by the backend that trains them."""

@@ -3,15 +3,18 @@
 from importlib.metadata import version
 
 from .ops import BackendUnavailable, backends
-from .optim import FiraAdamW, GaLoreAdamW, LowRankAdamW, param_groups
+from .optim import AdaRankGradAdamW, FiraAdamW, GaLoreAdamW, LowRankAdamW, param_groups
+from .subspace import Subspace
 
 __version__ = version("lowrank-kernels")
 
 __all__ = [
+    "AdaRankGradAdamW",
     "BackendUnavailable",
     "FiraAdamW",
     "GaLoreAdamW",
     "LowRankAdamW",
+    "Subspace",
     "backends",
     "param_groups",
 ]

@@ -1,6 +1,6 @@
 """What users construct."""
 
-from .lowrank_adamw import FiraAdamW, GaLoreAdamW, LowRankAdamW
+from .lowrank_adamw import AdaRankGradAdamW, FiraAdamW, GaLoreAdamW, LowRankAdamW
 from .param_groups import param_groups
 
-__all__ = ["FiraAdamW", "GaLoreAdamW", "LowRankAdamW", "param_groups"]
+__all__ = ["AdaRankGradAdamW", "FiraAdamW", "GaLoreAdamW", "LowRankAdamW", "param_groups"]

@@ -1,6 +1,7 @@
 """Validation of parameter groups: every mistake of a user ends here, before anything changes."""
 
 import operator
+import zlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,7 +12,9 @@ from ..ops import Side
 
 Group = dict[str, Any]
 
-FORMAT = 1
+FORMAT = 2
+# What DDP, torch.compile, FSDP1 and activation checkpointing put into the names of parameters.
+WRAPPERS = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 PROJECTION_TYPES = ("std", "reverse_std", "left", "right")
 PROJECTION_DEFAULTS: Group = {"update_proj_gap": 200, "scale": 0.25, "proj_type": "std"}
 
@@ -37,6 +40,17 @@ def named_params(group: Group, index: int) -> Iterator[tuple[str, Tensor]]:
             yield param
         else:
             yield (names[position] if names else f"parameter {position} of group {index}"), param
+
+
+def salt_of(group: Group, place: int, position: int) -> int:
+    """What a parameter's random numbers depend on: its name, so that they stay the same when each
+    parameter, or a share of them, has an optimizer of its own; without names its position.
+    """
+    names = group.get("param_names")
+    if not names:
+        return position
+    parts = [part for part in names[place].split(".") if part not in WRAPPERS]
+    return zlib.crc32(".".join(parts).encode())
 
 
 def normalized(group: Group, defaults: Group, index: int) -> Group:

@@ -11,7 +11,7 @@ from torch.optim.optimizer import Optimizer, ParamsT
 from .. import ops
 from ..ops import Choice, Side
 from ..ops.notices import notice_once
-from ..subspace import RANGE_FINDERS, is_due
+from ..subspace import Readback, Subspace, is_due
 from .groups import (
     FORMAT,
     Group,
@@ -22,6 +22,7 @@ from .groups import (
     is_projected,
     named_params,
     normalized,
+    salt_of,
     side_of,
 )
 from .plain import step_plain
@@ -31,10 +32,12 @@ from .state import (
     State,
     check_loadable,
     check_shapes,
+    complete,
     new_plain_state,
     new_projected_state,
     restore,
     state_bytes,
+    subspace_stats,
 )
 
 Rounding = Literal["nearest", "stochastic"]
@@ -53,12 +56,17 @@ _not_compiled: Callable[[Function], Function] = getattr(torch, "_disable_dynamo"
 
 
 class _Work(NamedTuple):
-    """A parameter with a gradient; its backend if it is projected, its place in the optimizer."""
+    """A parameter with a gradient.
+
+    If it is projected, also its backend, what its random numbers depend on, and by how many steps
+    its refreshes come early.
+    """
 
     name: str
     param: Tensor
-    backend: str | None
-    position: int
+    backend: str | None = None
+    salt: int = 0
+    phase: int = 0
 
 
 class LowRankAdamW(Optimizer):
@@ -88,16 +96,22 @@ class LowRankAdamW(Optimizer):
         weight_decay: decoupled weight decay.
         residual: None drops what the basis does not span (GaLore); "official" and "paper" add it,
             scaled and limited, as Fira's code and Fira's algorithm 1 do.
-        subspace: where a basis comes from: "svd".
+        subspace: a `Subspace`, or the name of a range finder: "randomized" (default), "power",
+            "random", or "svd", which computes all bases at once by an exact SVD as the official
+            packages do. The named ones spread their refreshes over the steps, except "svd" and
+            with `capturable`.
         backend: "auto", "reference", "native" or "triton"; `LOWRANK_BACKEND` overrides it.
         maximize: ascend instead of descend.
         rounding: "nearest", or "stochastic" for the projected bfloat16 weights: a step smaller than
             half a unit in the last place of a weight then moves it in the mean instead of never.
-            The noise depends on the parameter's place and step only.
+            The noise depends on the parameter's name (its place, without names) and step only.
         capturable: counts steps on the device, so that a CUDA graph can capture a step and replay
             it, with `lr` as a tensor on that device. A replay keeps the basis: take an eager step
             where one is due, every `update_proj_gap` steps. An eager step then waits for the device
-            once.
+            once. It needs state that stays in place: no adaptive rank, no reset moments and no
+            criterion.
+        monitor: counts non-finite gradients and steps held back by Fira's limiter for `stats`, at
+            the cost of a few small launches a matrix.
 
     Raises:
         ValueError, TypeError: an option or a parameter does not fit; the text names it.
@@ -105,6 +119,11 @@ class LowRankAdamW(Optimizer):
 
     Sources: GaLore (arXiv 2403.03507), Fira (arXiv 2410.01623).
     """
+
+    @property
+    def corrected(self) -> bool:
+        """Whether the moments are corrected for their bias, instead of the step size."""
+        return self.residual == "paper"
 
     def __init__(
         self,
@@ -115,22 +134,24 @@ class LowRankAdamW(Optimizer):
         weight_decay: float = 0.0,
         *,
         residual: ResidualForm | None = None,
-        subspace: str = "svd",
+        subspace: Subspace | str = "randomized",
         backend: str = "auto",
         maximize: bool = False,
         rounding: Rounding = "nearest",
         capturable: bool = False,
+        monitor: bool = False,
     ) -> None:
         if residual is not None and residual not in RESIDUAL_FORMS:
             raise ValueError(f"residual must be one of {', '.join(RESIDUAL_FORMS)} or None")
-        if subspace not in RANGE_FINDERS:
-            raise ValueError(f"subspace must be one of {', '.join(RANGE_FINDERS)}")
+        subspace = Subspace.named(subspace, stagger=not capturable)
+        _check_subspace(subspace, residual, capturable)
         if rounding not in ROUNDINGS:
             raise ValueError(f"rounding must be one of {', '.join(ROUNDINGS)}, got {rounding!r}")
         ops.requested_backend(backend)
         self.residual, self.subspace, self.backend = residual, subspace, backend
-        self.rounding, self.capturable = rounding, capturable
+        self.rounding, self.capturable, self.monitor = rounding, capturable, monitor
         self._counted: dict[Tensor, int] = {}
+        self._readback = Readback()
         defaults = {
             "lr": lr,
             "betas": betas,
@@ -200,6 +221,30 @@ class LowRankAdamW(Optimizer):
                 rows.append(row)
         return rows
 
+    def stats(self) -> list[dict[str, Any]]:
+        """Says what each projected parameter's subspace is doing; no factorization, no gradient.
+
+        Everything but the counters of `monitor` is known on the host, so that every few steps are
+        not too often.
+
+        Returns:
+            A row for every projected parameter that has taken a step: name, step, rank, captured
+            (energy of the gradient, 0 to 1, that the basis held when it was computed), age (steps
+            since then), overlap (|P_new^T P_old|^2 / r at its last change, 1 for the same span, 0
+            before there was one), refreshes, kept (refreshes that failed, so that the old basis
+            stayed), fallbacks (slow factorizations), deficient (gradients of a lower rank than the
+            basis), gap_factor; and with `monitor` nonfinite (gradients) and limited (steps held
+            back by Fira's limiter), else None.
+        """
+        rows = []
+        for index, group in enumerate(self.param_groups):
+            if not is_projected(group):
+                continue
+            for name, param in named_params(group, index):
+                if self.state.get(param):
+                    rows.append({"name": name, **subspace_stats(self.state[param])})
+        return rows
+
     def load_state_dict(self, state_dict: State) -> None:
         """Loads a state dict; moments and bases keep the dtype that they were saved with.
 
@@ -229,12 +274,13 @@ class LowRankAdamW(Optimizer):
                 handle.remove()
 
     def __getstate__(self) -> dict[str, Any]:
-        parts = ("residual", "subspace", "backend", "rounding", "capturable")
+        parts = ("residual", "subspace", "backend", "rounding", "capturable", "monitor")
         return {**super().__getstate__(), **{name: getattr(self, name) for name in parts}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._counted = {}  # torch comes here when it loads a state dict, too
+        self._readback = Readback()
         for group in self.param_groups:
             group.setdefault("maximize", False)
             group.setdefault("format", FORMAT)
@@ -242,22 +288,30 @@ class LowRankAdamW(Optimizer):
     def _checked_work(self) -> Iterator[tuple[Group, list[_Work]]]:
         """Each group with its parameters that have a gradient, all checked."""
         request = ops.requested_backend(self.backend)
-        position = -1
+        matrices = sum(len(g["params"]) for g in self.param_groups if is_projected(g))
+        position = matrix = -1
         for index, group in enumerate(self.param_groups):
             check_lr(group, index, self.capturable)
             items = []
-            for name, param in named_params(group, index):
+            for place, (name, param) in enumerate(named_params(group, index)):
                 position += 1
+                matrix += is_projected(group)
                 if param.grad is None:
                     continue
                 check_grad(name, param, param.grad)
-                backend = None
+                item = _Work(name, param)
                 if is_projected(group):
                     check_matrix(name, param)
                     backend = self._choice(request, param, param.grad).backend
+                    salt = salt_of(group, place, position)
+                    phase = 0
+                    if self.subspace.stagger:
+                        share = salt / 2**32 if "param_names" in group else matrix / matrices
+                        phase = int(share * group["update_proj_gap"])
+                    item = _Work(name, param, backend, salt, phase)
                 if self.state.get(param):
                     check_shapes(name, param, self.state[param], is_projected(group))
-                items.append(_Work(name, param, backend, position))
+                items.append(item)
             yield group, items
 
     def _check_capture(self, work: list[tuple[Group, list[_Work]]]) -> None:
@@ -270,13 +324,13 @@ class LowRankAdamW(Optimizer):
                     f"group {index}: the graph would keep lr={group['lr']} for ever; pass"
                     " lr=torch.tensor(..., device='cuda') and change it in place"
                 )
-            for name, param, *_ in items:
+            for name, param, _, _, phase in items:
                 state, count = self.state.get(param), self._counted.get(param, 0)
                 if not state or (is_projected(group) and not count):
                     raise RuntimeError(f"{name}: take an eager step before capturing one")
                 if not is_projected(group):
                     continue
-                if is_due(count, state["basis_step"], group["update_proj_gap"]):
+                if is_due(count, state["basis_step"], group["update_proj_gap"], phase):
                     raise RuntimeError(
                         f"{name}: its basis is due after {count} steps, and a CUDA graph cannot"
                         " compute one; take this step eagerly and capture a later one"
@@ -284,16 +338,16 @@ class LowRankAdamW(Optimizer):
 
     def _state_of(self, group: Group, param: Tensor) -> State:
         state = self.state[param]
+        limited = self.residual is not None
         if state:
-            if is_projected(group) and self.residual and "limiter_norm" not in state:
-                # Saved by GaLore, continued with Fira.
-                state["limiter_norm"] = state["exp_avg"].new_zeros(())
+            if is_projected(group):
+                complete(state, limited, self.monitor)
             return state
         if is_projected(group):
             rows, cols = param.shape
             rank = _cut_rank(group["rank"], rows, cols)
             side = side_of(group["proj_type"], rows, cols)
-            state.update(new_projected_state(param, rank, side, self.residual is not None))
+            state.update(new_projected_state(param, rank, side, limited, self.monitor))
         else:
             state.update(new_plain_state(param))
         if self.capturable:
@@ -306,10 +360,18 @@ class LowRankAdamW(Optimizer):
             grad, backend = item.param.grad, item.backend
             assert grad is not None
             assert backend is not None
-            matrix = Matrix(item.param, grad, state, backend, item.position)
+            matrix = Matrix(item.param, grad, state, backend, item.salt, item.phase)
             by_device.setdefault(item.param.device, []).append(matrix)
         stochastic = self.rounding == "stochastic"
-        method = Method(self.residual, self.subspace, stochastic, self.capturable)
+        method = Method(
+            residual=self.residual,
+            corrected=self.corrected,
+            subspace=self.subspace,
+            stochastic=stochastic,
+            capturable=self.capturable,
+            monitor=self.monitor,
+            readback=self._readback,
+        )
         for matrices in by_device.values():
             step_projected(matrices, self._completed_steps(matrices), group, method)
 
@@ -363,11 +425,12 @@ class GaLoreAdamW(LowRankAdamW):
         eps: float = 1e-6,
         weight_decay: float = 0.0,
         *,
-        subspace: str = "svd",
+        subspace: Subspace | str = "randomized",
         backend: str = "auto",
         maximize: bool = False,
         rounding: Rounding = "nearest",
         capturable: bool = False,
+        monitor: bool = False,
     ) -> None:
         super().__init__(
             params,
@@ -381,6 +444,7 @@ class GaLoreAdamW(LowRankAdamW):
             maximize=maximize,
             rounding=rounding,
             capturable=capturable,
+            monitor=monitor,
         )
 
 
@@ -404,11 +468,12 @@ class FiraAdamW(LowRankAdamW):
         weight_decay: float = 0.0,
         *,
         residual: ResidualForm = "official",
-        subspace: str = "svd",
+        subspace: Subspace | str = "randomized",
         backend: str = "auto",
         maximize: bool = False,
         rounding: Rounding = "nearest",
         capturable: bool = False,
+        monitor: bool = False,
     ) -> None:
         if residual is None:
             raise ValueError("residual must be one of official, paper; use GaLoreAdamW for none")
@@ -424,6 +489,97 @@ class FiraAdamW(LowRankAdamW):
             maximize=maximize,
             rounding=rounding,
             capturable=capturable,
+            monitor=monitor,
+        )
+
+
+class AdaRankGradAdamW(LowRankAdamW):
+    """AdaRankGrad: a rank for every layer, no larger than its gradient needs at the time.
+
+    Gradients lose rank as training goes on. Each refresh takes the smallest rank, up to the group's
+    `rank`, that leaves at most `residual_energy` of |G|^2 outside; the moments follow the basis;
+    and a basis is renewed as soon as it has done its work, at the latest after `update_proj_gap`
+    steps. State is allocated anew, so what a smaller rank saves is free for others.
+
+    There is no published code. Ours are these choices, where the paper could not be followed:
+
+    - the rank rule takes the smallest rank, since the printed one always takes the largest, and all
+      ranks are judged by one sketch;
+    - `residual_energy` is the share outside, not inside;
+    - the second moment is carried by (C o C) V, since the printed C V becomes negative;
+      `moments="carry_absolute"` takes |C V|;
+    - a basis has done its work when |R| has fallen to `threshold` times its value at the first step
+      with this basis, which has no unit; `criterion="norm"` is the published |R| <= threshold;
+    - `scale` has GaLore's default 0.25; only its product with the learning rate matters.
+
+    Arguments, group keys and errors as in `LowRankAdamW`, and as in `Subspace` for those of the
+    method. The moments are corrected for their bias, as in `torch.optim.AdamW`.
+
+    Source: AdaRankGrad (arXiv 2410.17881), from its abstract and secondary sources.
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-6,
+        weight_decay: float = 0.0,
+        *,
+        residual_energy: float = 0.1,
+        min_rank: int = 1,
+        rank_multiple: int = 1,
+        criterion: str | None = "relative_norm",
+        threshold: float = 0.5,
+        check_gap: int = 50,
+        moments: str = "carry",
+        power_iterations: int = 1,
+        stagger: bool = True,
+        backend: str = "auto",
+        maximize: bool = False,
+        rounding: Rounding = "nearest",
+        monitor: bool = False,
+    ) -> None:
+        subspace = Subspace(
+            power_iterations=power_iterations,
+            stagger=stagger,
+            moments=moments,
+            residual_energy=residual_energy,
+            min_rank=min_rank,
+            rank_multiple=rank_multiple,
+            criterion=criterion,
+            threshold=threshold,
+            check_gap=check_gap,
+        )
+        super().__init__(
+            params,
+            lr,
+            betas,
+            eps,
+            weight_decay,
+            subspace=subspace,
+            backend=backend,
+            maximize=maximize,
+            rounding=rounding,
+            monitor=monitor,
+        )
+
+    @property
+    def corrected(self) -> bool:
+        return True
+
+
+def _check_subspace(subspace: Subspace, residual: ResidualForm | None, capturable: bool) -> None:
+    if residual is not None and not subspace.orthonormal:
+        raise ValueError(
+            f"residual={residual!r} needs an orthonormal basis, which"
+            f" range_finder={subspace.range_finder!r} is not"
+        )
+    moving = (subspace.residual_energy, subspace.criterion, subspace.lazy)
+    if capturable and (any(x is not None for x in moving) or subspace.moments == "reset"):
+        raise ValueError(
+            "capturable=True replays one step as it was: it cannot go with a subspace that has a"
+            " residual_energy, a criterion, lazy refreshes or moments='reset'"
         )
 
 

@@ -1,6 +1,5 @@
 """One step of projected matrices: bases that are due, then the three operations, group by group."""
 
-import logging
 from collections.abc import Hashable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -8,31 +7,39 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from ..ops import Noise, Side
-from ..ops.notices import notice_once
-from ..subspace import ZERO_GRADIENT, is_due, refresh_basis
+from ..ops import Noise, Projection, Side
+from ..ops.reference import LIMITER_GROWTH
+from ..subspace import Due, Readback, Subspace, is_due, is_measured, measure, refresh
 from .groups import Group
 from .schedule import ResidualForm, StepScalars, step_scalars
 from .state import State
 
 
 class Matrix(NamedTuple):
-    """A projected parameter with its gradient, its state and who computes its step."""
+    """A projected parameter with its gradient, its state and who computes its step.
+
+    `salt` is what its random numbers depend on, beside the step, and `phase` by how many steps its
+    refreshes come early.
+    """
 
     param: Tensor
     grad: Tensor
     state: State
     backend: str
     salt: int
+    phase: int
 
 
 class Method(NamedTuple):
     """The parts that the optimizer was built with."""
 
     residual: ResidualForm | None
-    subspace: str
+    corrected: bool
+    subspace: Subspace
     stochastic: bool
     capturable: bool
+    monitor: bool
+    readback: Readback
 
 
 def step_projected(
@@ -46,30 +53,29 @@ def step_projected(
         group: its options.
         method: the optimizer's parts.
     """
-    for matrix, steps in zip(matrices, completed, strict=True):
-        if is_due(steps, matrix.state["basis_step"], group["update_proj_gap"]):
-            _refresh(matrix, steps, group, method.subspace)
+    refresh(list(_due(matrices, completed, group, method)), method.subspace)
     torch._foreach_add_([matrix.state["step"] for matrix in matrices], 1)
 
     alike: dict[Hashable, list[Matrix]] = {}
     for matrix, steps in zip(matrices, completed, strict=True):
         if matrix.param.numel():
-            kind = (_kind(matrix), None if method.capturable else steps)
-            alike.setdefault(kind, []).append(matrix)
+            counts = None if method.capturable else (steps, matrix.state["moments_step"])
+            alike.setdefault((_kind(matrix), counts), []).append(matrix)
     chunks = [chunk for equal in alike.values() for chunk in _chunks(equal)]
     if method.capturable and chunks:
         _step_with_device_scalars(chunks, group, method)
         return
     for chunk in chunks:
         step = int(chunk[0].state["step"])
-        scalars = step_scalars(group, step, method.residual)
+        moments_step = step - int(chunk[0].state["moments_step"])
+        scalars = step_scalars(group, moments_step, method.residual, method.corrected)
         _step_group(chunk, step, scalars, group, method)
 
 
 def _step_with_device_scalars(chunks: list[list[Matrix]], group: Group, method: Method) -> None:
     """The scalars of all chunks at once: a dozen small launches a step, not a dozen a chunk."""
     steps = torch.stack([matrix.state["step"] for chunk in chunks for matrix in chunk])
-    scalars, counts = step_scalars(group, steps, method.residual), steps.int()
+    scalars, counts = step_scalars(group, steps, method.residual, method.corrected), steps.int()
     start = 0
     for chunk in chunks:
         part = slice(start, start + len(chunk))
@@ -77,18 +83,45 @@ def _step_with_device_scalars(chunks: list[list[Matrix]], group: Group, method: 
         start = part.stop
 
 
-def _refresh(matrix: Matrix, completed: int, group: Group, subspace: str) -> None:
-    grad = -matrix.grad if group["maximize"] else matrix.grad
-    state = matrix.state
-    if not grad.numel():
-        return
-    problem = refresh_basis(grad, state["basis"], Side(state["side"]), subspace)
-    if problem is None:
-        state["basis_step"] = completed
-        return
-    # Checkpoint libraries create the state by a step with zero gradients.
-    level = logging.INFO if problem == ZERO_GRADIENT else logging.WARNING
-    notice_once(level, f"a basis was not renewed: {problem}")
+def _due(
+    matrices: Sequence[Matrix], completed: Sequence[int], group: Group, method: Method
+) -> Iterator[Due]:
+    """Those whose interval is over, or whose basis has done its work by the criterion."""
+    for matrix, steps in zip(matrices, completed, strict=True):
+        state, subspace = matrix.state, method.subspace
+        gap = group["update_proj_gap"] * state["gap_factor"]
+        due = is_due(steps, state["basis_step"], gap, matrix.phase)
+        if is_measured(state, steps, subspace) and "measured" in state:
+            value = method.readback.finish(matrix.param, state["measured"])
+            due = due or value <= subspace.threshold
+        if due:
+            grad = -matrix.grad if group["maximize"] else matrix.grad
+            seed = matrix.salt << 24 ^ steps
+            betas = float(group["betas"][0]), float(group["betas"][1])
+            yield Due(grad, state, group["rank"], steps, seed, betas)
+
+
+def _measure(matrices: list[Matrix], projection: Projection, method: Method) -> None:
+    """What the criterion wants to know of this step, for a decision at the next one."""
+    for matrix, projected in zip(matrices, projection.projected, strict=True):
+        steps = int(matrix.state["step"]) - 1
+        if measure(matrix.state, projected, steps, method.subspace):
+            method.readback.start(matrix.param, matrix.state["measured"])
+
+
+def _watch(
+    matrices: list[Matrix], grads: Sequence[Tensor], norms: list[Tensor], before: list[Tensor]
+) -> None:
+    """Counts, on the device, gradients that were not finite and steps that the limiter held back.
+
+    The limiter stores what it let through: of a step that it held back, 1.01 times the norm before.
+    """
+    largest = torch._foreach_norm(list(grads), float("inf"))
+    for matrix, value in zip(matrices, largest, strict=True):
+        matrix.state["nonfinite"] += ~value.isfinite()
+    bound = LIMITER_GROWTH * (1 - 1e-5)
+    for matrix, norm, old in zip(matrices, norms, before, strict=False):
+        matrix.state["limited"] += (old > 0) & (norm >= bound * old)
 
 
 def _kind(matrix: Matrix) -> Hashable:
@@ -115,7 +148,7 @@ def _step_group(
     group: Group,
     method: Method,
 ) -> None:
-    params, grads, states, backends, salts = zip(*matrices, strict=True)
+    params, grads, states, backends, salts, _ = zip(*matrices, strict=True)
     if group["maximize"]:
         grads = tuple(-grad for grad in grads)
     side, backend = Side(states[0]["side"]), backends[0]
@@ -131,9 +164,14 @@ def _step_group(
         backend=backend,
     )
     factor = None
+    norms = [state["limiter_norm"] for state in states] if projection.sums is not None else []
+    before = [norm.clone() for norm in norms] if method.monitor else []
     if projection.sums is not None:
-        norms = [state["limiter_norm"] for state in states]
         factor = ops.channel_scale(projection.sums, norms, backend=backend)
+    if method.monitor:
+        _watch(matrices, grads, norms, before)
+    if method.subspace.criterion is not None:
+        _measure(matrices, projection, method)
     rounds = method.stochastic and params[0].dtype is torch.bfloat16
     ops.back_project_update(
         params,

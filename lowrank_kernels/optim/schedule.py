@@ -31,12 +31,20 @@ class StepScalars(NamedTuple):
         )
 
 
-def step_scalars(group: Group, step: int | Tensor, form: ResidualForm | None) -> StepScalars:
+def step_scalars(
+    group: Group, step: int | Tensor, form: ResidualForm | None, corrected: bool
+) -> StepScalars:
     """Scalars of the 1-based `step`, a number, or a tensor with one number a matrix.
 
     The official GaLore and Fira code takes the moments uncorrected and corrects the step size,
-    which therefore also scales Fira's residual. The paper form of Fira corrects the moments before
-    it measures them.
+    which therefore also scales Fira's residual. `corrected` corrects the moments themselves, as
+    torch's AdamW and both papers do; the paper form of Fira measures the corrected ones.
+
+    Args:
+        group: options of the parameters.
+        step: steps that the moments have seen, this one included.
+        form: of the residual, None for none.
+        corrected: where the bias correction goes.
     """
     beta1, beta2 = (float(beta) for beta in group["betas"])
     scale, eps = float(group["scale"]), float(group["eps"])
@@ -48,10 +56,13 @@ def step_scalars(group: Group, step: int | Tensor, form: ResidualForm | None) ->
         lr = float(group["lr"])
     correction1, correction2 = 1 - beta1**step, 1 - beta2**step
     decay = lr * float(group["weight_decay"])
-    if form == "paper":
+    residual = None
+    if form is not None:
+        kappa, rho = (1.0, scale) if form == "paper" else (scale, 1.0)
+        residual = Residual(kappa, rho)
+    if corrected:
         adam = AdamScalars(beta1, beta2, eps, correction1, correction2)
-        return StepScalars(adam, Residual(kappa=1.0, rho=scale), scale, lr, decay)
+        return StepScalars(adam, residual, scale, lr, decay)
     adam = AdamScalars(beta1, beta2, eps)
-    residual = Residual(kappa=scale, rho=1.0) if form == "official" else None
     step_size = lr * correction2**0.5 / correction1
     return StepScalars(adam, residual, scale, step_size, decay)

@@ -6,8 +6,11 @@ Projected parameter:
     exp_avg_sq    V, as exp_avg
     basis         P, in the dtype of the weight
     side          int, a value of `ops.Side`
-    basis_step    int, completed steps when the basis was computed, -1 for none yet
     limiter_norm  0-d, the last norm that Fira's limiter stored, 0 for none yet (Fira only)
+    ints and floats that tell of its bases: see `subspace.refresh.new_record`
+    measured, first_norm, first_direction   of a criterion: see `subspace.when.measure`
+    overlaps      of the last refreshes, with lazy ones
+    nonfinite, limited   0-d counters, with `monitor`
 Other parameter: step, exp_avg, exp_avg_sq as torch.optim.AdamW, moments at least float32.
 """
 
@@ -18,12 +21,15 @@ import torch
 from torch import Tensor
 
 from ..ops.contract import Side, basis_shape, moment_dtype, projected_shape
+from ..subspace import new_record
 from .groups import FORMAT, Group, is_projected, named_params
 
 State = dict[str, Any]
 
 
-def new_projected_state(param: Tensor, rank: int, side: Side, limited: bool) -> State:
+def new_projected_state(
+    param: Tensor, rank: int, side: Side, limited: bool, monitored: bool
+) -> State:
     """State before the first step; a zero basis projects to zero until it is computed."""
     shape = (param.shape[0], param.shape[1])
     dtype, device = moment_dtype(param.dtype), param.device
@@ -34,11 +40,20 @@ def new_projected_state(param: Tensor, rank: int, side: Side, limited: bool) -> 
         "exp_avg_sq": torch.zeros(moments, dtype=dtype, device=device),
         "basis": torch.zeros(basis_shape(shape, side, rank), dtype=param.dtype, device=device),
         "side": int(side),
-        "basis_step": -1,
+        **new_record(),
     }
-    if limited:
-        state["limiter_norm"] = torch.zeros((), dtype=dtype, device=device)
+    complete(state, limited, monitored)
     return state
+
+
+def complete(state: State, limited: bool, monitored: bool) -> None:
+    """Adds to a projected state what an older version, or another method, did not keep."""
+    for key, value in new_record().items():
+        state.setdefault(key, value)
+    names = ["limiter_norm"] * limited + ["nonfinite", "limited"] * monitored
+    for name in names:
+        if name not in state:
+            state[name] = state["exp_avg"].new_zeros(())
 
 
 def new_plain_state(param: Tensor) -> State:
@@ -54,6 +69,17 @@ def new_plain_state(param: Tensor) -> State:
 def state_bytes(state: State) -> int:
     """Bytes of the tensors in one parameter's state."""
     return sum(v.numel() * v.element_size() for v in state.values() if isinstance(v, Tensor))
+
+
+def subspace_stats(state: State) -> dict[str, Any]:
+    """What a projected state tells of its bases; see `LowRankAdamW.stats`."""
+    step = int(state["step"])
+    row = {"step": step, "rank": state["basis"].shape[1]}
+    row |= {key: state.get(key, default) for key, default in new_record().items()}
+    row["age"] = step - 1 - row.pop("basis_step")
+    del row["moments_step"]
+    counters = {key: state.get(key) for key in ("nonfinite", "limited")}
+    return row | {key: None if x is None else int(x) for key, x in counters.items()}
 
 
 def check_shapes(name: str, param: Tensor, state: State, projected: bool) -> None:
@@ -106,6 +132,8 @@ def restore(states: Any, groups: list[Group], state_dict: State, capturable: boo
             elif isinstance(value, Tensor):
                 value = value.to(param.device, copy=True)
             states[param][entry] = value
+    for group in groups:
+        group["format"] = FORMAT
 
 
 def _saved_params(

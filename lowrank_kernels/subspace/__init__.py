@@ -1,5 +1,18 @@
-"""Where a basis comes from and when it changes."""
+"""Where a basis comes from, its rank, when it changes and what becomes of the moments."""
 
-from .refresh import RANGE_FINDERS, ZERO_GRADIENT, is_due, refresh_basis
+from .options import Subspace
+from .range_finders import RANGE_FINDERS
+from .refresh import Due, new_record, refresh
+from .when import Readback, is_due, is_measured, measure
 
-__all__ = ["RANGE_FINDERS", "ZERO_GRADIENT", "is_due", "refresh_basis"]
+__all__ = [
+    "RANGE_FINDERS",
+    "Due",
+    "Readback",
+    "Subspace",
+    "is_due",
+    "is_measured",
+    "measure",
+    "new_record",
+    "refresh",
+]

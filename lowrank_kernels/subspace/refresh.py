@@ -1,59 +1,208 @@
-"""When the basis of a matrix is computed anew, and what happens when that fails."""
+"""New bases for matrices that are due, and what happens when there is none."""
 
-from collections.abc import Callable
+import logging
+from collections.abc import Hashable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..ops import Side
-from .svd import svd_basis
+from ..ops.notices import notice_once
+from .moments import Corrections, Moments, moved
+from .options import Subspace
+from .range_finders import RANGE_FINDERS, Found, Request
+from .rank import adaptive_rank
+from .when import LAZY_REFRESHES, lazier
 
-ZERO_GRADIENT = "the gradient is zero"
+State = dict[str, Any]
 
-RangeFinder = Callable[[Tensor, Side, int], Tensor]
-RANGE_FINDERS: dict[str, RangeFinder] = {"svd": svd_basis}
-
-
-def is_due(completed_steps: int, basis_step: int, gap: int) -> bool:
-    """Whether the basis has to change before this step.
-
-    It is so at every multiple of `gap` completed steps, as in the official code, and at every step
-    after one where it should have changed and could not. The answer depends on nothing but the
-    state, so a resumed run refreshes where the uninterrupted one does.
-
-    Args:
-        completed_steps: steps that this parameter has taken.
-        basis_step: completed steps when its basis was computed, -1 for none.
-        gap: T of the papers, in steps.
-    """
-    return basis_step < 0 or completed_steps // gap > basis_step // gap
+# Of the gradients that are stacked for one batched factorization. It bounds the memory of a
+# refresh: about three matrices of the largest size, however many are due.
+BATCH_ELEMENTS = 2**22
 
 
-def refresh_basis(grad: Tensor, basis: Tensor, side: Side, subspace: str) -> str | None:
-    """Writes a new basis in place, or says why the old one stays.
+class Due(NamedTuple):
+    """A matrix whose basis has to change.
 
-    It waits for the device once, to look at the gradient: a factorization of NaN raises or returns
-    NaN, and the basis of a zero gradient would be arbitrary.
-
-    Args:
+    Attributes:
         grad: G, rows x cols.
-        basis: P, in place.
-        side: which side of G the basis multiplies.
-        subspace: name of the range finder, a key of `RANGE_FINDERS`.
-
-    Returns:
-        None if the basis is new, else the reason why it is not.
+        state: its state, changed in place; where the rank changes, with new tensors.
+        rank: the largest rank.
+        completed: steps that it has taken.
+        seed: what randomness may depend on, the same on every rank of a distributed run.
+        betas: of its moments.
     """
-    energy = float(torch.linalg.vector_norm(grad, dtype=torch.float64))
-    if energy == 0:
-        return ZERO_GRADIENT
-    if not energy < float("inf"):
-        return "the gradient is not finite"
+
+    grad: Tensor
+    state: State
+    rank: int
+    completed: int
+    seed: int
+    betas: tuple[float, float]
+
+
+def new_record() -> State:
+    """The part of a matrix' state that tells of its bases.
+
+    basis_step     completed steps when the basis was computed, -1 for none yet
+    moments_step   completed steps when the moments were last reset
+    refreshes      bases so far
+    captured       energy of the gradient that the basis held when it was computed, 0 to 1
+    overlap        |P_new^T P_old|^2 / min(r_new, r_old) of the last change, 0 for none
+    kept           refreshes that failed and left the old basis
+    fallbacks      refreshes whose fast factorization failed, so that the slow one was taken
+    deficient      refreshes from a gradient of a lower rank than the basis
+    gap_factor     lazy refreshes: by how much the interval has grown
+    """
+    return {
+        "basis_step": -1,
+        "moments_step": 0,
+        "refreshes": 0,
+        "captured": 0.0,
+        "overlap": 0.0,
+        "kept": 0,
+        "fallbacks": 0,
+        "deficient": 0,
+        "gap_factor": 1,
+    }
+
+
+def refresh(due: Sequence[Due], subspace: Subspace) -> None:
+    """Gives each matrix a new basis, or counts why it keeps the old one.
+
+    A basis is never computed from a zero or non-finite gradient, and a failed factorization changes
+    nothing but `kept`. Equal matrices are factored together. The device is waited for a few times a
+    batch: to look at the gradient, at the factorization and at the energies.
+    """
+    for batch in _batches([item for item in due if item.grad.numel()]):
+        _refresh_batch(batch, subspace)
+
+
+def _batches(due: Sequence[Due]) -> Iterator[list[Due]]:
+    alike: dict[Hashable, list[Due]] = {}
+    for item in due:
+        grad = item.grad
+        kind = grad.shape, grad.stride(), grad.dtype, grad.device, item.state["side"], item.rank
+        alike.setdefault(kind, []).append(item)
+    for equal in alike.values():
+        size = max(1, BATCH_ELEMENTS // equal[0].grad.numel())
+        for start in range(0, len(equal), size):
+            yield equal[start : start + size]
+
+
+def _refresh_batch(batch: list[Due], subspace: Subspace) -> None:
+    # A norm of a large half-precision gradient overflows in its own dtype.
+    norms = torch.stack([torch.linalg.vector_norm(i.grad, dtype=torch.float64) for i in batch])
+    usable = []
+    for index, norm in enumerate(norms.tolist()):
+        if 0 < norm < float("inf"):
+            usable.append(index)
+        elif norm == 0:
+            # Checkpoint libraries create the state by a step with zero gradients.
+            _keep(batch[index], "the gradient is zero", logging.INFO)
+        else:
+            _keep(batch[index], "the gradient is not finite")
+    _factor([batch[index] for index in usable], norms[usable], subspace)
+
+
+def _factor(batch: list[Due], norms: Tensor, subspace: Subspace) -> None:
+    if not batch:
+        return
+    side = Side(batch[0].state["side"])
+    grads = [item.grad for item in batch]
+    stack = grads[0].unsqueeze(0) if len(grads) == 1 else torch.stack(grads)
+    request = Request(
+        matrices=stack if side is Side.LEFT else stack.mT,
+        norms=norms,
+        rank=min(batch[0].rank, *stack.shape[1:]),
+        previous=[_previous(item) for item in batch],
+        seeds=[item.seed for item in batch],
+        power_iterations=subspace.power_iterations,
+    )
     try:
-        fresh = RANGE_FINDERS[subspace](grad, side, basis.shape[1])
+        found = RANGE_FINDERS[subspace.range_finder](request)
     except torch.linalg.LinAlgError as error:
-        return f"the factorization failed: {error}"
-    if not fresh.isfinite().all():
-        return "the factorization is not finite"
-    basis.copy_(fresh)
-    return None
+        if len(batch) == 1:
+            _keep(batch[0], f"the factorization failed: {error}")
+            return
+        for index, item in enumerate(batch):
+            _factor([item], norms[index : index + 1], subspace)
+        return
+    finite = (found.bases.isfinite().all((1, 2)) & found.energies.isfinite().all(1)).tolist()
+    energies = found.energies.tolist()
+    for index, item in enumerate(batch):
+        if finite[index]:
+            _take(item, found, index, energies[index], subspace)
+        else:
+            _keep(item, "the factorization is not finite")
+
+
+def _keep(item: Due, problem: str, level: int = logging.WARNING) -> None:
+    item.state["kept"] += 1
+    notice_once(level, f"a basis was not renewed: {problem}")
+
+
+def _take(item: Due, found: Found, index: int, energies: list[float], subspace: Subspace) -> None:
+    """Writes the new basis and all that hangs on it."""
+    state, previous = item.state, _previous(item)
+    rank = len(energies)
+    if subspace.residual_energy is not None:
+        rank = adaptive_rank(
+            energies, subspace.residual_energy, subspace.min_rank, subspace.rank_multiple
+        )
+    basis = found.bases[index, :, :rank].to(state["basis"].dtype)
+    if previous is not None:
+        wide = state["exp_avg"].dtype
+        overlap = basis.to(wide).mT @ previous.to(wide)
+        share = float(overlap.square().sum()) / min(overlap.shape)
+        state["overlap"] = share
+        _move_moments(item, overlap, subspace.moments)
+        _note_overlap(state, share, subspace)
+    elif rank != state["basis"].shape[1]:
+        # Before the first basis the moments are zero, and moving them only gives them their shape.
+        _move_moments(item, basis.new_zeros(rank, state["basis"].shape[1]), "keep")
+    _put(state, "basis", basis)
+    state["basis_step"] = item.completed
+    state["refreshes"] += 1
+    state["captured"] = min(1.0, sum(energies[:rank]))
+    state["fallbacks"] += int(found.slow[index])
+    state["deficient"] += int(energies[-1] <= found.noise)
+
+
+def _previous(item: Due) -> Tensor | None:
+    basis: Tensor = item.state["basis"]
+    return basis if item.state["basis_step"] >= 0 else None
+
+
+def _move_moments(item: Due, overlap: Tensor, how: str) -> None:
+    if how == "keep" and overlap.shape[0] == overlap.shape[1]:
+        return
+    state, steps = item.state, item.completed - item.state["moments_step"]
+    corrections = Corrections(*(1 - beta**steps for beta in item.betas))
+    old = Moments(state["exp_avg"], state["exp_avg_sq"])
+    new = moved(how, old, overlap, Side(state["side"]), corrections)
+    for name, moment in new._asdict().items():
+        _put(state, name, moment)
+    if how == "reset":
+        state["moments_step"] = item.completed
+
+
+def _put(state: State, name: str, value: Tensor) -> None:
+    """In place where it fits, as captured graphs need it; else as a new tensor, all its own."""
+    if state[name].shape == value.shape:
+        state[name].copy_(value)
+    else:
+        state[name] = value.clone(memory_format=torch.contiguous_format)
+
+
+def _note_overlap(state: State, share: float, subspace: Subspace) -> None:
+    if subspace.lazy is None:
+        return
+    overlaps = state.get("overlaps")
+    if overlaps is None:
+        overlaps = torch.zeros(LAZY_REFRESHES)
+    state["overlaps"] = torch.cat([overlaps[1:], torch.tensor([share])])
+    state["gap_factor"] = lazier(
+        state["overlaps"], state["refreshes"], state["gap_factor"], subspace
+    )

@@ -5,45 +5,49 @@ import logging
 import torch
 from torch import Tensor
 
-from ..ops import Side
 from ..ops.notices import notice_once
 
 
-def svd_basis(grad: Tensor, side: Side, rank: int) -> Tensor:
-    """The first `rank` left or right singular vectors of the gradient.
+def left_singular(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, bool]:
+    """The first `rank` left singular vectors and values.
 
     Args:
-        grad: G, rows x cols, finite; computed in float32, or in float64 for a float64 gradient.
-        side: LEFT for left singular vectors (rows x rank), RIGHT for right ones (cols x rank).
-        rank: at most min(rows, cols).
+        matrix: d x n, finite; computed in float32, or in float64 for a float64 matrix.
+        rank: at most min(d, n).
 
     Returns:
-        The basis, orthonormal, in the dtype of the computation.
+        The vectors, d x rank, the values, and whether the SVD failed and the Gram matrix was taken
+        instead; in the dtype of the computation.
 
     Raises:
         torch.linalg.LinAlgError: neither the SVD nor its fallback converged.
 
     Source: GaLore (arXiv 2403.03507), section 3.
     """
-    matrix = grad.to(torch.promote_types(grad.dtype, torch.float32))
+    wide = matrix.to(torch.promote_types(matrix.dtype, torch.float32))
+    # A gradient of the right side comes transposed: factored as it lies, like the official code
+    # does, it gets the same signs, on which moments that are kept depend.
+    lies_transposed = matrix.stride(1) != 1
     try:
-        left, _, right = torch.linalg.svd(matrix, full_matrices=False)
+        left, values, right = torch.linalg.svd(wide.mT if lies_transposed else wide, False)
     except torch.linalg.LinAlgError:
         notice_once(
             logging.WARNING, "torch.linalg.svd did not converge; using the Gram matrix's eigh"
         )
-        return _gram_basis(matrix, side, rank)
-    return left[:, :rank] if side is Side.LEFT else right[:rank].mT
+        return *_from_gram(wide, rank), True
+    vectors = right.mT if lies_transposed else left
+    return vectors[:, :rank], values[:rank], False
 
 
-def _gram_basis(matrix: Tensor, side: Side, rank: int) -> Tensor:
-    """The same vectors from the smaller Gram matrix, in float64 since it squares the condition."""
-    wide = matrix.double() if side is Side.LEFT else matrix.double().mT
-    rows, cols = wide.shape
+def _from_gram(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """The same from the smaller Gram matrix, in float64 since it squares the condition."""
+    exact = matrix.double()
+    rows, cols = exact.shape
     if rows <= cols:
-        _, vectors = torch.linalg.eigh(wide @ wide.mT)
+        energies, vectors = torch.linalg.eigh(exact @ exact.mT)
         basis = vectors[:, -rank:].flip(-1)
     else:
-        _, vectors = torch.linalg.eigh(wide.mT @ wide)
-        basis, _ = torch.linalg.qr(wide @ vectors[:, -rank:].flip(-1))
-    return basis.to(matrix.dtype)
+        energies, vectors = torch.linalg.eigh(exact.mT @ exact)
+        basis, _ = torch.linalg.qr(exact @ vectors[:, -rank:].flip(-1))
+    values = energies[-rank:].flip(-1).clamp(min=0.0).sqrt()
+    return basis.to(matrix.dtype), values.to(matrix.dtype)

@@ -187,7 +187,7 @@ def test_the_checkpoint_holds_float32_moments_and_loads_safely(results, method):
         assert state["step"] == STOP
         if index in projected[0]["params"]:
             assert state["basis"].dtype is torch.bfloat16
-            assert state["basis_step"] == STOP // GAP * GAP
+            assert STOP - GAP <= state["basis_step"] < STOP
             assert ("limiter_norm" in state) == (method == "fira")
 
 

@@ -58,8 +58,8 @@ def assert_same_bits(first, second):
                 assert other[key] == value, (name, key)
 
 
-def uninterrupted(method, dtype=torch.float32):
-    model, optimizer = setup(method, dtype)
+def uninterrupted(method, dtype=torch.float32, **options):
+    model, optimizer = setup(method, dtype, **options)
     train(model, optimizer, range(STEPS))
     return model, optimizer
 

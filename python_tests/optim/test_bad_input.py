@@ -79,7 +79,7 @@ def test_constructor_arguments():
         LowRankAdamW([group()], residual="code")
     with pytest.raises(ValueError, match="use GaLoreAdamW"):
         FiraAdamW([group()], residual=None)
-    with pytest.raises(ValueError, match="subspace must be one of svd"):
+    with pytest.raises(ValueError, match="range_finder must be one of svd, randomized"):
         FiraAdamW([group()], subspace="qr")
     with pytest.raises(TypeError, match="unexpected keyword"):
         FiraAdamW([group()], amsgrad=True)

@@ -9,7 +9,7 @@ import copy
 import pytest
 import torch
 
-from lowrank_kernels import FiraAdamW, GaLoreAdamW
+from lowrank_kernels import FiraAdamW, GaLoreAdamW, Subspace
 from lowrank_kernels.optim import lowrank_adamw
 
 GAP = 4
@@ -32,7 +32,12 @@ def make(method, device="cpu", dtype=torch.float32, lr=0.05, **options):
         {"params": params[:3], "rank": 4, "update_proj_gap": GAP},
         {"params": params[3:], "weight_decay": 0.0},
     ]
-    options = {"backend": "reference", "weight_decay": 0.1, **parts, **options}
+    subspace = Subspace(stagger=False)  # as with `capturable`, also for those compared with it
+    options = {
+        **{"backend": "reference", "weight_decay": 0.1, "subspace": subspace},
+        **parts,
+        **options,
+    }
     return params, cls(groups, lr=lr, **options)
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lowrank_kernels import FiraAdamW, ops
+from lowrank_kernels import FiraAdamW, Subspace, ops
 from lowrank_kernels.ops import reference
 
 SHAPES = [(12, 20), (20, 12), (12, 20), (12, 20), (12, 12), (20, 12), (12, 20)]
@@ -16,6 +16,7 @@ def make(**options):
         [{"params": params, "rank": 3, "update_proj_gap": 4}],
         lr=0.05,
         backend="reference",
+        subspace=Subspace(stagger=False),  # as with `capturable`
         **options,
     )
     return params, optimizer

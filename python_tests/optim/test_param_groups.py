@@ -29,7 +29,7 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D
 
 from lowrank_kernels import FiraAdamW, GaLoreAdamW, param_groups
-from lowrank_kernels.subspace import refresh
+from lowrank_kernels.subspace.range_finders import RANGE_FINDERS, Found, Request
 
 PROJ_TYPES = ("std", "reverse_std", "left", "right")
 LAYERS = 2
@@ -335,14 +335,14 @@ def test_conv1d_trains_as_the_transpose_over_refreshes(
     shape: tuple[int, int], proj_type: str, make: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Moments are kept over a refresh, so both twins need the singular vectors in one sign."""
-    svd = refresh.RANGE_FINDERS["svd"]
+    randomized = RANGE_FINDERS["randomized"]
 
-    def svd_of_one_sign(grad: Tensor, side: object, rank: int) -> Tensor:
-        basis = svd(grad, side, rank)
-        largest = basis.gather(0, basis.abs().argmax(0, keepdim=True))
-        return basis * largest.sign()
+    def of_one_sign(request: Request) -> Found:
+        found = randomized(request)
+        largest = found.bases.gather(1, found.bases.abs().argmax(1, keepdim=True))
+        return found._replace(bases=found.bases * largest.sign())
 
-    monkeypatch.setitem(refresh.RANGE_FINDERS, "svd", svd_of_one_sign)
+    monkeypatch.setitem(RANGE_FINDERS, "randomized", of_one_sign)
     assert_twins_agree(*shape, make, proj_type=proj_type, update_proj_gap=2)
 
 

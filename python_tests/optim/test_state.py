@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from lowrank_kernels import FiraAdamW, GaLoreAdamW, LowRankAdamW, param_groups
+from lowrank_kernels.optim.groups import FORMAT
 
 GAP, STOP, STEPS = 4, 6, 13
 METHODS = {
@@ -118,9 +119,9 @@ def test_state_holds_tensors_and_numbers_only_and_loads_safely():
     train(*run, range(3))
     state_dict = run[1].state_dict()
     for state in state_dict["state"].values():
-        assert {type(value) for value in state.values()} <= {torch.Tensor, int}
+        assert {type(value) for value in state.values()} <= {torch.Tensor, int, float}
     loaded = saved_and_loaded(state_dict)
-    assert loaded["param_groups"][0]["format"] == 1
+    assert loaded["param_groups"][0]["format"] == FORMAT
     assert loaded["param_groups"][0]["param_names"]
 
 
@@ -182,7 +183,7 @@ def other_basis(state_dict):
 
 
 def newer_format(state_dict):
-    state_dict["param_groups"][1]["format"] = 2
+    state_dict["param_groups"][1]["format"] = FORMAT + 1
 
 
 def no_format(state_dict):
@@ -206,7 +207,7 @@ def fewer_groups(state_dict):
     [
         (other_shape, r"state of 0\.weight does not fit its shape \(24, 12\): exp_avg has"),
         (other_basis, r"state of 0\.weight does not fit its shape \(24, 12\): basis has"),
-        (newer_format, r"group 1 of the state dict has format 2.*upgrade"),
+        (newer_format, r"group 1 of the state dict has format 3.*upgrade"),
         (no_format, r"group 0 of the state dict has no format number"),
         (no_basis, r"state of 0\.weight has no 'basis'"),
         (not_projected, r"group 0 is a projected group here and an AdamW group in the state dict"),

@@ -1,0 +1,108 @@
+"""The choices that make up a subspace."""
+
+from dataclasses import dataclass, fields
+
+from .moments import MOMENTS
+from .range_finders import RANGE_FINDERS
+
+CRITERIA = ("norm", "relative_norm", "displacement")
+
+
+@dataclass(frozen=True)
+class Subspace:
+    """Where a basis comes from, its rank, when it changes and what becomes of the moments.
+
+    The defaults are GaLore's with a randomized range finder and with refreshes spread over the
+    steps. `Subspace.named("svd")` is what the official packages do.
+
+    Attributes:
+        range_finder: "svd": exact singular vectors. "randomized": a sketch and power iterations, an
+            order of magnitude faster. "power": the same from the previous basis. "random":
+            orthonormal, without a look at the gradient. "gaussian": N(0, 1/r), not orthonormal;
+            without a residual only.
+        power_iterations: of "randomized" and "power".
+        stagger: spreads the matrices' refreshes evenly over `update_proj_gap` steps, instead of all
+            at once. The first step computes all bases in either case.
+        moments: "keep" (GaLore), "reset", "carry", "carry_ldadam" or "carry_absolute": see
+            `lowrank_kernels.subspace.moments`.
+        residual_energy: eta: each refresh takes the smallest rank that leaves at most this share of
+            the gradient's energy |G|^2 outside; the group's `rank` is then the largest. None keeps
+            the rank. State is allocated anew, so a smaller rank frees memory.
+        min_rank: the smallest rank.
+        rank_multiple: ranks are rounded up to a multiple of this.
+        criterion: refreshes before `update_proj_gap` steps are over, as soon as a measure falls to
+            `threshold`: "norm", |R| (AdaRankGrad); "relative_norm", |R| as a share of its value at
+            the first step with this basis; "displacement", how far R / |R| has moved since then, a
+            step (Lotus), which keeps one more matrix of R's size. None looks at nothing.
+        threshold: of the criterion.
+        check_gap: steps between two looks at the criterion. A measure taken at one step decides
+            about the next one, so that no step waits for the device.
+        lazy: Q-GaLore: if the mean overlap |P_new^T P_old|^2 / r of the last five refreshes is at
+            least this, the matrix' interval doubles. None keeps the interval.
+
+    Raises:
+        ValueError: a value does not fit; the text names it.
+
+    Sources: GaLore (arXiv 2403.03507), AdaRankGrad (arXiv 2410.17881), LDAdam (arXiv 2410.16103),
+    Lotus (arXiv 2602.01233), Q-GaLore (arXiv 2407.08296).
+    """
+
+    range_finder: str = "randomized"
+    power_iterations: int = 1
+    stagger: bool = True
+    moments: str = "keep"
+    residual_energy: float | None = None
+    min_rank: int = 1
+    rank_multiple: int = 1
+    criterion: str | None = None
+    threshold: float = 0.0
+    check_gap: int = 50
+    lazy: float | None = None
+
+    def __post_init__(self) -> None:
+        self._check_choice("range_finder", tuple(RANGE_FINDERS))
+        self._check_choice("moments", MOMENTS)
+        if self.criterion is not None:
+            self._check_choice("criterion", CRITERIA)
+        for name in ("power_iterations", "min_rank", "rank_multiple", "check_gap"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"subspace: {name} must be an int of at least 1, got {value!r}")
+        for name in ("residual_energy", "lazy"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value <= 1:
+                raise ValueError(f"subspace: {name} must be in [0, 1] or None, got {value}")
+        if self.residual_energy is not None and self.range_finder in ("random", "gaussian"):
+            raise ValueError(
+                f"subspace: residual_energy needs directions in the order of their energy, which"
+                f" range_finder={self.range_finder!r} does not find"
+            )
+        if not self.orthonormal and self.moments.startswith("carry"):
+            raise ValueError(f"subspace: moments={self.moments!r} needs an orthonormal basis")
+        if not self.threshold >= 0:
+            raise ValueError(f"subspace: threshold must be at least 0, got {self.threshold}")
+
+    @classmethod
+    def named(cls, choice: "str | Subspace", *, stagger: bool = True) -> "Subspace":
+        """The subspace of a range finder's name; "svd" is the official one, never staggered."""
+        if isinstance(choice, cls):
+            return choice
+        return cls(range_finder=str(choice), stagger=stagger and choice != "svd")
+
+    @property
+    def orthonormal(self) -> bool:
+        return self.range_finder != "gaussian"
+
+    def changed(self) -> dict[str, object]:
+        """The choices that are not the default."""
+        return {
+            field.name: getattr(self, field.name)
+            for field in fields(self)
+            if getattr(self, field.name) != field.default
+        }
+
+    def _check_choice(self, name: str, choices: tuple[str, ...]) -> None:
+        if getattr(self, name) not in choices:
+            raise ValueError(
+                f"subspace: {name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}"
+            )

@@ -1,0 +1,191 @@
+"""Where a basis comes from: the leading left singular directions of a matrix, or random ones.
+
+Every range finder has one form, `RangeFinder`. It serves a batch of equal matrices A, d x n, whose
+basis is d x r: the gradients of the left side as they are, of the right side transposed.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .orthonormal import orthonormalized, product, touched_up, well_conditioned
+from .svd import left_singular
+
+# The sketch has more columns than the basis: an eighth more, and never fewer than 8. Each costs
+# as much as a column of the basis; CONTRIBUTING has what they capture.
+OVERSAMPLING = 8
+
+
+class Request(NamedTuple):
+    """What is asked for each matrix of a batch.
+
+    Attributes:
+        matrices: A, B x d x n, finite and not zero.
+        norms: |A|_F, B, float64.
+        rank: r, at most min(d, n).
+        previous: the bases so far, d x k each with any k; None where there is none.
+        seeds: a number each, from which alone randomness may come.
+        power_iterations: passes over A and back.
+    """
+
+    matrices: Tensor
+    norms: Tensor
+    rank: int
+    previous: Sequence[Tensor | None]
+    seeds: Sequence[int]
+    power_iterations: int
+
+
+class Found(NamedTuple):
+    """What a range finder found, at least in float32.
+
+    Attributes:
+        bases: P, B x d x r.
+        energies: |P_i^T A|^2 of every direction, B x r, in units of |A|_F^2.
+        slow: for each matrix, on the host, whether the fast factorization failed and the slow one
+            had to be taken.
+        noise: energies up to this are rounding errors.
+    """
+
+    bases: Tensor
+    energies: Tensor
+    slow: Tensor
+    noise: float
+
+
+RangeFinder = Callable[[Request], Found]
+
+
+def exact(request: Request) -> Found:
+    """The leading left singular vectors, by a full SVD: GaLore's own choice, and slow.
+
+    Raises:
+        torch.linalg.LinAlgError: neither the SVD nor its fallback converged.
+    """
+    found = [left_singular(matrix, request.rank) for matrix in request.matrices]
+    bases, values, slow = zip(*found, strict=True)
+    relative = torch.stack(values) / request.norms.unsqueeze(1)
+    noise = _noise(bases[0].dtype, request)
+    return Found(torch.stack(bases), relative.square(), torch.tensor(slow), noise)
+
+
+def randomized(request: Request) -> Found:
+    """A Gaussian sketch, power iterations, and a rotation to singular directions.
+
+    Each half of an iteration is orthonormalized: without that the condition number of the sketch is
+    squared twice. Adam depends on the directions, not on their span alone, hence the rotation.
+
+    Source: Halko, Martinsson, Tropp, "Finding structure with randomness", SIAM Review 53 (2011),
+    algorithms 4.4 and 5.1.
+    """
+    return _iterated(request, [None] * len(request.seeds))
+
+
+def warm_started(request: Request) -> Found:
+    """As `randomized`, from the previous basis and a few random columns beside it."""
+    return _iterated(request, request.previous)
+
+
+def random(request: Request) -> Found:
+    """Random orthonormal directions, the same whatever the gradient is."""
+    bases, slow = orthonormalized(_gaussian(request, request.matrices.shape[1], request.rank))
+    return Found(bases, _energies(request, bases), slow, _noise(request.matrices.dtype, request))
+
+
+def gaussian(request: Request) -> Found:
+    """Random directions from N(0, 1/r), not orthonormal: E[P P^T] = 1, as in APOLLO and FLORA."""
+    bases = _gaussian(request, request.matrices.shape[1], request.rank) * request.rank**-0.5
+    nothing_slow = torch.zeros(len(bases), dtype=torch.bool)
+    return Found(
+        bases, _energies(request, bases), nothing_slow, _noise(request.matrices.dtype, request)
+    )
+
+
+def _iterated(request: Request, starts: Sequence[Tensor | None]) -> Found:
+    matrices, rank = _for_sketches(request.matrices), request.rank
+    # Gradients of 1e-20 exist, and in float32 their squares do not.
+    scale = (1 / request.norms).to(_wide(matrices)).view(-1, 1, 1)
+    columns = min(*matrices.shape[1:], rank + max(OVERSAMPLING, rank // 16))
+    known = min(columns, *(0 if start is None else start.shape[1] for start in starts))
+    images = _times(matrices, _gaussian(request, matrices.shape[2], columns - known)) * scale
+    if known:
+        begun = [start[:, :known].to(images.dtype) for start in starts if start is not None]
+        images = torch.cat([torch.stack(begun), images], dim=2)
+
+    slow = torch.zeros(len(matrices), dtype=torch.bool)
+    for _ in range(request.power_iterations):
+        left, slow_left = well_conditioned(images)
+        right, slow_right = well_conditioned(_times(matrices.mT, left) * scale)
+        images = _times(matrices, right) * scale
+        slow = slow | slow_left | slow_right
+
+    squares, rotation = torch.linalg.eigh(product(images.mT, images))
+    lengths = squares.clamp(min=torch.finfo(squares.dtype).tiny).sqrt().unsqueeze(1)
+    directions = (rotation / lengths)[..., -rank:].flip(-1)
+    bases, slow_last = touched_up(product(images, directions))
+    return Found(
+        bases, _energies(request, bases), slow | slow_last, _noise(matrices.dtype, request)
+    )
+
+
+def _times(matrices: Tensor, tall: Tensor) -> Tensor:
+    """A product in the dtype of the matrices, on the matrix units, returned in at least float32."""
+    return product(matrices, tall.to(matrices.dtype)).to(_wide(matrices))
+
+
+def _for_sketches(matrices: Tensor) -> Tensor:
+    """In bfloat16 where its products are faster, since all that they have to give is directions.
+
+    Not in float16, which does not hold the range of a product.
+    """
+    if matrices.dtype is torch.float16:
+        return matrices.float()
+    if matrices.dtype is not torch.float32:
+        return matrices
+    if matrices.device.type == "cuda":
+        fast = torch.cuda.get_device_capability(matrices.device) >= (8, 0)
+    else:
+        fast = torch.cpu._is_avx512_bf16_supported()
+    return matrices.bfloat16() if fast else matrices
+
+
+def _wide(matrices: Tensor) -> torch.dtype:
+    return torch.promote_types(matrices.dtype, torch.float32)
+
+
+def _energies(request: Request, bases: Tensor) -> Tensor:
+    """|P_i^T A|^2 / |A|^2 of every column."""
+    low = _times(_for_sketches(request.matrices).mT, bases).double()
+    return (low.square().sum(1) / request.norms.square().unsqueeze(1)).to(bases.dtype)
+
+
+def _noise(dtype: torch.dtype, request: Request) -> float:
+    """What a direction that A does not have gets from products, or an SVD, in this dtype.
+
+    Rounding errors of unit vectors, spread over all directions; 32 covers the largest of many.
+    """
+    return float(32 * torch.finfo(dtype).eps ** 2 / request.matrices.shape[1])
+
+
+def _gaussian(request: Request, rows: int, cols: int) -> Tensor:
+    """Normal numbers that depend on the seeds alone, B x rows x cols."""
+    device, dtype = request.matrices.device, _wide(request.matrices)
+    generator = torch.Generator(device)
+    draws = [
+        torch.randn(
+            rows, cols, generator=generator.manual_seed(seed), device=device, dtype=torch.float32
+        )
+        for seed in request.seeds
+    ]
+    return torch.stack(draws).to(dtype)
+
+
+RANGE_FINDERS: dict[str, RangeFinder] = {
+    "svd": exact,
+    "randomized": randomized,
+    "power": warm_started,
+    "random": random,
+    "gaussian": gaussian,
+}

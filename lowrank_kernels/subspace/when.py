@@ -1,0 +1,111 @@
+"""When the basis of a matrix is computed anew."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .options import Subspace
+
+# Q-GaLore looks at so many refreshes, and its interval has no bound; ours stays in an int.
+LAZY_REFRESHES = 5
+MAX_GAP_FACTOR = 2**16
+
+
+def is_due(completed_steps: int, basis_step: int, gap: int, phase: int = 0) -> bool:
+    """Whether the basis has to change before this step.
+
+    It is so at every multiple of `gap` completed steps, as in the official code, or `phase` steps
+    before it; and at every step after one where it should have changed and could not. The answer
+    depends on nothing but the state, so a resumed run refreshes where the uninterrupted one does.
+
+    Args:
+        completed_steps: steps that this parameter has taken.
+        basis_step: completed steps when its basis was computed, -1 for none.
+        gap: T of the papers, in steps.
+        phase: by how many steps the changes come early, 0 to gap - 1: staggers the matrices.
+    """
+    return basis_step < 0 or (completed_steps + phase) // gap > (basis_step + phase) // gap
+
+
+def is_measured(state: Mapping[str, Any], completed_steps: int, subspace: Subspace) -> bool:
+    """Whether the criterion is looked at before this step: `check_gap` steps after the basis."""
+    age = completed_steps - int(state["basis_step"])
+    return subspace.criterion is not None and age > 0 and age % subspace.check_gap == 0
+
+
+def measure(
+    state: dict[str, Any], projected: Tensor, completed_steps: int, subspace: Subspace
+) -> bool:
+    """Takes the criterion's measure of a step that has just been computed; it stays on the device.
+
+    Args:
+        state: of the matrix; `measured` is written if the next step looks at it, and at a basis'
+            first step what later ones are compared with.
+        projected: R.
+        completed_steps: before this step.
+        subspace: its criterion.
+
+    Returns:
+        Whether the next step looks at it.
+    """
+    age = completed_steps - int(state["basis_step"])
+    looked_at = (age + 1) % subspace.check_gap == 0
+    if not (looked_at or age == 0):
+        return False
+    norm = torch.linalg.vector_norm(projected)
+    if subspace.criterion == "norm":
+        state["measured"] = norm
+    elif subspace.criterion == "relative_norm":
+        if age == 0 or "first_norm" not in state:
+            state["first_norm"] = norm
+        state["measured"] = norm / state["first_norm"]
+    else:
+        direction = projected / norm
+        if age == 0 or "first_direction" not in state:
+            state["first_direction"] = direction
+        distance = torch.linalg.vector_norm(direction - state["first_direction"])
+        # At the first step nothing has moved yet, which is no sign of a standstill.
+        state["measured"] = distance / age if age else torch.full_like(distance, float("inf"))
+    return looked_at
+
+
+class Readback:
+    """Brings measures to the host while the device goes on working."""
+
+    def __init__(self) -> None:
+        self._under_way: dict[Tensor, tuple[Tensor, torch.cuda.Event]] = {}
+
+    def start(self, param: Tensor, value: Tensor) -> None:
+        """Called at the step that measured."""
+        if value.device.type != "cuda":
+            return
+        on_host = torch.empty((), dtype=value.dtype, pin_memory=True)
+        on_host.copy_(value, non_blocking=True)
+        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        event.record(torch.cuda.current_stream(value.device))
+        self._under_way[param] = on_host, event
+
+    def finish(self, param: Tensor, value: Tensor) -> float:
+        """Called at the next step: waits for the last one only, or for `value` after a resume."""
+        on_host, event = self._under_way.pop(param, (value, None))
+        if event is not None:
+            event.synchronize()
+        return float(on_host)
+
+
+def lazier(overlaps: Tensor, count: int, factor: int, subspace: Subspace) -> int:
+    """The factor on the interval after a refresh: doubled if the last bases overlapped enough.
+
+    Args:
+        overlaps: the last `LAZY_REFRESHES` overlaps.
+        count: refreshes so far that had a previous basis.
+        factor: so far.
+        subspace: its `lazy`.
+
+    Source: Q-GaLore (arXiv 2407.08296), with an overlap that no sign of a vector changes.
+    """
+    if subspace.lazy is None or count < LAZY_REFRESHES or float(overlaps.mean()) < subspace.lazy:
+        return factor
+    return min(2 * factor, MAX_GAP_FACTOR)

@@ -1,0 +1,55 @@
+"""The rank that a gradient needs, against exact tail energies."""
+
+import pytest
+import torch
+from subspace.test_range_finders import request, spectrum_matrix
+
+from lowrank_kernels.subspace.range_finders import RANGE_FINDERS
+from lowrank_kernels.subspace.rank import adaptive_rank
+
+SPECTRA = {
+    "geometric": 0.8 ** torch.arange(64).double(),
+    "power": torch.arange(1, 65).double() ** -1.0,
+    "slow": torch.arange(1, 65).double() ** -0.5,
+    "step": torch.cat([torch.ones(9), 0.05 * torch.ones(55)]).double(),
+}
+
+
+def exact_rank(values, share):
+    """The smallest rank whose tail holds at most this share."""
+    energies = values.square() / values.square().sum()
+    return next(r for r in range(len(values) + 1) if float(energies[r:].sum()) <= share + 1e-12)
+
+
+@pytest.mark.parametrize("share", [0.5, 0.3, 0.1, 0.03])
+@pytest.mark.parametrize("spectrum", SPECTRA)
+@pytest.mark.parametrize("name", ["svd", "randomized", "power"])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_the_rank_is_that_of_the_exact_tail_within_one(name, spectrum, share, transposed, rng):
+    values = SPECTRA[spectrum]
+    matrix = spectrum_matrix(values, 64, 150, rng, torch.float32)
+    found = RANGE_FINDERS[name](
+        request(matrix.T if transposed else matrix, rank=64, power_iterations=2)
+    )
+    rank = adaptive_rank(found.energies[0].tolist(), share, least=1, multiple=1)
+    assert abs(rank - exact_rank(values, share)) <= (0 if name == "svd" else 1)
+
+
+@pytest.mark.parametrize("spectrum", ["geometric", "power", "step"])
+def test_a_sketch_at_a_smaller_largest_rank_finds_it_too(spectrum, rng):
+    values = SPECTRA[spectrum]
+    matrix = spectrum_matrix(values, 64, 150, rng, torch.float32)
+    energies = RANGE_FINDERS["randomized"](request(matrix, rank=20)).energies[0].tolist()
+    assert abs(adaptive_rank(energies, 0.1, 1, 1) - exact_rank(values, 0.1)) <= 1
+
+
+def test_bounds_and_multiples():
+    energies = [0.5, 0.2, 0.1, 0.05, 0.05]
+    assert adaptive_rank(energies, 0.25, 1, 1) == 3
+    assert adaptive_rank(energies, 0.25, 4, 1) == 4
+    assert adaptive_rank(energies, 0.25, 9, 1) == 5, "no more than there are"
+    assert adaptive_rank(energies, 0.25, 1, 4) == 4
+    assert adaptive_rank(energies, 0.11, 1, 4) == 5, "a multiple is cut, too"
+    assert adaptive_rank(energies, 0.0, 1, 1) == 5
+    assert adaptive_rank(energies, 1.0, 1, 1) == 1
+    assert adaptive_rank(energies, 1.0, 2, 1) == 2
