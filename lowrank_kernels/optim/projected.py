@@ -9,7 +9,7 @@ from torch import Tensor
 from .. import ops
 from ..ops import Noise, Projection, Side
 from ..ops.reference import LIMITER_GROWTH
-from ..subspace import Due, Readback, Subspace, is_due, is_measured, measure, refresh
+from ..subspace import Due, Readback, Subspace, is_due, is_measured, measure, refresh_bases
 from .groups import Group
 from .schedule import ResidualForm, StepScalars, step_scalars
 from .state import State
@@ -53,7 +53,7 @@ def step_projected(
         group: its options.
         method: the optimizer's parts.
     """
-    refresh(list(_due(matrices, completed, group, method)), method.subspace)
+    refresh_bases(list(_due(matrices, completed, group, method)), method.subspace)
     torch._foreach_add_([matrix.state["step"] for matrix in matrices], 1)
 
     alike: dict[Hashable, list[Matrix]] = {}

@@ -2,7 +2,7 @@
 
 from .options import Subspace
 from .range_finders import RANGE_FINDERS
-from .refresh import Due, new_record, refresh
+from .refresh import Due, new_record, refresh_bases
 from .when import Readback, is_due, is_measured, measure
 
 __all__ = [
@@ -14,5 +14,5 @@ __all__ = [
     "is_measured",
     "measure",
     "new_record",
-    "refresh",
+    "refresh_bases",
 ]

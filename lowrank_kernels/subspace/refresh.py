@@ -68,7 +68,7 @@ def new_record() -> State:
     }
 
 
-def refresh(due: Sequence[Due], subspace: Subspace) -> None:
+def refresh_bases(due: Sequence[Due], subspace: Subspace) -> None:
     """Gives each matrix a new basis, or counts why it keeps the old one.
 
     A basis is never computed from a zero or non-finite gradient, and a failed factorization changes

@@ -60,14 +60,15 @@ def measure(
     elif subspace.criterion == "relative_norm":
         if age == 0 or "first_norm" not in state:
             state["first_norm"] = norm
-        state["measured"] = norm / state["first_norm"]
+        first = state["first_norm"]
+        state["measured"] = torch.where(first > 0, norm / first, torch.zeros_like(norm))
     else:
-        direction = projected / norm
+        direction = torch.where(norm > 0, projected / norm, torch.zeros_like(projected))
         if age == 0 or "first_direction" not in state:
             state["first_direction"] = direction
         distance = torch.linalg.vector_norm(direction - state["first_direction"])
-        # At the first step nothing has moved yet, which is no sign of a standstill.
-        state["measured"] = distance / age if age else torch.full_like(distance, float("inf"))
+        # At the first step nothing can have moved, which is no sign of a standstill: 2, the most.
+        state["measured"] = distance / age if age else torch.full_like(distance, 2.0)
     return looked_at
 
 

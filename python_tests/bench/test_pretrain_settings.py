@@ -20,7 +20,7 @@ def test_lrs(words, expected):
 
 def test_every_optimizer_has_one_default_lr():
     lrs = parse([]).settings.lrs
-    assert list(lrs) == ["adamw", "adamw-split", "galore", "fira"]
+    assert list(lrs) == ["adamw", "adamw-split", "galore", "adarankgrad", "fira"]
     assert all(len(rates) == 1 for rates in lrs.values())
 
 
@@ -32,9 +32,9 @@ def test_plan_is_every_combination():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--optimizers", "adamw,firra"], "unknown optimizer 'firra'.*adamw-split, galore, fira"),
+        (["--optimizers", "adamw,firra"], "unknown optimizer 'firra'.*adamw-split, galore, .*fira"),
         (["--model", "8b"], "'?8b'?.*60m.*7b"),
-        (["--lr", "soap=1e-3"], "'soap' is not among adamw, adamw-split, galore, fira"),
+        (["--lr", "soap=1e-3"], "'soap' is not among adamw, adamw-split, galore, adarankgrad, fira"),
         (["--lr", "fast"], "RATE"),
         (["--micro-batch", "3"], "--micro-batch 3 must divide the batch, 8"),
     ],

@@ -77,13 +77,22 @@ def test_a_frozen_direction_switches_and_a_moving_one_does_not():
     assert float(state["measured"]) > subspace.threshold
 
 
-def test_a_gradient_that_was_not_finite_switches_nothing():
-    for criterion in ("relative_norm", "displacement"):
-        subspace = Subspace(criterion=criterion, threshold=0.5, check_gap=2)
-        state = {"basis_step": 0}
-        measure(state, torch.ones(2, 2), 0, subspace)
-        measure(state, torch.full((2, 2), float("nan")), 1, subspace)
-        assert not float(state["measured"]) <= subspace.threshold
+@pytest.mark.parametrize("criterion", ["relative_norm", "displacement"])
+@pytest.mark.parametrize("zero_at", [0, 1])
+def test_a_zero_projection_leaves_finite_measures(criterion, zero_at):
+    """As of a gradient that was not finite."""
+    subspace = Subspace(criterion=criterion, threshold=0.5, check_gap=2)
+    state = {"basis_step": 0}
+    for step in range(2):
+        measure(state, torch.full((2, 2), float(step != zero_at)), step, subspace)
+    assert all(torch.as_tensor(value).isfinite().all() for value in state.values())
+
+
+def test_the_first_step_of_a_basis_is_no_standstill():
+    subspace = Subspace(criterion="displacement", threshold=0.5, check_gap=1)
+    state = {"basis_step": 0, "measured": torch.zeros(())}
+    assert measure(state, torch.ones(2, 2), 0, subspace)
+    assert float(state["measured"]) > subspace.threshold
 
 
 def test_nothing_is_measured_without_a_criterion():
