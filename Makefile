@@ -12,13 +12,15 @@ TORCH := $(shell sed -n 's/^torch==//p' constraints.txt)
 NATIVE := setup.py CMakeLists.txt $(shell find csrc -type f)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test sanitize lint build wheel clean
+.PHONY: help demo test sanitize sanitize-cuda cuda lint build wheel clean
 
 help:
 	@echo "make demo    train a tiny LLaMA on this machine; results in demo/"
 	@echo "make test    run the tests"
 	@echo "make lint    check formatting, lint and types"
 	@echo "make sanitize  run the CPU tests of a build with address and undefined-behaviour sanitizers"
+	@echo "make sanitize-cuda  run the native GPU tests under compute-sanitizer"
+	@echo "make cuda    build the CUDA half and show registers and spills of every kernel"
 	@echo "make build   editable install into $(VENV)"
 	@echo "make wheel   build a wheel into dist/"
 	@echo "make clean   remove $(VENV) and everything built"
@@ -39,6 +41,19 @@ sanitize: $(VENV)/.test
 	  LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so.6)"; \
 	$(BIN)/python -P -c "from lowrank_kernels import _native; assert 'sanitized' in _native.__file__" && \
 	$(BIN)/pytest python_tests/native --ignore python_tests/native/test_build.py
+
+# Every tool sees every launch of the native tests on a GPU; a finding is an exit status.
+SANITIZER_TOOLS := memcheck racecheck initcheck synccheck
+sanitize-cuda: $(VENV)/.test
+	@command -v compute-sanitizer >/dev/null || \
+	  { echo "compute-sanitizer is not on PATH: it comes with the CUDA toolkit"; exit 1; }
+	@for tool in $(SANITIZER_TOOLS); do \
+	  PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool --error-exitcode 1 \
+	    --target-processes all $(BIN)/python -m pytest -q -k cuda python_tests/native || exit 1; \
+	done
+
+cuda: $(VENV)/.bench
+	@$(BIN)/python -m bench.cuda_compile
 
 lint: $(VENV)/.lint
 	@$(BIN)/ruff format --check .

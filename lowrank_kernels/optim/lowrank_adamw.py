@@ -509,7 +509,8 @@ class AdaRankGradAdamW(LowRankAdamW):
     - the second moment is carried by (C o C) V, since the printed C V becomes negative;
       `moments="carry_absolute"` takes |C V|;
     - a basis has done its work when |R| has fallen to `threshold` times its value at the first step
-      with this basis, which has no unit; `criterion="norm"` is the published |R| <= threshold;
+      with this basis, which has no unit; `criterion="norm"` is the published |R| <= threshold. The
+      noise of small batches keeps |R| up, and then the interval decides;
     - `scale` has GaLore's default 0.25; only its product with the learning rate matters.
 
     Arguments, group keys and errors as in `LowRankAdamW`, and as in `Subspace` for those of the
@@ -526,11 +527,11 @@ class AdaRankGradAdamW(LowRankAdamW):
         eps: float = 1e-6,
         weight_decay: float = 0.0,
         *,
-        residual_energy: float = 0.1,
+        residual_energy: float = 0.03,
         min_rank: int = 1,
         rank_multiple: int = 1,
         criterion: str | None = "relative_norm",
-        threshold: float = 0.5,
+        threshold: float = 0.1,
         check_gap: int = 50,
         moments: str = "carry",
         power_iterations: int = 1,

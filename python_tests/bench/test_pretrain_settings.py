@@ -34,7 +34,10 @@ def test_plan_is_every_combination():
     [
         (["--optimizers", "adamw,firra"], "unknown optimizer 'firra'.*adamw-split, galore, .*fira"),
         (["--model", "8b"], "'?8b'?.*60m.*7b"),
-        (["--lr", "soap=1e-3"], "'soap' is not among adamw, adamw-split, galore, adarankgrad, fira"),
+        (
+            ["--lr", "soap=1e-3"],
+            "'soap' is not among adamw, adamw-split, galore, adarankgrad, fira",
+        ),
         (["--lr", "fast"], "RATE"),
         (["--micro-batch", "3"], "--micro-batch 3 must divide the batch, 8"),
     ],

@@ -1,0 +1,217 @@
+"""A new basis: time and captured energy of every range finder beside an exact SVD.
+
+    python -m bench.refresh                        # this device: LLaMA 60M and 1B shapes; minutes
+    python -m bench.refresh --gradients FILE       # also of saved gradients; see bench.gradients
+    python -m bench.refresh --quick                # seconds: small shapes, figures of no use
+
+Captured is |P^T G|^2 as a share of what the best basis of that rank captures; exact energies come
+from a float64 SVD. Synthetic gradients have a hard spectrum: singular values i^-1/2 and 30 % of
+noise. "share of a step" is a refresh every `--gap` steps against our Fira step of the same matrix.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from torch import Tensor
+
+from bench.cases import DTYPES, Case, make_inputs
+from bench.cases import Candidate as Operations
+from bench.models import PRESETS
+from bench.record import environment, write_lines
+from bench.timing import Candidate as Timed
+from bench.timing import copies_beyond_cache, interleaved
+from lowrank_kernels.ops import load
+from lowrank_kernels.subspace.range_finders import RANGE_FINDERS, Found, Request
+
+SVD = "torch.linalg.svd"
+FINDERS = {
+    "randomized": ("randomized", 1),
+    "randomized, 2 iterations": ("randomized", 2),
+    "power": ("power", 1),
+    "random": ("random", 1),
+}
+STEP = "Fira step"
+MAX_SKEW = 1e-5
+
+
+class Problem(NamedTuple):
+    """A gradient whose basis is asked for, d x n."""
+
+    name: str
+    grad: Tensor
+    rank: int
+
+
+def synthetic(rows: int, cols: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    rng = torch.Generator(device).manual_seed(0)
+
+    def orthonormal(size: int, directions: int) -> Tensor:
+        return torch.linalg.qr(torch.randn(size, directions, generator=rng, device=device))[0]
+
+    small = min(rows, cols)
+    values = torch.arange(1, small + 1, device=device) ** -0.5
+    matrix = orthonormal(rows, small) * values @ orthonormal(cols, small).T
+    noise = torch.randn(rows, cols, generator=rng, device=device)
+    level = 0.3 * torch.linalg.norm(matrix) / torch.linalg.norm(noise)
+    return (matrix + level * noise).to(dtype)
+
+
+def problems(options: argparse.Namespace, device: torch.device) -> Iterator[Problem]:
+    shapes: dict[tuple[int, int], int] = {}
+    for model in options.models.split(","):
+        preset = PRESETS[model]
+        hidden, ffn = preset.hidden, preset.ffn
+        shapes |= dict.fromkeys([(hidden, hidden), (hidden, ffn)], preset.rank)
+    if options.quick:
+        shapes = {(64, 64): 16, (64, 96): 16}
+    for dtype in options.dtypes.split(","):
+        for (rows, cols), rank in shapes.items():
+            grad = synthetic(rows, cols, DTYPES[dtype], device)
+            yield Problem(f"synthetic {dtype}", grad, rank)
+    if options.gradients:
+        saved = torch.load(options.gradients, map_location=device, weights_only=True)
+        for name, grad in saved["gradients"].items():
+            wide = grad if grad.shape[0] <= grad.shape[1] else grad.T
+            yield Problem(name, wide, saved["rank"])
+
+
+def request(grad: Tensor, rank: int, previous: Tensor | None, iterations: int) -> Request:
+    norms = torch.linalg.vector_norm(grad, dtype=torch.float64).unsqueeze(0)
+    return Request(grad.unsqueeze(0), norms, rank, [previous], [0], iterations)
+
+
+def captured(grad: Tensor, found: Found) -> float:
+    return float((found.bases[0].double().T @ grad.double()).square().sum())
+
+
+def orthogonality(found: Found) -> float:
+    basis = found.bases[0]
+    identity = torch.eye(basis.shape[1], device=basis.device)
+    return float((basis.T @ basis - identity).abs().max())
+
+
+def bench_problem(problem: Problem, backend: str, rounds: int, gap: int) -> list[dict]:
+    """A row a range finder."""
+    grad, rank, device = problem.grad, problem.rank, problem.grad.device
+    best = float(torch.linalg.svdvals(grad.double())[:rank].square().sum())
+    # No basis of an earlier step is to be had here: one of a random sketch stands for it.
+    previous = RANGE_FINDERS["randomized"](request(grad, rank, None, 1)).bases[0]
+    calls = {
+        name: (RANGE_FINDERS[finder], request(grad, rank, previous, iterations))
+        for name, (finder, iterations) in FINDERS.items()
+    }
+    quick: dict[str, Timed] = {name: lambda _, c=call: c[0](c[1]) for name, call in calls.items()}
+    times = interleaved(quick | {STEP: step(problem, backend)}, device, rounds)
+    # It takes a hundred times as long, so it gets rounds of its own, and fewer.
+    wide = grad.float()
+    exact: dict[str, Timed] = {SVD: lambda _: torch.linalg.svd(wide, full_matrices=False)}
+    times |= interleaved(exact, device, max(2, rounds // 5))
+    rows = []
+    for name in (SVD, *FINDERS):
+        row = {
+            "gradient": problem.name,
+            "rows": grad.shape[0],
+            "cols": grad.shape[1],
+            "rank": rank,
+            "finder": name,
+            "captured": 1.0,
+            "orthogonality": None,
+            "ms": 1e3 * times[name].median,
+            "spread": times[name].spread,
+            "times_faster_than_svd": times[SVD].median / times[name].median,
+            "share_of_step": times[name].median / gap / times[STEP].median,
+            "samples_ms": [round(1e3 * s, 5) for s in times[name].seconds],
+        }
+        if name != SVD:
+            finder, asked = calls[name]
+            found = finder(asked)
+            row["captured"] = captured(grad, found) / best
+            row["orthogonality"] = orthogonality(found)
+        rows.append(row)
+    return rows
+
+
+def step(problem: Problem, backend: str) -> Timed:
+    """Fira's step of one matrix of this shape, beside which a refresh is seldom."""
+    rows, cols = problem.grad.shape
+    dtype = {value: name for name, value in DTYPES.items()}[problem.grad.dtype]
+    case = Case(rows, cols, problem.rank, dtype, "fira", 1)
+    first = make_inputs(case, problem.grad.device, seed=0)
+    copies = copies_beyond_cache(first.bytes, problem.grad.device) - 1
+    sets = [first, *(first.to() for _ in range(copies))]
+    operations = Operations(load(backend), case)
+    return lambda turn: operations.step(sets[turn % len(sets)])
+
+
+def table(rows: list[dict], head: dict) -> Table:
+    result = Table(
+        title=f"{head['environment']['device']}, {head['threads']} threads: a new basis",
+        caption="medians of interleaved rounds, ± half the quartiles' distance; of a step: every"
+        f" {head['gap']} steps, beside a Fira step of the matrix by the {head['backend']} backend",
+    )
+    for heading in ("gradient", "matrix", "r", "range finder", "ms"):
+        result.add_column(heading, no_wrap=True)
+    for heading in ("x SVD", "captured", "|P'P - I|", "of a step"):
+        result.add_column(heading, justify="right")
+    for row in rows:
+        last = row["finder"] == list(FINDERS)[-1]
+        result.add_row(
+            row["gradient"],
+            f"{row['rows']} x {row['cols']}",
+            str(row["rank"]),
+            row["finder"],
+            f"{row['ms']:.1f} ± {100 * row['spread']:.0f} %",
+            f"{row['times_faster_than_svd']:.1f}",
+            f"{100 * row['captured']:.2f} %",
+            "" if row["orthogonality"] is None else f"{row['orthogonality']:.0e}",
+            f"{100 * row['share_of_step']:.1f} %",
+            end_section=last,
+        )
+    return result
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Measures, writes and prints; the exit status is 1 if a basis is not orthonormal."""
+    here = "cuda" if torch.cuda.is_available() else "cpu"
+    parser = argparse.ArgumentParser(prog="python -m bench.refresh")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default=here)
+    parser.add_argument("--backend", help="of the step; default: triton, on cpu native")
+    parser.add_argument("--models", default="60m,1b", help=f"of {', '.join(PRESETS)}")
+    parser.add_argument("--dtypes", default="fp32,bf16", help=f"of {', '.join(DTYPES)}")
+    parser.add_argument("--gradients", type=Path, help="what bench.gradients saved")
+    parser.add_argument("--gap", type=int, default=200, help="steps between refreshes")
+    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--quick", action="store_true", help="small shapes, few rounds")
+    parser.add_argument("--out", type=Path, help="the JSON record; none by default")
+    options = parser.parse_args(arguments)
+    device = torch.device(options.device)
+    backend = options.backend or ("triton" if options.device == "cuda" else "native")
+    rounds = 2 if options.quick else options.rounds
+    todo = track(list(problems(options, device)), "measuring", console=Console(stderr=True))
+    rows = [row for problem in todo for row in bench_problem(problem, backend, rounds, options.gap)]
+    head = {
+        "environment": environment(options.device),
+        "command": " ".join(["python -m bench.refresh", *(arguments or sys.argv[1:])]),
+        "threads": torch.get_num_threads(),
+        "backend": backend,
+        "gap": options.gap,
+    }
+    if options.out:
+        write_lines(options.out, head, "rows", rows)
+    Console(width=None if sys.stdout.isatty() else 150).print(table(rows, head))
+    skew = [row["finder"] for row in rows if (row["orthogonality"] or 0.0) > MAX_SKEW]
+    if skew:
+        sys.exit(f"refresh: not orthonormal to {MAX_SKEW}: {', '.join(sorted(set(skew)))}")
+
+
+if __name__ == "__main__":
+    main()
