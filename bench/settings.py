@@ -184,7 +184,7 @@ def _parser() -> argparse.ArgumentParser:
     recipe.add_argument("--backend", default="auto", help="of galore and fira")
     recipe.add_argument("--residual", choices=("official", "paper"), default="official")
     share = "of the gradient that adarankgrad leaves outside; default: %(default)s"
-    recipe.add_argument("--residual-energy", type=float, default=0.1, metavar="SHARE", help=share)
+    recipe.add_argument("--residual-energy", type=float, default=0.01, metavar="SHARE", help=share)
 
     record = parser.add_argument_group("records")
     record.add_argument("--out", help="folder; default: bench/results/pretrain-MODEL")

@@ -527,7 +527,7 @@ class AdaRankGradAdamW(LowRankAdamW):
         eps: float = 1e-6,
         weight_decay: float = 0.0,
         *,
-        residual_energy: float = 0.03,
+        residual_energy: float = 0.01,
         min_rank: int = 1,
         rank_multiple: int = 1,
         criterion: str | None = "relative_norm",

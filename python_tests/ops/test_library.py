@@ -26,7 +26,7 @@ def arguments(backend, dtype, side, form):
     for run in runs:
         run.step(0)
     group = {**runs[0].options, "betas": (0.9, 0.999)}
-    return runs, step_scalars(group, 2, form)
+    return runs, step_scalars(group, 2, form, form == "paper")
 
 
 def project_arguments(runs, scalars):
@@ -147,7 +147,7 @@ def test_eager_calls_do_not_pass_the_dispatcher(monkeypatch):
 def test_tensor_scalars_are_refused_under_a_compiler():
     runs, _ = arguments("reference", torch.float32, Side.LEFT, "official")
     group = {**runs[0].options, "betas": (0.9, 0.999)}
-    scalars = step_scalars(group, torch.full((2,), 2.0), "official")
+    scalars = step_scalars(group, torch.full((2,), 2.0), "official", False)
     projection = load("reference").project_moments(
         *project_arguments(runs, scalars)[:2],
         Side.LEFT,

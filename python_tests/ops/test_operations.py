@@ -98,7 +98,9 @@ class Run:
         side, backend, grads = first.side, first.backend, [run.grads[index] for run in runs]
         bases = [run.basis for run in runs]
         step = torch.full((len(runs),), index + 1.0) if device_scalars else index + 1
-        scalars = step_scalars({**first.options, "betas": (0.9, 0.999)}, step, first.form)
+        scalars = step_scalars(
+            {**first.options, "betas": (0.9, 0.999)}, step, first.form, first.form == "paper"
+        )
         projection = project_moments(
             grads,
             bases,

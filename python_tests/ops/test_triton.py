@@ -71,7 +71,9 @@ def launch(runs, index=0, *, device_scalars=False, noise=None):
     first = runs[0]
     side, grads, bases = first.side, [run.grads[index] for run in runs], [r.basis for r in runs]
     step = torch.full((len(runs),), index + 1.0) if device_scalars else index + 1
-    scalars = step_scalars({**first.options, "betas": (0.9, 0.999)}, step, first.form)
+    scalars = step_scalars(
+        {**first.options, "betas": (0.9, 0.999)}, step, first.form, first.form == "paper"
+    )
     projection = kernels.project_moments(
         grads,
         bases,
