@@ -88,6 +88,21 @@ def test_wheel_holds_the_package_and_nothing_else(wheel):
     assert sum(name.startswith("lowrank_kernels/_native.") and ".so" in name for name in names) == 1
 
 
+# What every Linux has; torch brings the OpenMP runtime.
+SYSTEM_LIBRARIES = {"libstdc++", "libgcc_s", "libc", "libm", "libpthread", "libdl", "librt"}
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.skipif(shutil.which("readelf") is None, reason="needs readelf")
+def test_wheel_needs_nothing_that_manylinux_lacks(wheel, tmp_path):
+    with zipfile.ZipFile(wheel) as archive:
+        (module,) = (name for name in archive.namelist() if name.endswith(".so"))
+        archive.extract(module, tmp_path)
+    lines = run("readelf", "--dynamic", tmp_path / module).splitlines()
+    needed = [line.split("[")[1].split(".so")[0] for line in lines if "(NEEDED)" in line]
+    assert {name for name in needed if not name.startswith("ld-linux")} <= SYSTEM_LIBRARIES
+
+
 @pytest.mark.timeout(900)
 def test_wheel_trains_beside_torch_alone(wheel, tmp_path):
     home = tmp_path / "venv"

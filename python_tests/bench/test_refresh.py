@@ -32,7 +32,7 @@ def test_a_skew_basis_fails(monkeypatch):
         return found._replace(bases=found.bases * 1.001)
 
     monkeypatch.setitem(RANGE_FINDERS, "power", skew)
-    with pytest.raises(SystemExit, match="not orthonormal to 1e-05: power"):
+    with pytest.raises(SystemExit, match="power on synthetic fp32 is not orthonormal to 1e-05"):
         refresh.main(["--device", "cpu", "--quick", "--dtypes", "fp32"])
 
 
@@ -47,3 +47,14 @@ def test_saved_gradients_are_those_of_the_training(tiny, tmp_path):
         assert grad.dim() == 2
         assert grad.abs().sum() > 0
     assert not torch.equal(found["q_proj at 1"], found["q_proj at 3"])
+    file = tmp_path / "gradients.pt"
+    torch.save({"rank": 8, "gradients": found}, file)
+    refresh.main(["--device", "cpu", "--quick", "--dtypes", "fp32", "--gradients", str(file)])
+
+
+def test_too_little_of_a_real_gradient_fails(tmp_path, monkeypatch):
+    monkeypatch.setitem(RANGE_FINDERS, "randomized", RANGE_FINDERS["random"])
+    torch.save({"rank": 8, "gradients": {"q_proj at 1": torch.randn(40, 40)}}, tmp_path / "g.pt")
+    command = ["--device", "cpu", "--quick", "--dtypes", "fp32"]
+    with pytest.raises(SystemExit, match=r"randomized on q_proj at 1 captured 0\.[2-8]"):
+        refresh.main([*command, "--gradients", str(tmp_path / "g.pt")])

@@ -126,3 +126,22 @@ def test_jobs(build, monkeypatch):
 def test_missing_tool_says_how_to_get_it(build):
     with pytest.raises(SystemExit, match="pip install no-such-tool"):
         build.find_tool("no-such-tool")
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs Linux")
+def test_the_openmp_runtime_is_torchs():
+    """One pool of threads, whatever torch calls its library; none has to be installed beside it."""
+    script = (
+        "import torch\n"
+        "libraries = lambda: {line.split()[-1] for line in open('/proc/self/maps')"
+        " if 'omp' in line.rsplit('/', 1)[-1]}\n"
+        "before = libraries()\n"
+        "import lowrank_kernels\n"
+        "from lowrank_kernels import _native\n"
+        "assert _native.build_info()['openmp'] == bool(before), before\n"
+        "assert libraries() == before, libraries() - before\n"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=False
+    )
+    assert run.returncode == 0, run.stderr
