@@ -3,7 +3,7 @@
 import operator
 import zlib
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -42,15 +42,30 @@ def named_params(group: Group, index: int) -> Iterator[tuple[str, Tensor]]:
             yield (names[position] if names else f"parameter {position} of group {index}"), param
 
 
-def salt_of(group: Group, place: int, position: int) -> int:
-    """What a parameter's random numbers depend on: its name, so that they stay the same when each
-    parameter, or a share of them, has an optimizer of its own; without names its position.
+class Identity(NamedTuple):
+    """What makes a parameter differ from its equals.
+
+    Attributes:
+        salt: what its random numbers depend on, beside the step.
+        turn: when it refreshes, as a share of the interval.
+    """
+
+    salt: int
+    turn: float
+
+
+def identities(group: Group, first: int) -> Iterator[Identity]:
+    """Of a group's parameters, by their names: then they stay the same when each parameter, or a
+    share of them, has an optimizer of its own. Without names by their places, from `first` on.
     """
     names = group.get("param_names")
-    if not names:
-        return position
-    parts = [part for part in names[place].split(".") if part not in WRAPPERS]
-    return zlib.crc32(".".join(parts).encode())
+    for place in range(len(group["params"])):
+        if names:
+            parts = [part for part in names[place].split(".") if part not in WRAPPERS]
+            salt = zlib.crc32(".".join(parts).encode())
+            yield Identity(salt, salt / 2**32)
+        else:
+            yield Identity(first + place, place / len(group["params"]))
 
 
 def normalized(group: Group, defaults: Group, index: int) -> Group:

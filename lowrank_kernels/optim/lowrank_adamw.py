@@ -19,10 +19,10 @@ from .groups import (
     check_lr,
     check_matrix,
     check_params,
+    identities,
     is_projected,
     named_params,
     normalized,
-    salt_of,
     side_of,
 )
 from .plain import step_plain
@@ -56,17 +56,15 @@ _not_compiled: Callable[[Function], Function] = getattr(torch, "_disable_dynamo"
 
 
 class _Work(NamedTuple):
-    """A parameter with a gradient.
-
-    If it is projected, also its backend, what its random numbers depend on, and by how many steps
-    its refreshes come early.
+    """A parameter with a gradient; if it is projected, its backend, and by how many steps its
+    refreshes come early.
     """
 
     name: str
     param: Tensor
-    backend: str | None = None
-    salt: int = 0
-    phase: int = 0
+    backend: str | None
+    salt: int
+    phase: int
 
 
 class LowRankAdamW(Optimizer):
@@ -287,31 +285,25 @@ class LowRankAdamW(Optimizer):
 
     def _checked_work(self) -> Iterator[tuple[Group, list[_Work]]]:
         """Each group with its parameters that have a gradient, all checked."""
-        request = ops.requested_backend(self.backend)
-        matrices = sum(len(g["params"]) for g in self.param_groups if is_projected(g))
-        position = matrix = -1
+        request, first = ops.requested_backend(self.backend), 0
         for index, group in enumerate(self.param_groups):
             check_lr(group, index, self.capturable)
+            named = zip(named_params(group, index), identities(group, first), strict=True)
+            first += len(group["params"])
             items = []
-            for place, (name, param) in enumerate(named_params(group, index)):
-                position += 1
-                matrix += is_projected(group)
+            for (name, param), identity in named:
                 if param.grad is None:
                     continue
                 check_grad(name, param, param.grad)
-                item = _Work(name, param)
+                backend, phase = None, 0
                 if is_projected(group):
                     check_matrix(name, param)
                     backend = self._choice(request, param, param.grad).backend
-                    salt = salt_of(group, place, position)
-                    phase = 0
                     if self.subspace.stagger:
-                        share = salt / 2**32 if "param_names" in group else matrix / matrices
-                        phase = int(share * group["update_proj_gap"])
-                    item = _Work(name, param, backend, salt, phase)
+                        phase = int(identity.turn * group["update_proj_gap"])
                 if self.state.get(param):
                     check_shapes(name, param, self.state[param], is_projected(group))
-                items.append(item)
+                items.append(_Work(name, param, backend, identity.salt, phase))
             yield group, items
 
     def _check_capture(self, work: list[tuple[Group, list[_Work]]]) -> None:

@@ -64,7 +64,17 @@ def values(params, optimizer):
     return [tensor.detach().cpu().float() for tensor in tensors]
 
 
-@pytest.mark.parametrize("options", [{}, {"rounding": "stochastic"}, {"maximize": True}], ids=str)
+CRITERION = Subspace(stagger=False, criterion="relative_norm", threshold=0.1)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        *({}, {"rounding": "stochastic"}, {"maximize": True}),
+        *({"monitor": True}, {"subspace": CRITERION}),
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("method", METHODS)
 def test_a_step_between_refreshes_reads_nothing_from_the_device(method, options):
     dtype = torch.bfloat16 if "rounding" in options else torch.float32
