@@ -12,7 +12,7 @@ TORCH := $(shell sed -n 's/^torch==//p' constraints.txt)
 NATIVE := setup.py CMakeLists.txt $(shell find csrc -type f)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test sanitize sanitize-cuda cuda lint build wheel clean
+.PHONY: help demo test sanitize sanitize-cuda cuda lint build wheel wheels clean
 
 help:
 	@echo "make demo    train a tiny LLaMA on this machine; results in demo/"
@@ -23,6 +23,7 @@ help:
 	@echo "make cuda    build the CUDA half and show registers and spills of every kernel"
 	@echo "make build   editable install into $(VENV)"
 	@echo "make wheel   build a wheel into dist/"
+	@echo "make wheels  build one for every Linux and test it with the oldest and the newest torch"
 	@echo "make clean   remove $(VENV) and everything built"
 
 demo: $(VENV)/.bench
@@ -42,14 +43,19 @@ sanitize: $(VENV)/.test
 	$(BIN)/python -P -c "from lowrank_kernels import _native; assert 'sanitized' in _native.__file__" && \
 	$(BIN)/pytest python_tests/native --ignore python_tests/native/test_build.py
 
-# Every tool sees every launch of the native tests on a GPU; a finding is an exit status.
+# Every tool sees every launch of the native tests on a GPU; a finding is an exit status. Without a
+# GPU those tests would be skipped, which looks like success; under the tools they take their time.
 SANITIZER_TOOLS := memcheck racecheck initcheck synccheck
 sanitize-cuda: $(VENV)/.test
 	@command -v compute-sanitizer >/dev/null || \
 	  { echo "compute-sanitizer is not on PATH: it comes with the CUDA toolkit"; exit 1; }
+	@$(BIN)/python -c "import sys, torch; from lowrank_kernels import _native; \
+	  torch.cuda.is_available() or sys.exit('sanitize-cuda: torch finds no CUDA device'); \
+	  _native.build_info()['cuda'] or sys.exit('sanitize-cuda: built without the CUDA half')"
 	@for tool in $(SANITIZER_TOOLS); do \
 	  PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool --error-exitcode 1 \
-	    --target-processes all $(BIN)/python -m pytest -q -k cuda python_tests/native || exit 1; \
+	    --target-processes all $(BIN)/python -m pytest -q --timeout 0 -m gpu python_tests/native || \
+	    exit 1; \
 	done
 
 cuda: $(VENV)/.bench
@@ -65,6 +71,9 @@ build: $(VENV)/.package
 
 wheel: $(VENV)/.torch
 	@$(PIP) wheel . --no-deps -w dist
+
+wheels:
+	@PYTHON=$(PYTHON) .ci/wheels
 
 clean:
 	@rm -rf $(VENV) build demo dist *.egg-info lowrank_kernels/_native*.so
