@@ -54,9 +54,10 @@ def parse(log: str) -> list[Kernel]:
     kernels, entry, frame = [], None, (0, 0, 0)
     for line in log.splitlines():
         if match := ENTRY.search(line):
-            entry = match.groups()
+            entry, frame = match.groups(), (0, 0, 0)
         elif match := FRAME.search(line):
-            frame = tuple(map(int, match.groups()))
+            # A function that is not inlined has a frame of its own, after that of its kernel.
+            frame = tuple(map(max, frame, map(int, match.groups())))
         elif entry and (match := USED.search(line)):
             shared = SHARED.search(line)
             kernels.append(Kernel(*entry, int(match[1]), *frame, int(shared[1]) if shared else 0))
@@ -94,6 +95,12 @@ def find_nvcc() -> str | None:
     return shutil.which("nvcc", path=path)
 
 
+def nvcc_version() -> str:
+    command = [find_nvcc() or "nvcc", "--version"]
+    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return re.search(r"V([\d.]+)", text)[1]
+
+
 def build() -> str:
     """Builds a wheel somewhere else, in isolation; returns what was printed."""
     flags = f"{os.environ.get('CMAKE_ARGS', '')} -DCMAKE_CUDA_FLAGS=-Xptxas=-v"
@@ -117,24 +124,25 @@ def build() -> str:
 
 
 def table(kernels: list[Kernel], architectures: list[str]) -> Table:
-    """A row a kernel: registers on each architecture, and the bytes that it spills, if any."""
-    result = Table(title="registers a thread; bytes spilled in brackets")
-    for heading in ("kernel", *architectures):
+    """A row a kernel: registers on each architecture, and its local memory if it has any."""
+    result = Table(title="registers a thread; bytes of stack/spill stores/spill loads in brackets")
+    for heading in ("kernel", "shared", *architectures):
         result.add_column(heading, no_wrap=True, justify="left" if heading == "kernel" else "right")
     cells = {(kernel.name, kernel.architecture): kernel for kernel in kernels}
     for name in sorted({kernel.name for kernel in kernels}):
-        row = []
-        for architecture in architectures:
-            row.append(_cell(cells.get((name, architecture))))
-        result.add_row(name, *row)
+        row = [cells.get((name, architecture)) for architecture in architectures]
+        shared = max(kernel.shared for kernel in row if kernel)
+        result.add_row(name, str(shared), *map(_cell, row))
     return result
 
 
 def _cell(kernel: Kernel | None) -> str:
     if kernel is None:
         return ""
-    spilled = f" ({kernel.spill_stores}+{kernel.spill_loads})" if kernel.spills else ""
-    return f"{kernel.registers}{spilled}"
+    local = (kernel.stack, kernel.spill_stores, kernel.spill_loads)
+    return (
+        f"{kernel.registers} ({'/'.join(map(str, local))})" if any(local) else f"{kernel.registers}"
+    )
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -151,7 +159,11 @@ def main(arguments: list[str] | None = None) -> None:
     absent = missing(kernels, architectures)
     print(f"{len(kernels)} kernels, {len(spilling)} spill, {len(absent)} missing")
     if options.out:
-        head = {"environment": environment("cpu"), "kernels": len(kernels), "spilling": spilling}
+        head = {
+            "environment": environment("cpu") | {"nvcc": nvcc_version()},
+            "kernels": len(kernels),
+            "spilling": spilling,
+        }
         write_lines(options.out, head, "rows", [asdict(kernel) for kernel in kernels])
     if spilling or absent or not kernels:
         sys.exit("cuda_compile: " + ("; ".join([*spilling, *absent]) or "no kernel was found"))
