@@ -22,21 +22,20 @@ def orthonormalized(tall: Tensor) -> tuple[Tensor, Tensor]:
     Source: Yamamoto et al., "Roundoff error analysis of the CholeskyQR2 algorithm", ETNA 44 (2015).
     """
     once, worked, _ = _cholesky_qr(tall)
-    twice, worked_again, deviation = _cholesky_qr(once)
-    failed = ~(worked & worked_again & (deviation < MAX_DEVIATION))
-    return _with_householder(twice, tall, failed)
+    twice, worked_again, gram = _cholesky_qr(once)
+    return _with_householder(twice, tall, worked & worked_again & _nearly_identity(gram))
 
 
 def well_conditioned(tall: Tensor) -> tuple[Tensor, Tensor]:
     """The same span in columns that are independent enough for a product: one pass of the two."""
     once, worked, _ = _cholesky_qr(tall)
-    return _with_householder(once, tall, ~worked)
+    return _with_householder(once, tall, worked)
 
 
 def touched_up(tall: Tensor) -> tuple[Tensor, Tensor]:
     """`orthonormalized` of columns that nearly are: the second pass of the two."""
-    twice, worked, deviation = _cholesky_qr(tall)
-    return _with_householder(twice, tall, ~(worked & (deviation < MAX_DEVIATION)))
+    twice, worked, gram = _cholesky_qr(tall)
+    return _with_householder(twice, tall, worked & _nearly_identity(gram))
 
 
 def product(left: Tensor, right: Tensor) -> Tensor:
@@ -46,21 +45,24 @@ def product(left: Tensor, right: Tensor) -> Tensor:
     return left @ right
 
 
-def _with_householder(done: Tensor, tall: Tensor, failed: Tensor) -> tuple[Tensor, Tensor]:
-    failed = failed.cpu()
+def _with_householder(done: Tensor, tall: Tensor, worked: Tensor) -> tuple[Tensor, Tensor]:
+    failed = ~worked.cpu()
     for index in failed.nonzero().flatten().tolist():
         done[index] = torch.linalg.qr(tall[index])[0]
     return done, failed
 
 
 def _cholesky_qr(tall: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """One pass: Y L^-T with L L^T = Y^T Y; whether it worked; how far Y^T Y was from the identity.
+    """One pass: Y L^-T with L L^T = Y^T Y; whether it worked; Y^T Y.
 
     The factorization is in float64, which costs q^3 of d q^2 and halves the error.
     """
     gram = product(tall.mT, tall).double()
-    identity = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
     factor, info = torch.linalg.cholesky_ex(gram)
     result = torch.linalg.solve_triangular(factor.mT.to(tall.dtype), tall, upper=True, left=False)
-    deviation = (gram - identity).abs().amax((-2, -1))
-    return result, info == 0, deviation
+    return result, info == 0, gram
+
+
+def _nearly_identity(gram: Tensor) -> Tensor:
+    identity = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+    return (gram - identity).abs().amax((-2, -1)) < MAX_DEVIATION

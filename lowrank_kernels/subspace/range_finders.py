@@ -91,22 +91,19 @@ def warm_started(request: Request) -> Found:
 def random(request: Request) -> Found:
     """Random orthonormal directions, the same whatever the gradient is."""
     bases, slow = orthonormalized(_gaussian(request, request.matrices.shape[1], request.rank))
-    return Found(bases, _energies(request, bases), slow, _noise(request.matrices.dtype, request))
+    return _found(request, _for_sketches(request.matrices), bases, slow)
 
 
 def gaussian(request: Request) -> Found:
     """Random directions from N(0, 1/r), not orthonormal: E[P P^T] = 1, as in APOLLO and FLORA."""
     bases = _gaussian(request, request.matrices.shape[1], request.rank) * request.rank**-0.5
     nothing_slow = torch.zeros(len(bases), dtype=torch.bool)
-    return Found(
-        bases, _energies(request, bases), nothing_slow, _noise(request.matrices.dtype, request)
-    )
+    return _found(request, _for_sketches(request.matrices), bases, nothing_slow)
 
 
 def _iterated(request: Request, starts: Sequence[Tensor | None]) -> Found:
     matrices, rank = _for_sketches(request.matrices), request.rank
-    # Gradients of 1e-20 exist, and in float32 their squares do not.
-    scale = (1 / request.norms).to(_wide(matrices)).view(-1, 1, 1)
+    scale = _scale(request, _wide(matrices))
     columns = min(*matrices.shape[1:], rank + max(OVERSAMPLING, rank // 16))
     known = min(columns, *(0 if start is None else start.shape[1] for start in starts))
     images = _times(matrices, _gaussian(request, matrices.shape[2], columns - known)) * scale
@@ -125,9 +122,19 @@ def _iterated(request: Request, starts: Sequence[Tensor | None]) -> Found:
     lengths = squares.clamp(min=torch.finfo(squares.dtype).tiny).sqrt().unsqueeze(1)
     directions = (rotation / lengths)[..., -rank:].flip(-1)
     bases, slow_last = touched_up(product(images, directions))
-    return Found(
-        bases, _energies(request, bases), slow | slow_last, _noise(matrices.dtype, request)
-    )
+    return _found(request, matrices, bases, slow | slow_last)
+
+
+def _found(request: Request, matrices: Tensor, bases: Tensor, slow: Tensor) -> Found:
+    """With |P_i^T A|^2 / |A|^2 of every column."""
+    low = _times(matrices.mT, bases) * _scale(request, bases.dtype)
+    energies = torch.linalg.vector_norm(low, dim=1).square()
+    return Found(bases, energies, slow, _noise(matrices.dtype, request))
+
+
+def _scale(request: Request, dtype: torch.dtype) -> Tensor:
+    """1 / |A|: gradients of 1e-20 exist, and in float32 their squares do not."""
+    return (1 / request.norms).to(dtype).view(-1, 1, 1)
 
 
 def _times(matrices: Tensor, tall: Tensor) -> Tensor:
@@ -153,12 +160,6 @@ def _for_sketches(matrices: Tensor) -> Tensor:
 
 def _wide(matrices: Tensor) -> torch.dtype:
     return torch.promote_types(matrices.dtype, torch.float32)
-
-
-def _energies(request: Request, bases: Tensor) -> Tensor:
-    """|P_i^T A|^2 / |A|^2 of every column."""
-    low = _times(_for_sketches(request.matrices).mT, bases).double()
-    return (low.square().sum(1) / request.norms.square().unsqueeze(1)).to(bases.dtype)
 
 
 def _noise(dtype: torch.dtype, request: Request) -> float:
