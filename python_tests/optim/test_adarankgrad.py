@@ -129,8 +129,12 @@ def test_ranks_stay_between_their_bounds():
     assert [row["rank"] for row in optimizer.stats()] == [6, 6]
     subspace = Subspace(residual_energy=1.0, min_rank=3, rank_multiple=2, stagger=False)
     params, optimizer = start(rank=6, subspace=subspace)
-    run(params, optimizer, range(1))
+    run(params, optimizer, [6])
     assert [row["rank"] for row in optimizer.stats()] == [4, 4]
+    for row, param in zip(optimizer.stats(), params, strict=True):
+        energies = torch.linalg.svdvals(param.grad).square()
+        share = float(energies[:4].sum() / energies.sum())
+        assert row["captured"] == pytest.approx(share, rel=0.05), "of the rank that was taken"
 
 
 def test_the_peak_of_a_shrinking_state_is_not_kept():

@@ -4,7 +4,7 @@ import pytest
 import torch
 from oracles.low_rank import low_rank_gradient
 
-from lowrank_kernels.subspace import range_finders
+from lowrank_kernels.subspace import orthonormal, range_finders
 from lowrank_kernels.subspace.orthonormal import orthonormalized, touched_up, well_conditioned
 from lowrank_kernels.subspace.range_finders import RANGE_FINDERS, Request
 
@@ -183,6 +183,24 @@ def test_orthonormal_columns_at_any_condition_number(condition, rng):
     assert bool(slow) == (condition > 1e4)
 
 
+def test_columns_that_one_pass_cannot_separate_take_householder(rng, monkeypatch):
+    """Cholesky may succeed on a Gram matrix that is all rounding errors; its result tells."""
+    tall = torch.randn(1, 50, 6, generator=rng)
+    skewed = orthonormalized(tall)[0].clone()
+    skewed[0, :, 5] += 0.5 * skewed[0, :, 0]
+    basis, slow = touched_up(skewed)
+    assert slow.tolist() == [True]
+    assert touched_up(orthonormalized(tall)[0])[1].tolist() == [False]
+    results = iter([(tall, torch.tensor([True]), None), (skewed, torch.tensor([True]), None)])
+    grams = iter([torch.eye(6).unsqueeze(0), (skewed.mT @ skewed)])
+    monkeypatch.setattr(
+        orthonormal, "_cholesky_qr", lambda _: (*next(results)[:2], next(grams).double())
+    )
+    basis, slow = orthonormalized(tall)
+    assert slow.tolist() == [True]
+    torch.testing.assert_close(basis[0].T @ basis[0], torch.eye(6), rtol=0, atol=1e-5)
+
+
 def test_a_failing_cholesky_takes_householder_for_that_matrix_only(rng, monkeypatch):
     cholesky = torch.linalg.cholesky_ex
 
@@ -197,6 +215,8 @@ def test_a_failing_cholesky_takes_householder_for_that_matrix_only(rng, monkeypa
         basis, slow = function(given)
         assert slow.tolist() == [False, True, False]
         torch.testing.assert_close(basis[1].T @ basis[1], torch.eye(6), rtol=0, atol=1e-5)
+        spanned = basis[1] @ (basis[1].T @ given[1])
+        torch.testing.assert_close(spanned, given[1], rtol=0, atol=1e-5)
     basis, _ = orthonormalized(tall)
     assert torch.equal(basis[::2], right[::2])
 

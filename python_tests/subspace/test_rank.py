@@ -53,3 +53,4 @@ def test_bounds_and_multiples():
     assert adaptive_rank(energies, 0.0, 1, 1) == 5
     assert adaptive_rank(energies, 1.0, 1, 1) == 1
     assert adaptive_rank(energies, 1.0, 2, 1) == 2
+    assert adaptive_rank([0.5, 0.25, 0.25], 0.25, 1, 1) == 2, "at most: the share itself will do"
