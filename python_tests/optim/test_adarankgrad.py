@@ -162,7 +162,8 @@ def test_staggered_refreshes_share_the_interval_out():
     assert ages == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4]
 
 
-def test_names_decide_and_not_places():
+@pytest.mark.parametrize("moments", ["keep", "reset"])
+def test_names_decide_and_not_places(moments):
     """A matrix alone is trained as among others, as in optimizers of one parameter each."""
     rng = torch.Generator().manual_seed(1)
     start_value = torch.randn(40, 16, generator=rng)
@@ -176,10 +177,34 @@ def test_names_decide_and_not_places():
             "rank": 4,
             "update_proj_gap": GAP,
         }
-        optimizer = GaLoreAdamW([group], lr=0.05)
+        optimizer = GaLoreAdamW([group], lr=0.05, subspace=Subspace(moments=moments))
         run(params, optimizer, range(2 * GAP))
         ends.append(params[-1].detach())
     assert torch.equal(*ends)
+
+
+def test_every_sketch_is_another(monkeypatch):
+    """Of another matrix, and of the same one at another step."""
+    seeds = []
+    randomized = range_finders.RANGE_FINDERS["randomized"]
+    monkeypatch.setitem(
+        range_finders.RANGE_FINDERS,
+        "randomized",
+        lambda request: (seeds.extend(request.seeds), randomized(request))[1],
+    )
+    params, optimizer = start(count=3)
+    run(params, optimizer, range(3 * GAP))
+    assert len(seeds) == len(set(seeds)) >= 3 * len(params)
+
+
+def test_a_large_float16_gradient_is_finite():
+    """Its norm is not, in its own dtype."""
+    weight = nn.Parameter(torch.zeros(40, 16, dtype=torch.float16))
+    optimizer = GaLoreAdamW([{"params": [weight], "rank": 4}])
+    weight.grad = gradient((40, 16), 3).sign().half() * 3e4
+    optimizer.step()
+    assert optimizer.stats()[0]["refreshes"] == 1
+    assert weight.isfinite().all()
 
 
 def test_moments_that_are_reset_begin_their_bias_correction_anew():
