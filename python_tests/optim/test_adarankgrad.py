@@ -183,6 +183,16 @@ def test_names_decide_and_not_places(moments):
     assert torch.equal(*ends)
 
 
+def test_named_matrices_take_turns_too():
+    params = [nn.Parameter(torch.zeros(16, 12)) for _ in range(30)]
+    names = [f"layers.{index}.weight" for index in range(30)]
+    group = {"params": list(zip(names, params, strict=True)), "rank": 4, "update_proj_gap": GAP}
+    optimizer = GaLoreAdamW([group])
+    run(params, optimizer, range(GAP + 1))
+    ages = [row["age"] for row in optimizer.stats()]
+    assert all(2 <= ages.count(age) <= 12 for age in range(GAP)), "6 of 30 in the mean"
+
+
 def test_every_sketch_is_another(monkeypatch):
     """Of another matrix, and of the same one at another step."""
     seeds = []
