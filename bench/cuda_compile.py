@@ -19,10 +19,10 @@ import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
 
-from bench.record import environment, write_lines
+from bench.record import head, write_lines
+from bench.tables import show
 
 ROOT = Path(__file__).parents[1]
 KERNEL = re.compile(r"(\w+_kernel)\b")
@@ -154,17 +154,14 @@ def main(arguments: list[str] | None = None) -> None:
         return
     kernels = readable(parse(build()))
     architectures = sorted({k.architecture for k in kernels}, key=lambda a: int(a.strip("sm_af")))
-    Console(width=None if sys.stdout.isatty() else 150).print(table(kernels, architectures))
+    show(table(kernels, architectures))
     spilling = [f"{k.name} for {k.architecture}" for k in kernels if k.spills]
     absent = missing(kernels, architectures)
     print(f"{len(kernels)} kernels, {len(spilling)} spill, {len(absent)} missing")
     if options.out:
-        head = {
-            "environment": environment("cpu") | {"nvcc": nvcc_version()},
-            "kernels": len(kernels),
-            "spilling": spilling,
-        }
-        write_lines(options.out, head, "rows", [asdict(kernel) for kernel in kernels])
+        facts = {"nvcc": nvcc_version(), "kernels": len(kernels), "spilling": spilling}
+        record = head("cuda_compile", "cpu", [], **facts)
+        write_lines(options.out, record, "rows", [asdict(kernel) for kernel in kernels])
     if spilling or absent or not kernels:
         sys.exit("cuda_compile: " + ("; ".join([*spilling, *absent]) or "no kernel was found"))
 

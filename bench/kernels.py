@@ -18,19 +18,36 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
-from pathlib import Path
 from types import ModuleType
 
 import torch
-from rich.console import Console
-from rich.progress import track
 from rich.table import Table
 
 from bench import hybrid
-from bench.cases import DTYPES, OPERATIONS, PLAIN, STEP, Candidate, Case, Inputs, check, make_inputs
+from bench.cases import (
+    DTYPES,
+    METHODS,
+    OPERATIONS,
+    PLAIN,
+    STEP,
+    Candidate,
+    Case,
+    Inputs,
+    check,
+    make_inputs,
+)
 from bench.models import PRESETS
-from bench.record import environment, write_lines
-from bench.timing import Rates, Samples, copies_beyond_cache, interleaved, measure_rates
+from bench.options import parse, parser, words
+from bench.record import head, result, write_lines
+from bench.tables import SPREAD, missing_text, new_table, progress, rates_text, show, time_text
+from bench.timing import (
+    Rates,
+    Samples,
+    copies_beyond_cache,
+    interleaved,
+    measure_rates,
+    rates_record,
+)
 from lowrank_kernels import backends
 from lowrank_kernels.ops import load
 
@@ -99,12 +116,7 @@ def bench_case(
                 "floor_ms": 1e3 * floor,
                 "wrong": {name: outputs for name, outputs in wrong.items() if outputs},
                 "results": {
-                    name: {
-                        "ms": 1e3 * samples.median,
-                        "spread": samples.spread,
-                        "share_of_floor": floor / samples.median,
-                        "samples_ms": [round(1e3 * s, 5) for s in samples.seconds],
-                    }
+                    name: result(samples, floor)
                     for name, samples in times.get(operation, {}).items()
                 },
             }
@@ -112,10 +124,10 @@ def bench_case(
     return rows
 
 
-def cases(options: argparse.Namespace, backend: str) -> list[Case]:
+def cases(options: argparse.Namespace) -> list[Case]:
     """The projected shapes of the models, once each, in groups as the backend takes them."""
     shapes: dict[tuple[tuple[int, int], int], int] = {}
-    for name in options.models.split(","):
+    for name in options.models:
         preset = PRESETS[name]
         hidden, ffn = preset.hidden, preset.ffn
         for shape, count in (((hidden, hidden), 4), ((ffn, hidden), 2), ((hidden, ffn), 1)):
@@ -123,35 +135,30 @@ def cases(options: argparse.Namespace, backend: str) -> list[Case]:
     if options.quick:
         shapes = dict.fromkeys(QUICK_SHAPES, 2)
     found = []
-    for dtype in options.dtypes.split(","):
+    for dtype in options.dtypes:
         for (shape, rank), count in shapes.items():
             matrix = torch.empty(shape, dtype=DTYPES[dtype], device=options.device)
-            size = min(count, load(backend).group_size(matrix, matrix, rank))
-            found += [Case(*shape, rank, dtype, m, size) for m in options.methods.split(",")]
+            size = min(count, load(options.backend).group_size(matrix, matrix, rank))
+            found += [Case(*shape, rank, dtype, method, size) for method in options.methods]
     return found
 
 
-def table(rows: list[dict], backend: str, head: dict) -> Table:
+def table(record: dict, rows: list[dict]) -> Table:
     """A row an operation: the backend's time and share of the floor, and what rivals take to it."""
-    products = ", ".join(
-        f"{name} {rate / 1e12:.2f}" for name, rate in head["flops_per_second"].items()
-    )
-    result = Table(
-        title=f"{head['environment']['device']}, {head['threads']} threads: copies at"
-        f" {head['bytes_per_second'] / 1e9:.0f} GB/s, products at {products} TFLOP/s",
-        caption="medians of interleaved rounds, ± half the quartiles' distance; x: how many times"
-        f" {backend} is faster; not here: {head['missing'] or 'nobody'}",
-    )
+    backend = record["backend"]
     rivals = list(dict.fromkeys(n for row in rows for n in row["results"] if n != backend))
-    for heading in ("matrices", "r", "dtype", "method", "operation", "floor ms", "ms", "of floor"):
-        result.add_column(heading, no_wrap=True)
-    for rival in rivals:
-        result.add_column(f"x {rival}", justify="right")
+    found = new_table(
+        f"{record['environment']['device']}, {record['environment']['threads']} threads:"
+        f" {rates_text(record['rates'])}",
+        f"{SPREAD}; x: how many times {backend} is faster; {missing_text(record['missing'])}",
+        ("matrices", "r", "dtype", "method", "operation", "floor ms", "ms", "of floor"),
+        [f"x {rival}" for rival in rivals],
+    )
     for row in rows:
         shape = f"{row['matrices']} of {row['rows']} x {row['cols']} {row['side']}"
         cells = [shape, str(row["rank"]), row["dtype"], row["method"], row["operation"]]
-        result.add_row(*cells, f"{row['floor_ms']:.3f}", *_figures(row, backend, rivals))
-    return result
+        found.add_row(*cells, f"{row['floor_ms']:.3f}", *_figures(row, backend, rivals))
+    return found
 
 
 def _figures(row: dict, backend: str, rivals: list[str]) -> list[str]:
@@ -160,65 +167,42 @@ def _figures(row: dict, backend: str, rivals: list[str]) -> list[str]:
         return [f"WRONG: {', '.join(wrong)}"]
     if own is None:
         return ["interpreted"]
-    time = f"{own['ms']:.3f} ± {100 * own['spread']:.0f} %"
     ratios = [
         f"{results[name]['ms'] / own['ms']:.2f}" if name in results else "" for name in rivals
     ]
-    return [time, f"{100 * own['share_of_floor']:.0f} %", *ratios]
+    return [time_text(own, 3), f"{100 * own['share_of_floor']:.0f} %", *ratios]
+
+
+def candidates(backend: str, device: str) -> tuple[dict[str, ModuleType], dict[str, str]]:
+    """Ours first, then the rivals that are here, and why the others are not."""
+    modules, missing = {backend: load(backend)}, {}
+    if backend != "native":
+        available, reason = backends()["native"]
+        if available and (device == "cpu" or load("native").build_info()["cuda"]):
+            modules["native"] = load("native")
+        else:
+            missing["native"] = reason
+    return {**modules, PLAIN: hybrid}, missing
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Checks, measures, writes and prints; the exit status is 1 if a candidate is wrong."""
-    here = "cuda" if torch.cuda.is_available() else "cpu"
-    parser = argparse.ArgumentParser(prog="python -m bench.kernels")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default=here)
-    parser.add_argument(
-        "--backend", choices=tuple(backends()), help="default: triton, on cpu native"
-    )
-    parser.add_argument("--models", default="60m,1b", help=f"of {', '.join(PRESETS)}")
-    parser.add_argument("--dtypes", default="bf16,fp32", help=f"of {', '.join(DTYPES)}")
-    parser.add_argument("--methods", default="fira,galore")
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--quick", action="store_true", help="small shapes, few rounds")
-    parser.add_argument("--out", type=Path, help="the JSON record; none by default")
-    options = parser.parse_args(arguments)
+    line = parser("kernels", models="60m,1b", dtypes="bf16,fp32", rounds=15)
+    line.add_argument("--methods", type=words(METHODS), default="fira,galore")
+    options = parse(line, arguments)
     device = torch.device(options.device)
-    backend = options.backend or ("triton" if options.device == "cuda" else "native")
-    available, reason = backends()[backend]
-    if not available:
-        sys.exit(f"kernels: the {backend} backend cannot run here: {reason}")
-
-    modules, missing = {backend: load(backend)}, {}
-    if backend != "native":
-        available, reason = backends()["native"]
-        if available and (device.type == "cpu" or load("native").build_info()["cuda"]):
-            modules["native"] = load("native")
-        else:
-            missing["native"] = reason
-    modules[PLAIN] = hybrid
-    rates = {
-        name: measure_rates(device, DTYPES[name], options.quick)
-        for name in options.dtypes.split(",")
-    }
-    todo = cases(options, backend)
+    modules, missing = candidates(options.backend, options.device)
+    rates = {name: measure_rates(device, DTYPES[name], options.quick) for name in options.dtypes}
     rows = [
         row
-        for case in track(todo, "measuring", console=Console(stderr=True))
-        for row in bench_case(
-            case, modules, device, rates[case.dtype], 2 if options.quick else options.rounds
-        )
+        for case in progress(cases(options))
+        for row in bench_case(case, modules, device, rates[case.dtype], options.rounds)
     ]
-    head = {
-        "environment": environment(options.device),
-        "command": " ".join(["python -m bench.kernels", *(arguments or sys.argv[1:])]),
-        "threads": torch.get_num_threads(),
-        "bytes_per_second": max(rate.bytes_per_second for rate in rates.values()),
-        "flops_per_second": {name: rate.flops_per_second for name, rate in rates.items()},
-        "missing": missing,
-    }
+    facts = {"backend": options.backend, "rates": rates_record(rates), "missing": missing}
+    record = head("kernels", options.device, options.arguments, **facts)
     if options.out:
-        write_lines(options.out, head, "rows", rows)
-    Console(width=None if sys.stdout.isatty() else 170).print(table(rows, backend, head))
+        write_lines(options.out, record, "rows", rows)
+    show(table(record, rows), 170)
     if any(row["wrong"] for row in rows):
         names = sorted({name for row in rows for name in row["wrong"]})
         sys.exit(f"kernels: wrong results, so no time: {', '.join(names)}")

@@ -70,6 +70,10 @@ class PeakMemory:
 def tensor_bytes(value: object) -> int:
     """Sums the bytes of all tensors in a nest of dicts, lists and tuples, as optimizers keep."""
     if isinstance(value, torch.Tensor):
+        # A quantized tensor shows the dtype that it stands for, not the one that it holds.
+        parts = getattr(value, "__tensor_flatten__", None)
+        if parts is not None:
+            return sum(tensor_bytes(getattr(value, name)) for name in parts()[0])
         return value.numel() * value.element_size()
     if isinstance(value, dict):
         return sum(tensor_bytes(entry) for entry in value.values())

@@ -1,115 +1,93 @@
-"""The optimizers that the pre-training bench compares. A new one is one entry in METHODS."""
+"""Every optimizer that a bench can compare, ours and others, behind one interface.
+
+An optimizer is built from the groups of `lowrank_kernels.param_groups`: those with a rank are what
+a low-rank method projects, and the others ignore the rank. A new one is one entry in METHODS.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import importlib.util
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
+
+from bench import peers
+from bench.peers import Recipe
 
 if TYPE_CHECKING:
     import torch
 
-    from bench.settings import Settings
     from lowrank_kernels import Subspace
 
 
 @dataclass(frozen=True)
 class Method:
-    """How to build an optimizer for a model, and the learning rates to use when none is given.
+    """How to build an optimizer, what it needs, and the rates to use when none is given.
 
-    A variant is compared only if it is named.
+    A variant is compared only if it is named. What cannot `train` has no way to renew its basis.
     """
 
-    build: Callable[[torch.nn.Module, float, Settings], torch.optim.Optimizer]
-    nano_lr: float
-    lr: float
-    variant: bool = False
+    build: Callable[[list[dict], float, Recipe], torch.optim.Optimizer]
+    nano_lr: float = 1e-3
+    lr: float = 1e-3
+    variant: bool = True
+    package: str | None = None
+    device: str | None = None
+    train: bool = True
+
+    def obstacle(self, device: str) -> str | None:
+        """Why it cannot run here, or None."""
+        if self.device not in (None, device):
+            return f"needs {self.device}"
+        if self.package and importlib.util.find_spec(self.package) is None:
+            return f"{self.package} is not installed"
+        return None
 
 
-def _adamw(model: torch.nn.Module, lr: float, settings: Settings) -> torch.optim.Optimizer:
-    import torch
-
-    return torch.optim.AdamW(
-        model.parameters(), lr=lr, weight_decay=settings.weight_decay, fused=True
-    )
-
-
-def _adamw_split(model: torch.nn.Module, lr: float, settings: Settings) -> torch.optim.Optimizer:
-    """AdamW with the rates that GaLore implies: `scale` shrinks the projected matrices' only."""
-    import torch
-
-    groups = [
-        {"params": group["params"], "lr": lr * settings.scale if "rank" in group else lr}
-        for group in _groups(model, settings)
-    ]
-    return torch.optim.AdamW(groups, lr=lr, weight_decay=settings.weight_decay, fused=True)
+def present(names: Iterable[str], device: str) -> tuple[list[str], dict[str, str]]:
+    """Those that can run here, and the others with the reason why not."""
+    reasons = {name: METHODS[name].obstacle(device) for name in names}
+    here = [name for name, reason in reasons.items() if reason is None]
+    return here, {name: reason for name, reason in reasons.items() if reason is not None}
 
 
-def _galore(model: torch.nn.Module, lr: float, settings: Settings) -> torch.optim.Optimizer:
-    return _galore_in("randomized", model, lr, settings)
+def _galore(groups: list[dict], lr: float, recipe: Recipe) -> torch.optim.Optimizer:
+    return _galore_in("randomized", groups, lr, recipe)
 
 
-def _galore_svd(model: torch.nn.Module, lr: float, settings: Settings) -> torch.optim.Optimizer:
+def _galore_svd(groups: list[dict], lr: float, recipe: Recipe) -> torch.optim.Optimizer:
     """As the official package: exact bases, all at the same step."""
-    return _galore_in("svd", model, lr, settings)
+    return _galore_in("svd", groups, lr, recipe)
 
 
-def _galore_together(
-    model: torch.nn.Module, lr: float, settings: Settings
-) -> torch.optim.Optimizer:
+def _galore_together(groups: list[dict], lr: float, recipe: Recipe) -> torch.optim.Optimizer:
     """Randomized bases, all at the same step."""
     from lowrank_kernels import Subspace
 
-    return _galore_in(Subspace(stagger=False), model, lr, settings)
+    return _galore_in(Subspace(stagger=False), groups, lr, recipe)
 
 
 def _galore_in(
-    subspace: str | Subspace, model: torch.nn.Module, lr: float, settings: Settings
+    subspace: str | Subspace, groups: list[dict], lr: float, recipe: Recipe
 ) -> torch.optim.Optimizer:
     from lowrank_kernels import GaLoreAdamW
 
-    return GaLoreAdamW(
-        _groups(model, settings),
-        lr=lr,
-        weight_decay=settings.weight_decay,
-        subspace=subspace,
-        backend=settings.backend,
-    )
+    common = {"lr": lr, "weight_decay": recipe.weight_decay, "backend": recipe.backend}
+    return GaLoreAdamW(groups, subspace=subspace, **common)
 
 
-def _adarankgrad(model: torch.nn.Module, lr: float, settings: Settings) -> torch.optim.Optimizer:
-    from lowrank_kernels import AdaRankGradAdamW
-
-    return AdaRankGradAdamW(
-        _groups(model, settings),
-        lr=lr,
-        weight_decay=settings.weight_decay,
-        residual_energy=settings.residual_energy,
-        backend=settings.backend,
-    )
-
-
-def _fira(model: torch.nn.Module, lr: float, settings: Settings) -> torch.optim.Optimizer:
+def _fira(groups: list[dict], lr: float, recipe: Recipe) -> torch.optim.Optimizer:
     from lowrank_kernels import FiraAdamW
 
-    return FiraAdamW(
-        _groups(model, settings),
-        lr=lr,
-        weight_decay=settings.weight_decay,
-        backend=settings.backend,
-        residual=settings.residual,
-    )
+    common = {"lr": lr, "weight_decay": recipe.weight_decay, "backend": recipe.backend}
+    return FiraAdamW(groups, residual=recipe.residual, **common)
 
 
-def _groups(model: torch.nn.Module, settings: Settings) -> list[dict]:
-    from lowrank_kernels import param_groups
+def _adarankgrad(groups: list[dict], lr: float, recipe: Recipe) -> torch.optim.Optimizer:
+    from lowrank_kernels import AdaRankGradAdamW
 
-    return param_groups(
-        model,
-        rank=settings.rank,
-        scale=settings.scale,
-        update_proj_gap=settings.update_proj_gap,
-    )
+    common = {"lr": lr, "weight_decay": recipe.weight_decay, "backend": recipe.backend}
+    return AdaRankGradAdamW(groups, residual_energy=recipe.residual_energy, **common)
 
 
 # Validation losses of nano's default recipe, seed 0, one run a rate:
@@ -119,11 +97,21 @@ def _groups(model: torch.nn.Module, settings: Settings) -> list[dict]:
 #   fira         3e-3 1.554   5e-3 1.517   1e-2 1.552
 # Above nano the rates are the published ones, from 60m (7b used 0.005).
 METHODS = {
-    "adamw": Method(_adamw, nano_lr=1e-3, lr=1e-3),
-    "adamw-split": Method(_adamw_split, nano_lr=5e-3, lr=1e-2),
-    "galore": Method(_galore, nano_lr=2e-2, lr=1e-2),
-    "galore-svd": Method(_galore_svd, nano_lr=2e-2, lr=1e-2, variant=True),
-    "galore-together": Method(_galore_together, nano_lr=2e-2, lr=1e-2, variant=True),
-    "adarankgrad": Method(_adarankgrad, nano_lr=2e-2, lr=1e-2),
-    "fira": Method(_fira, nano_lr=5e-3, lr=1e-2),
+    "adamw": Method(peers.adamw, variant=False),
+    "adamw-split": Method(peers.adamw_split, nano_lr=5e-3, lr=1e-2, variant=False),
+    "galore": Method(_galore, nano_lr=2e-2, lr=1e-2, variant=False),
+    "galore-svd": Method(_galore_svd, nano_lr=2e-2, lr=1e-2),
+    "galore-together": Method(_galore_together, nano_lr=2e-2, lr=1e-2),
+    "adarankgrad": Method(_adarankgrad, nano_lr=2e-2, lr=1e-2, variant=False),
+    "fira": Method(_fira, nano_lr=5e-3, lr=1e-2, variant=False),
+    "adamw-foreach": Method(peers.adamw_foreach),
+    "adamw-master": Method(peers.MasterAdamW),
+    "hybrid-galore": Method(peers.hybrid_galore, train=False),
+    "hybrid-fira": Method(peers.hybrid_fira, train=False),
+    "galore-torch": Method(peers.galore_torch, nano_lr=2e-2, lr=1e-2, package="galore_torch"),
+    "fira-official": Method(peers.fira_official, nano_lr=5e-3, lr=1e-2, package="fira"),
+    "apollo-torch": Method(peers.apollo_torch, nano_lr=1e-2, lr=1e-2, package="apollo_torch"),
+    "torchao-8bit": Method(peers.torchao_8bit, package="torchao"),
+    "bitsandbytes-8bit": Method(peers.bitsandbytes_8bit, package="bitsandbytes"),
+    "flashoptim": Method(peers.flashoptim, package="flashoptim", device="cuda"),
 }

@@ -10,8 +10,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from bench.data import DataSummary
-from bench.report import Summary, summarize
 from bench.settings import Settings
+from bench.summary import Summary, summarize
 
 # Okabe and Ito's, which stay apart for colour-blind readers.
 COLOURS = ("#0072B2", "#56B4E9", "#E69F00", "#D55E00", "#009E73", "#CC79A7", "#000000")

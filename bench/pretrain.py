@@ -41,9 +41,10 @@ def main(arguments: list[str] | None = None) -> None:
 
     # Drawing libraries take seconds to import, which a mistake in the arguments should not cost.
     from bench.picture import draw, draw_subspaces
-    from bench.report import print_tables, write_record
+    from bench.summary import print_tables, write_record
 
-    write_record(records, settings, data, out / "pretrain.json")
+    words = sys.argv[1:] if arguments is None else arguments
+    write_record(records, settings, data, out / "pretrain.json", words)
     draw(records, settings, data, out / "pretrain.png")
     draw_subspaces(records, settings, out / "subspaces.png")
     print_tables(records, settings, data)

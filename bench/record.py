@@ -1,16 +1,35 @@
-"""The JSON record of a bench: which device, versions and commit, then a line a measurement."""
+"""The JSON record of a bench: one head for all of them, then a line a measurement.
+
+    bench, date, command                   what was run, and when
+    environment                            device, its clocks, cores, threads, versions, commit
+    rates, missing, ...                    what the bench adds: the floor's rates, absent rivals
+    rows                                   a case each; times under `results`, by who took them
+
+A result is {"ms": median, "spread": ..., "samples_ms": every sample}, with `share_of_floor` where
+the floor is known. What pre-training leaves has `settings`, `data`, `summary` and `runs` instead of
+`rows`.
+"""
 
 from __future__ import annotations
 
+import datetime
 import json
 import math
 import os
 import platform
+import shutil
 import subprocess
 from importlib import metadata
 from pathlib import Path
 
-PACKAGES = ("torch", "lowrank_kernels", "triton", "transformers", "tokenizers", "numpy")
+import torch
+
+from bench.timing import Samples
+
+PACKAGES = (
+    *("torch", "lowrank_kernels", "triton", "transformers", "tokenizers", "numpy"),
+    *("galore-torch", "fira", "apollo-torch", "torchao", "bitsandbytes", "flashoptim"),
+)
 
 
 def write_lines(path: Path, head: dict, name: str, rows: list[dict]) -> None:
@@ -32,32 +51,77 @@ def _finite(value: object) -> object:
     return value
 
 
+def head(bench: str, device: str, arguments: list[str], **facts: object) -> dict:
+    """What every record begins with."""
+    return {
+        "bench": bench,
+        "date": datetime.date.today().isoformat(),
+        "command": " ".join([f"python -m bench.{bench}", *_without_places(arguments)]),
+        "environment": environment(device),
+        **facts,
+    }
+
+
+def _without_places(arguments: list[str]) -> list[str]:
+    """Where files were read and written says nothing about the figures."""
+    places = ("--out", "--gradients")
+    pairs = zip(["", *arguments], arguments, strict=False)
+    return [word for before, word in pairs if word not in places and before not in places]
+
+
+def result(samples: Samples, floor: float | None = None) -> dict:
+    """One candidate's times; with the floor in seconds, its share of what was measured."""
+    found = {"ms": 1e3 * samples.median, "spread": samples.spread}
+    if floor is not None:
+        found["share_of_floor"] = floor / samples.median
+    return {**found, "samples_ms": [round(1e3 * second, 5) for second in samples.seconds]}
+
+
 def environment(device: str) -> dict:
     """Names the device, the versions and the commit that the numbers belong to."""
-    versions = {}
-    for package in PACKAGES:
-        try:
-            versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            versions[package] = None
     return {
         "device": device_name(device),
+        "clocks": _clocks(device),
         "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
         "python": platform.python_version(),
-        "versions": versions,
+        "versions": {package: version(package) for package in PACKAGES},
         "commit": _commit(),
     }
 
 
+def version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
 def device_name(device: str) -> str:
     if device == "cuda":
-        import torch
-
         return torch.cuda.get_device_name()
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    names = _cpuinfo("model name")
     return names[0] if names else platform.machine()
+
+
+def _clocks(device: str) -> dict[str, float] | None:
+    """MHz, as the machine is found; None where nobody tells."""
+    if device == "cpu":
+        found = [float(text) for text in _cpuinfo("cpu MHz")]
+        return {"cpu": max(found)} if found else None
+    tool, names = shutil.which("nvidia-smi"), ("clocks.sm", "clocks.mem", "clocks.max.sm")
+    if tool is None:
+        return None
+    command = [tool, f"--query-gpu={','.join(names)}", "--format=csv,noheader,nounits", "--id=0"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    values = done.stdout.strip().split(", ")
+    return dict(zip(names, map(float, values), strict=True)) if done.returncode == 0 else None
+
+
+def _cpuinfo(key: str) -> list[str]:
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text().splitlines() if path.exists() else []
+    return [line.split(":", 1)[1].strip() for line in lines if line.startswith(key)]
 
 
 def _commit() -> str | None:

@@ -18,15 +18,15 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from rich.console import Console
-from rich.progress import track
 from rich.table import Table
 from torch import Tensor
 
 from bench.cases import DTYPES, Case, make_inputs
 from bench.cases import Candidate as Operations
 from bench.models import PRESETS
-from bench.record import environment, write_lines
+from bench.options import parse, parser
+from bench.record import head, result, write_lines
+from bench.tables import SPREAD, new_table, progress, show, time_text
 from bench.timing import Candidate as Timed
 from bench.timing import copies_beyond_cache, interleaved
 from lowrank_kernels.ops import load
@@ -70,13 +70,13 @@ def synthetic(rows: int, cols: int, dtype: torch.dtype, device: torch.device) ->
 
 def problems(options: argparse.Namespace, device: torch.device) -> Iterator[Problem]:
     shapes: dict[tuple[int, int], int] = {}
-    for model in options.models.split(","):
+    for model in options.models:
         preset = PRESETS[model]
         hidden, ffn = preset.hidden, preset.ffn
         shapes |= dict.fromkeys([(hidden, hidden), (hidden, ffn)], preset.rank)
     if options.quick:
         shapes = {(64, 64): 16, (64, 96): 16}
-    for dtype in options.dtypes.split(","):
+    for dtype in options.dtypes:
         for (rows, cols), rank in shapes.items():
             grad = synthetic(rows, cols, DTYPES[dtype], device)
             yield Problem(f"{SYNTHETIC} {dtype}", grad, rank)
@@ -128,11 +128,9 @@ def bench_problem(problem: Problem, backend: str, rounds: int, gap: int) -> list
             "finder": name,
             "captured": 1.0,
             "orthogonality": None,
-            "ms": 1e3 * times[name].median,
-            "spread": times[name].spread,
+            **result(times[name]),
             "times_faster_than_svd": times[SVD].median / times[name].median,
             "share_of_step": times[name].median / gap / times[STEP].median,
-            "samples_ms": [round(1e3 * s, 5) for s in times[name].seconds],
         }
         if name != SVD:
             finder, asked = calls[name]
@@ -155,62 +153,49 @@ def step(problem: Problem, backend: str) -> Timed:
     return lambda turn: operations.step(sets[turn % len(sets)])
 
 
-def table(rows: list[dict], head: dict) -> Table:
-    result = Table(
-        title=f"{head['environment']['device']}, {head['threads']} threads: a new basis",
-        caption="medians of interleaved rounds, ± half the quartiles' distance; of a step: every"
-        f" {head['gap']} steps, beside a Fira step of the matrix by the {head['backend']} backend",
+def table(record: dict, rows: list[dict]) -> Table:
+    """A row a gradient and a range finder."""
+    found = new_table(
+        f"{record['environment']['device']}, {record['environment']['threads']} threads:"
+        " a new basis",
+        f"{SPREAD}; of a step: every {record['gap']} steps, beside a Fira step of the matrix by the"
+        f" {record['backend']} backend",
+        ("gradient", "matrix", "r", "range finder", "ms"),
+        ("x SVD", "captured", "|P'P - I|", "of a step"),
     )
-    for heading in ("gradient", "matrix", "r", "range finder", "ms"):
-        result.add_column(heading, no_wrap=True)
-    for heading in ("x SVD", "captured", "|P'P - I|", "of a step"):
-        result.add_column(heading, justify="right")
     for row in rows:
-        last = row["finder"] == list(FINDERS)[-1]
-        result.add_row(
+        found.add_row(
             row["gradient"],
             f"{row['rows']} x {row['cols']}",
             str(row["rank"]),
             row["finder"],
-            f"{row['ms']:.1f} ± {100 * row['spread']:.0f} %",
+            time_text(row, 1),
             f"{row['times_faster_than_svd']:.1f}",
             f"{100 * row['captured']:.2f} %",
             "" if row["orthogonality"] is None else f"{row['orthogonality']:.0e}",
             f"{100 * row['share_of_step']:.1f} %",
-            end_section=last,
+            end_section=row["finder"] == list(FINDERS)[-1],
         )
-    return result
+    return found
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Measures, writes and prints; the exit status is 1 if a basis is bad."""
-    here = "cuda" if torch.cuda.is_available() else "cpu"
-    parser = argparse.ArgumentParser(prog="python -m bench.refresh")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default=here)
-    parser.add_argument("--backend", help="of the step; default: triton, on cpu native")
-    parser.add_argument("--models", default="60m,1b", help=f"of {', '.join(PRESETS)}")
-    parser.add_argument("--dtypes", default="fp32,bf16", help=f"of {', '.join(DTYPES)}")
-    parser.add_argument("--gradients", type=Path, help="what bench.gradients saved")
-    parser.add_argument("--gap", type=int, default=200, help="steps between refreshes")
-    parser.add_argument("--rounds", type=int, default=10)
-    parser.add_argument("--quick", action="store_true", help="small shapes, few rounds")
-    parser.add_argument("--out", type=Path, help="the JSON record; none by default")
-    options = parser.parse_args(arguments)
-    device = torch.device(options.device)
-    backend = options.backend or ("triton" if options.device == "cuda" else "native")
-    rounds = 2 if options.quick else options.rounds
-    todo = track(list(problems(options, device)), "measuring", console=Console(stderr=True))
-    rows = [row for problem in todo for row in bench_problem(problem, backend, rounds, options.gap)]
-    head = {
-        "environment": environment(options.device),
-        "command": " ".join(["python -m bench.refresh", *(arguments or sys.argv[1:])]),
-        "threads": torch.get_num_threads(),
-        "backend": backend,
-        "gap": options.gap,
-    }
+    line = parser("refresh", models="60m,1b", dtypes="fp32,bf16", rounds=10)
+    line.add_argument("--gradients", type=Path, help="what bench.gradients saved")
+    line.add_argument("--gap", type=int, default=200, help="steps between refreshes")
+    options = parse(line, arguments)
+    todo = progress(list(problems(options, torch.device(options.device))))
+    rows = [
+        row
+        for problem in todo
+        for row in bench_problem(problem, options.backend, options.rounds, options.gap)
+    ]
+    facts = {"backend": options.backend, "gap": options.gap}
+    record = head("refresh", options.device, options.arguments, **facts)
     if options.out:
-        write_lines(options.out, head, "rows", rows)
-    Console(width=None if sys.stdout.isatty() else 150).print(table(rows, head))
+        write_lines(options.out, record, "rows", rows)
+    show(table(record, rows))
     if wrong := failures(rows):
         sys.exit("refresh: " + "; ".join(wrong))
 

@@ -7,7 +7,10 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 from bench.models import PRESETS
-from bench.optimizers import METHODS
+from bench.optimizers import METHODS, present
+from bench.peers import Recipe
+
+TRAINABLE = [name for name, method in METHODS.items() if method.train]
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,10 @@ class Settings:
     eval_every: int
     eval_tokens: int
     checkpoint_every: int
+
+    @property
+    def recipe(self) -> Recipe:
+        return Recipe(**{field.name: getattr(self, field.name) for field in fields(Recipe)})
 
     def differences(self, saved: dict) -> list[str]:
         """Says for each argument that is not as in `saved` what it was and what it is."""
@@ -93,7 +100,8 @@ def parse(arguments: list[str] | None = None) -> Command:
     args.eval_every = args.eval_every or max(1, args.steps // 10)
     args.device = _device(args.device)
     try:
-        args.lrs = parse_lrs(args.lr, _names(args.optimizers), nano=args.model == "nano")
+        names = _names(args.optimizers, args.device)
+        args.lrs = parse_lrs(args.lr, names, nano=args.model == "nano")
     except ValueError as error:
         parser.error(str(error))
     settings = Settings(**{field.name: getattr(args, field.name) for field in fields(Settings)})
@@ -124,11 +132,16 @@ def parse_lrs(words: list[str], optimizers: list[str], nano: bool) -> dict[str, 
     return {name: own.get(name) or common or defaults[name] for name in optimizers}
 
 
-def _names(text: str) -> list[str]:
+def _names(text: str, device: str) -> list[str]:
     names = list(dict.fromkeys(text.split(",")))
     for name in names:
-        if name not in METHODS:
-            raise ValueError(f"unknown optimizer {name!r}: the known ones are {', '.join(METHODS)}")
+        if name not in TRAINABLE:
+            known = ", ".join(TRAINABLE)
+            raise ValueError(f"unknown optimizer {name!r}: the known ones are {known}")
+    _, missing = present(names, device)
+    if missing:
+        absent = "; ".join(f"{name}: {reason}" for name, reason in missing.items())
+        raise ValueError(f"--optimizers: {absent}")
     return names
 
 
@@ -159,7 +172,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     what = parser.add_argument_group("what is compared")
     usual = ",".join(name for name, method in METHODS.items() if not method.variant)
-    names = f"of {', '.join(METHODS)}; default: %(default)s"
+    names = f"of {', '.join(TRAINABLE)}; default: %(default)s"
     what.add_argument("--optimizers", default=usual, help=names)
     rates = "1e-3,3e-3 for all, fira=1e-2 for one, or both; default: one good rate each"
     what.add_argument("--lr", nargs="+", default=[], metavar="RATES", help=rates)

@@ -4,34 +4,43 @@
     python -m bench.step --quick        # seconds: small shapes, figures of no use
 
 All take the same gradients, more of them in turn than a cache holds, and nobody refreshes a basis
-while the clock runs. `products` are the two matrix products that a low-rank step cannot do without,
-R = P^T G and P B, and nothing else; `torch` is the step as a careful user writes it without a
-package. Ours is held against the official optimizer first: where its weights differ by more than
-the precision of the run, the case is reported and not timed.
+while the clock runs; "fresh" are the times with a gradient that has just been written, as a
+backward pass leaves it. `products` are the two matrix products that a low-rank step cannot do
+without, R = P^T G and P B, and nothing else; `torch` is the step as a careful user writes it
+without a package. Ours is held against the official optimizer first: where its weights differ by
+more than the precision of the run, the case is reported and not timed.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
-import warnings
 from collections.abc import Iterator
 from dataclasses import asdict
-from pathlib import Path
 from statistics import geometric_mean
 from unittest import mock
 
 import torch
-from rich.console import Console
-from rich.progress import track
 from rich.table import Table
 from torch import Tensor
 
 from bench import hybrid
-from bench.cases import DTYPES, PLAIN, Case, Inputs, make_inputs
+from bench.cases import DTYPES, METHODS, PLAIN, STEP, Case, Inputs, make_inputs
 from bench.cases import Candidate as Operations
-from bench.record import environment, write_lines
-from bench.timing import Candidate, Samples, copies_beyond_cache, interleaved
+from bench.optimizers import METHODS as OPTIMIZERS
+from bench.options import parse, parser, words
+from bench.peers import Recipe
+from bench.record import head, result, write_lines
+from bench.tables import SPREAD, new_table, progress, rates_text, show, time_text
+from bench.timing import (
+    Candidate,
+    Rates,
+    Samples,
+    copies_beyond_cache,
+    interleaved,
+    measure_rates,
+    rates_record,
+)
 from lowrank_kernels import FiraAdamW, GaLoreAdamW
 from lowrank_kernels.ops import Side
 
@@ -63,25 +72,19 @@ class Trained:
 
 
 def build(name: str, case: Case, weight: Tensor, backend: str) -> torch.optim.Optimizer:
-    options = {"lr": 1e-3, "weight_decay": 0.1}
-    if name == ADAMW:
-        return torch.optim.AdamW([weight], fused=True, **options)
     group = {
         "params": [weight],
         "rank": case.rank,
         "update_proj_gap": 2**62,
-        "alpha" if case.method == "fira" else "scale": 0.25,
+        "scale": 0.25,
         "proj_type": case.proj_type,
     }
     if name == OURS:
         ours = FiraAdamW if case.method == "fira" else GaLoreAdamW
-        return ours([group], eps=1e-6, backend=backend, subspace="svd", **options)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about a GPU that bitsandbytes does not find
-        from fira import FiraAdamW as OfficialFira
-        from galore_torch import GaLoreAdamW as OfficialGaLore
-    official = OfficialFira if case.method == "fira" else OfficialGaLore
-    return official([group], eps=1e-6, no_deprecation_warning=True, **options)
+        return ours([group], lr=1e-3, weight_decay=0.1, backend=backend, subspace="svd")
+    official = {"fira": "fira-official", "galore": "galore-torch"}[case.method]
+    chosen = OPTIMIZERS["adamw" if name == ADAMW else official]
+    return chosen.build([group], 1e-3, Recipe(weight_decay=0.1))
 
 
 def random_svd(matrix: Tensor, full_matrices: bool = True) -> tuple[Tensor, Tensor, Tensor]:
@@ -123,10 +126,7 @@ def products(case: Case, sets: list[Inputs]) -> Candidate:
     return run
 
 
-def candidates(case: Case, device: torch.device, backend: str) -> dict[str, Candidate]:
-    first = make_inputs(case, device, seed=0)
-    sets = [first, *(first.to() for _ in range(copies_beyond_cache(first.bytes, device) - 1))]
-
+def candidates(case: Case, sets: list[Inputs], backend: str) -> dict[str, Candidate]:
     def optimizer(name: str) -> Candidate:
         every = [Trained(name, case, x.params[0], x.grads[0], backend) for x in sets]
         return lambda turn: every[turn % len(sets)].step(sets[turn % len(sets)].grads[0])
@@ -138,30 +138,38 @@ def candidates(case: Case, device: torch.device, backend: str) -> dict[str, Cand
     return found
 
 
-def bench_case(case: Case, device: torch.device, backend: str, rounds: int) -> dict:
+def bench_case(case: Case, device: torch.device, backend: str, rates: Rates, rounds: int) -> dict:
     """A row of the record: no times where ours is wrong."""
     # The official moments, products and weights are rounded to the dtype at every pass.
     apart = distance(case, backend, device)
     wrong = not apart <= 16 * torch.finfo(DTYPES[case.dtype]).eps
-    times: dict[str, Samples] = {}
-    if not wrong:
-        times = interleaved(candidates(case, device, backend), device, rounds)
-    own = times[OURS].median if times else None
+    cold, fresh = ({}, {}) if wrong else measure(case, device, backend, rounds)
+    floor = rates.floor(*case.traffic()[STEP])
     return {
         **asdict(case),
         "side": case.side.name.lower(),
         "distance": apart,
         "wrong": wrong,
-        "times_faster": {name: times[name].median / own for name in RIVALS if own},
-        "results": {
-            name: {
-                "ms": 1e3 * samples.median,
-                "spread": samples.spread,
-                "samples_ms": [round(1e3 * s, 5) for s in samples.seconds],
-            }
-            for name, samples in times.items()
-        },
+        "floor_ms": 1e3 * floor,
+        "times_faster": {name: cold[name].median / cold[OURS].median for name in RIVALS if cold},
+        "results": {name: result(samples, floor) for name, samples in cold.items()},
+        "fresh": {name: result(samples, floor) for name, samples in fresh.items()},
     }
+
+
+def measure(
+    case: Case, device: torch.device, backend: str, rounds: int
+) -> tuple[dict[str, Samples], dict[str, Samples]]:
+    """Cold, and with a gradient that has just been written."""
+    first = make_inputs(case, device, seed=0)
+    sets = [first, *(first.to() for _ in range(copies_beyond_cache(first.bytes, device) - 1))]
+    runs, source = candidates(case, sets, backend), first.grads[0].clone()
+
+    def write(turn: int) -> None:
+        sets[turn % len(sets)].grads[0].copy_(source)
+
+    cold = interleaved(runs, device, rounds)
+    return cold, interleaved(runs, device, max(2, rounds // 2), prepare=write)
 
 
 def means(rows: list[dict]) -> dict[str, dict[str, float]]:
@@ -178,66 +186,52 @@ def means(rows: list[dict]) -> dict[str, dict[str, float]]:
 
 
 def cases(options: argparse.Namespace) -> Iterator[Case]:
-    for method in options.methods.split(","):
-        for dtype in options.dtypes.split(","):
+    for method in options.methods:
+        for dtype in options.dtypes:
             for rows, cols, rank, proj_type in QUICK_SHAPES if options.quick else SHAPES:
                 yield Case(rows, cols, rank, dtype, method, 1, proj_type)
 
 
-def table(rows: list[dict], head: dict) -> Table:
+def table(record: dict, rows: list[dict]) -> Table:
     """A row a case: our time, and how many times as long the others take."""
-    result = Table(
-        title=f"{head['environment']['device']}, {head['threads']} threads: one step of one matrix,"
-        f" {head['backend']} backend",
-        caption="ms: median of interleaved rounds, ± half the quartiles' distance; x: how many"
-        " times ours is faster",
+    found = new_table(
+        f"{record['environment']['device']}, {record['environment']['threads']} threads:"
+        f" {rates_text(record['rates'])}; one step of one matrix, {record['backend']} backend",
+        f"{SPREAD}; fresh: with the gradient just written; x: how many times ours is faster",
+        ("method", "dtype", "matrix", "side", "r", "ms"),
+        ("fresh", "of floor", *(f"x {rival}" for rival in RIVALS)),
     )
-    for heading in ("method", "dtype", "matrix", "side", "r", "ms"):
-        result.add_column(heading, no_wrap=True)
-    for rival in RIVALS:
-        result.add_column(f"x {rival}", justify="right")
     for row in rows:
         shape = f"{row['rows']} x {row['cols']}"
         cells = [row["method"], row["dtype"], shape, row["side"], str(row["rank"])]
         if row["wrong"]:
-            result.add_row(*cells, f"WRONG: {row['distance']:.1e} from official")
+            found.add_row(*cells, f"WRONG: {row['distance']:.1e} from official")
             continue
-        own = row["results"][OURS]
-        time = f"{own['ms']:.2f} ± {100 * own['spread']:.0f} %"
-        result.add_row(*cells, time, *(f"{row['times_faster'][name]:.2f}" for name in RIVALS))
-    for method, ratios in head["geometric_means"].items():
+        own, fresh = row["results"][OURS], row["fresh"][OURS]
+        cells += [time_text(own), f"{fresh['ms']:.2f}", f"{100 * own['share_of_floor']:.0f} %"]
+        found.add_row(*cells, *(f"{row['times_faster'][name]:.2f}" for name in RIVALS))
+    for method, ratios in record["geometric_means"].items():
         mean = (f"{ratios[name]:.2f}" for name in RIVALS)
-        result.add_row(method, "", "geometric mean", "", "", "", *mean)
-    return result
+        found.add_row(method, "", "geometric mean", *5 * [""], *mean)
+    return found
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Checks, measures, writes and prints; the exit status is 1 if a case is wrong."""
-    here = "cuda" if torch.cuda.is_available() else "cpu"
-    parser = argparse.ArgumentParser(prog="python -m bench.step")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default=here)
-    parser.add_argument("--backend", help="default: triton, on cpu native")
-    parser.add_argument("--dtypes", default="fp32,bf16", help=f"of {', '.join(DTYPES)}")
-    parser.add_argument("--methods", default="fira,galore")
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--quick", action="store_true", help="small shapes, few rounds")
-    parser.add_argument("--out", type=Path, help="the JSON record; none by default")
-    options = parser.parse_args(arguments)
+    line = parser("step", models="1b", dtypes="fp32,bf16", rounds=15)
+    line.add_argument("--methods", type=words(METHODS), default="fira,galore")
+    options = parse(line, arguments)
     device = torch.device(options.device)
-    backend = options.backend or ("triton" if options.device == "cuda" else "native")
-    rounds = 2 if options.quick else options.rounds
-    todo = track(list(cases(options)), "measuring", console=Console(stderr=True))
-    rows = [bench_case(case, device, backend, rounds) for case in todo]
-    head = {
-        "environment": environment(options.device),
-        "command": " ".join(["python -m bench.step", *(arguments or sys.argv[1:])]),
-        "threads": torch.get_num_threads(),
-        "backend": backend,
-        "geometric_means": means(rows),
-    }
+    rates = {name: measure_rates(device, DTYPES[name], options.quick) for name in options.dtypes}
+    rows = [
+        bench_case(case, device, options.backend, rates[case.dtype], options.rounds)
+        for case in progress(list(cases(options)))
+    ]
+    facts = {"backend": options.backend, "rates": rates_record(rates)}
+    record = head("step", options.device, options.arguments, **facts, geometric_means=means(rows))
     if options.out:
-        write_lines(options.out, head, "rows", rows)
-    Console(width=None if sys.stdout.isatty() else 130).print(table(rows, head))
+        write_lines(options.out, record, "rows", rows)
+    show(table(record, rows))
     if any(row["wrong"] for row in rows):
         sys.exit("step: ours is not the official step, so no time")
 

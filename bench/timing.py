@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
 
@@ -38,17 +38,21 @@ def interleaved(
     device: torch.device,
     rounds: int,
     clock: Callable[[], float] = time.perf_counter,
+    prepare: Callable[[int], object] | None = None,
 ) -> dict[str, Samples]:
     """Runs every candidate once a round, each round from another one on, after two idle rounds.
 
     What disturbs the machine for a while then disturbs all of them, and none always comes after the
-    same one. On a GPU events take the time; the host waits once a round.
+    same one. On a GPU events take the time; the host waits once a round. `prepare` goes before each
+    run, and no clock sees it.
     """
     names = list(candidates)
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for turn in range(-2, rounds):
         first = turn % len(names)
         for name in names[first:] + names[:first]:
+            if prepare:
+                prepare(turn + 2)
             elapsed = _time_once(candidates[name], turn + 2, device, clock)
             if turn >= 0:
                 seconds[name].append(elapsed)
@@ -110,7 +114,15 @@ def measure_rates(device: torch.device, dtype: torch.dtype, quick: bool = False)
 
 def copies_beyond_cache(bytes_of_one: int, device: torch.device) -> int:
     """How many sets of inputs, used in turn, a cache does not hold."""
-    cache = 64 * 2**20
+    return max(2, min(16, -(-3 * cache_bytes(device) // max(1, bytes_of_one))))
+
+
+def cache_bytes(device: torch.device) -> int:
+    """The last cache of a GPU; what a share of a server's CPU may have of its own."""
     if device.type == "cuda":
-        cache = torch.cuda.get_device_properties(device).L2_cache_size
-    return max(2, min(16, -(-3 * cache // max(1, bytes_of_one))))
+        return torch.cuda.get_device_properties(device).L2_cache_size
+    return 64 * 2**20
+
+
+def rates_record(rates: dict[str, Rates]) -> dict[str, dict[str, float]]:
+    return {name: asdict(rate) for name, rate in rates.items()}

@@ -19,6 +19,7 @@ from bench.measure import PeakMemory, StepClock, tensor_bytes, weights_digest
 from bench.models import PRESETS, build_model, cast_parameters
 from bench.optimizers import METHODS
 from bench.settings import Job, Settings
+from lowrank_kernels import param_groups
 
 # How often a run notes the ranks of its matrices.
 SUBSPACE_POINTS = 50
@@ -50,7 +51,13 @@ class Run:
         with self.device:
             self.model = build_model(PRESETS[settings.model], vocab_size, settings.seq_len)
         cast_parameters(self.model, DTYPES[settings.dtype])
-        self.optimizer = METHODS[job.optimizer].build(self.model, job.lr, settings)
+        groups = param_groups(
+            self.model,
+            rank=settings.rank,
+            scale=settings.scale,
+            update_proj_gap=settings.update_proj_gap,
+        )
+        self.optimizer = METHODS[job.optimizer].build(groups, job.lr, settings.recipe)
         for group in self.optimizer.param_groups:
             group["initial_lr"] = group["lr"]
         self.clock = StepClock(self.device)

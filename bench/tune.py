@@ -25,7 +25,7 @@ from rich.console import Console
 
 from bench.cases import DTYPES, Candidate, Case, Inputs, check, make_inputs
 from bench.models import PRESETS
-from bench.record import environment, write_lines
+from bench.record import head, write_lines
 from bench.timing import Samples, copies_beyond_cache, interleaved
 from lowrank_kernels.ops import load
 from lowrank_kernels.ops.contract import rank_axis
@@ -179,7 +179,9 @@ def main(arguments: list[str] | None = None) -> None:
         for line in tuner.tune(case, count):
             console.print(f"{time.monotonic() - started:4.0f} s  {line}")
     if options.record:
-        write_lines(options.record, {"environment": environment("cuda")}, "rows", tuner.rows)
+        write_lines(
+            options.record, head("tune", "cuda", arguments or sys.argv[1:]), "rows", tuner.rows
+        )
     print(f"{sum(map(len, tuner.table.values()))} configurations in {path}")
 
 

@@ -131,8 +131,8 @@ def test_the_command_writes_a_record_and_fails_on_a_wrong_kernel(tmp_path, monke
     command = ["--device", "cpu", "--quick", "--dtypes", "fp32", "--methods", "fira"]
     kernels.main([*command, "--out", str(out)])
     record = json.loads(out.read_text())
-    assert record["threads"] == torch.get_num_threads()
-    assert record["flops_per_second"]["fp32"] > 0
+    assert record["environment"]["threads"] == torch.get_num_threads()
+    assert record["rates"]["fp32"]["flops_per_second"] > 0
     row = record["rows"][0]
     best = row["results"]["native"]
     assert best["share_of_floor"] == pytest.approx(row["floor_ms"] / best["ms"])

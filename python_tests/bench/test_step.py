@@ -15,7 +15,7 @@ QUICK = ["--device", "cpu", "--quick"]
 
 
 def test_the_cases_are_the_published_ones_on_both_sides():
-    options = type("Options", (), {"quick": False, "methods": "fira", "dtypes": "fp32"})
+    options = type("Options", (), {"quick": False, "methods": ["fira"], "dtypes": ["fp32"]})
     found = {((c.rows, c.cols), c.rank, c.side) for c in step.cases(options)}
     left, right = Side.LEFT, Side.RIGHT
     square, tall, small = (2048, 2048), (5461, 2048), (1376, 512)

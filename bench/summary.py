@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bench.data import DataSummary
-from bench.record import device_name, environment, write_lines
+from bench.record import device_name, head, write_lines
 from bench.settings import Settings
 
 PEAK_MEANING = {
@@ -152,12 +152,17 @@ def _loss_text(row: Summary) -> str:
     return f"{row.loss:.4f} ± {row.deviation:.4f}" if row.deviation else f"{row.loss:.4f}"
 
 
-def write_record(records: list[dict], settings: Settings, data: DataSummary, path: Path) -> None:
+def write_record(
+    records: list[dict],
+    settings: Settings,
+    data: DataSummary,
+    path: Path,
+    arguments: list[str] | None = None,
+) -> None:
     """Writes everything that was measured."""
-    head = {
-        "environment": environment(settings.device),
+    facts = {
         "settings": asdict(settings),
         "data": asdict(data),
         "summary": [asdict(summary) for summary in summarize(records, settings, data)],
     }
-    write_lines(path, head, "runs", records)
+    write_lines(path, head("pretrain", settings.device, arguments or [], **facts), "runs", records)

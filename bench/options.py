@@ -1,0 +1,63 @@
+"""The command line that the benches share, so that an option means the same in each."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+
+from bench.cases import DTYPES
+from bench.models import PRESETS
+from lowrank_kernels import backends
+
+QUICK_ROUNDS = 2
+
+
+def parser(bench: str, *, models: str, dtypes: str, rounds: int) -> argparse.ArgumentParser:
+    """A parser with the common options; a bench adds its own."""
+    here = "cuda" if torch.cuda.is_available() else "cpu"
+    result = argparse.ArgumentParser(prog=f"python -m bench.{bench}")
+    result.add_argument("--device", choices=("cpu", "cuda"), default=here)
+    usual = "ours; default: triton, on cpu native"
+    result.add_argument("--backend", choices=tuple(backends()), help=usual)
+    names = f"of {', '.join(PRESETS)}; default: {models}"
+    result.add_argument("--models", type=words(PRESETS), default=models, help=names)
+    names = f"of {', '.join(DTYPES)}; default: {dtypes}"
+    result.add_argument("--dtypes", type=words(DTYPES), default=dtypes, help=names)
+    result.add_argument("--rounds", type=int, default=rounds, help="default: %(default)s")
+    result.add_argument("--quick", action="store_true", help="seconds: figures of no use")
+    result.add_argument("--out", type=Path, help="the JSON record; none by default")
+    return result
+
+
+def words(known: object) -> object:
+    """A type for argparse: names out of `known`, with commas between them."""
+
+    def split(text: str) -> list[str]:
+        found = list(dict.fromkeys(text.split(",")))
+        for name in found:
+            if name not in known:
+                raise argparse.ArgumentTypeError(f"{name!r} is not one of {', '.join(known)}")
+        return found
+
+    return split
+
+
+def integers(text: str) -> list[int]:
+    return [int(word) for word in text.split(",")]
+
+
+def parse(result: argparse.ArgumentParser, arguments: list[str] | None) -> argparse.Namespace:
+    """The options with nothing left open, and the words that they were read from."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    options = result.parse_args(arguments)
+    options.arguments = arguments
+    options.backend = options.backend or ("triton" if options.device == "cuda" else "native")
+    available, reason = backends()[options.backend]
+    if not available:
+        result.error(f"the {options.backend} backend cannot run here: {reason}")
+    if options.quick:
+        options.rounds = QUICK_ROUNDS
+    return options

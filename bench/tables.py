@@ -1,0 +1,49 @@
+"""The tables that the benches print."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+SPREAD = "medians of interleaved rounds, ± half the quartiles' distance"
+
+
+def new_table(title: str, caption: str, names: Sequence[str], figures: Sequence[str]) -> Table:
+    """A table of columns with names, to the left, and with figures, to the right."""
+    table = Table(title=title, caption=caption)
+    for heading in names:
+        table.add_column(heading, no_wrap=True)
+    for heading in figures:
+        table.add_column(heading, justify="right", no_wrap="\n" not in heading)
+    return table
+
+
+def show(table: Table, width: int = 150) -> None:
+    """Prints it; piped output has no width of its own, and 80 columns would cut figures off."""
+    Console(width=None if sys.stdout.isatty() else width).print(table)
+
+
+def time_text(result: dict, digits: int = 2) -> str:
+    return f"{result['ms']:.{digits}f} ± {100 * result['spread']:.0f} %"
+
+
+def rates_text(rates: dict[str, dict[str, float]]) -> str:
+    """What the device was measured to do."""
+    copies = max(rate["bytes_per_second"] for rate in rates.values())
+    products = (f"{name} {rate['flops_per_second'] / 1e12:.2f}" for name, rate in rates.items())
+    return f"copies at {copies / 1e9:.0f} GB/s, products at {', '.join(products)} TFLOP/s"
+
+
+def missing_text(missing: dict[str, str]) -> str:
+    """Who is not in a table, and why."""
+    absent = "; ".join(f"{name} ({reason})" for name, reason in missing.items())
+    return f"not here: {absent or 'nobody'}"
+
+
+def progress(todo: Sequence, what: str = "measuring"):
+    """Iterates with a bar on stderr, so that a table on stdout can be kept."""
+    return track(todo, what, console=Console(stderr=True))
