@@ -25,6 +25,7 @@ class Method:
     """How to build an optimizer, what it needs, and the rates to use when none is given.
 
     A variant is compared only if it is named. What cannot `train` has no way to renew its basis.
+    What is `compiled` by torch cannot be watched on a CPU.
     """
 
     build: Callable[[list[dict], float, Recipe], torch.optim.Optimizer]
@@ -34,6 +35,7 @@ class Method:
     package: str | None = None
     device: str | None = None
     train: bool = True
+    compiled: bool = False
 
     def obstacle(self, device: str) -> str | None:
         """Why it cannot run here, or None."""
@@ -111,7 +113,7 @@ METHODS = {
     "galore-torch": Method(peers.galore_torch, nano_lr=2e-2, lr=1e-2, package="galore_torch"),
     "fira-official": Method(peers.fira_official, nano_lr=5e-3, lr=1e-2, package="fira"),
     "apollo-torch": Method(peers.apollo_torch, nano_lr=1e-2, lr=1e-2, package="apollo_torch"),
-    "torchao-8bit": Method(peers.torchao_8bit, package="torchao"),
+    "torchao-8bit": Method(peers.torchao_8bit, package="torchao", compiled=True),
     "bitsandbytes-8bit": Method(peers.bitsandbytes_8bit, package="bitsandbytes"),
     "flashoptim": Method(peers.flashoptim, package="flashoptim", device="cuda"),
 }
