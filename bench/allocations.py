@@ -1,55 +1,64 @@
-"""Bytes of the tensors that a piece of code allocates, exact on every device that torch knows.
+"""What a piece of code allocates through torch: bytes alive and at the peak.
 
-The resident set of a process is too coarse for this, and a CPU's allocator counts nothing.
+    with Allocations() as allocations:
+        optimizer.step()
+    print(allocations.peak_bytes, allocations.live_bytes)
+
+A storage counts from the operation that makes it until it is freed, on any device. What an
+operation keeps for itself while it runs (workspaces of products, say) is not seen.
 """
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import torch
-from torch.multiprocessing.reductions import StorageWeakRef
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 
 class Allocations(TorchDispatchMode):
-    """Counts the storages that are born while it is on: those still alive, and the most there were.
+    """Tracks the storages that are born inside it, on a kind of device or on all."""
 
-    What a kernel of torch's allocates inside and frees again is not seen.
-
-    Attributes:
-        peak_bytes: the most bytes that were alive at once.
-    """
-
-    def __init__(self) -> None:
+    def __init__(self, device: str | None = None) -> None:
         super().__init__()
+        self.device = device
+        self.live_bytes = 0
         self.peak_bytes = 0
-        self._alive: dict[int, tuple[StorageWeakRef, int]] = {}
-
-    @property
-    def live_bytes(self) -> int:
-        self._alive = {
-            k: (ref, size) for k, (ref, size) in self._alive.items() if not ref.expired()
-        }
-        return sum(size for _, size in self._alive.values())
+        self._known: dict[int, weakref.ref[torch.UntypedStorage]] = {}
 
     def __torch_dispatch__(
-        self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None
+        self, operation: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
-        outputs = function(*args, **kwargs)
-        given = {storage._cdata for storage in _storages((args, kwargs))}
-        for storage in _storages(outputs):
-            # Where it was given, it is a view or an output that was there before.
-            if storage._cdata not in given and storage._cdata not in self._alive:
-                self._alive[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
+        before = {_address(tensor) for tensor in _tensors((args, kwargs))}
+        result = operation(*args, **kwargs)
+        for tensor in _tensors(result):
+            here = self.device in (None, tensor.device.type)
+            if here and _address(tensor) not in before:
+                self._count(tensor.untyped_storage())
         self.peak_bytes = max(self.peak_bytes, self.live_bytes)
-        return outputs
+        return result
+
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        if key in self._known:
+            return
+
+        def freed(_: object) -> None:
+            del self._known[key]
+            self.live_bytes -= size
+
+        self._known[key] = weakref.ref(storage, freed)
+        self.live_bytes += size
 
 
-def _storages(values: Any) -> list[torch.UntypedStorage]:
-    leaves = (
-        leaf for leaf in tree_leaves(values) if type(leaf) in (torch.Tensor, torch.nn.Parameter)
-    )
-    return [leaf.untyped_storage() for leaf in leaves]
+def _tensors(tree: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
+def _address(tensor: Tensor) -> int:
+    """Of the storage object, which outlives views of it."""
+    return tensor.untyped_storage()._cdata

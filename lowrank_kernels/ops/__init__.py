@@ -14,6 +14,7 @@ from torch import Tensor
 from . import library
 from .contract import (
     AdamScalars,
+    Alike,
     ChannelSums,
     Noise,
     Projection,
@@ -28,6 +29,7 @@ from .dispatch import BackendUnavailable, Choice, backends, choose, load, reques
 
 __all__ = [
     "AdamScalars",
+    "Alike",
     "BackendUnavailable",
     "ChannelSums",
     "Choice",
@@ -43,6 +45,7 @@ __all__ = [
     "project_moments",
     "requested_backend",
     "tiles",
+    "workspace_bytes",
 ]
 
 
@@ -52,6 +55,23 @@ def group_size(param: Tensor, grad: Tensor, rank: int, *, backend: str = "refere
     The workspace of a step, N and R of a group, grows with it.
     """
     size: int = load(backend).group_size(param, grad, rank)
+    return size
+
+
+def workspace_bytes(
+    alike: Alike, residual: Residual | None = None, *, backend: str = "reference"
+) -> int:
+    """Bytes of the temporaries that a step of a group holds at its peak.
+
+    It is what this package allocates through torch, with weights rounded to nearest and scalars
+    from the host; not what a product of torch keeps for itself.
+
+    Args:
+        alike: the matrices, of which a group takes as many as suit the backend.
+        residual: Fira's residual form, or None for GaLore.
+        backend: who computes the step.
+    """
+    size: int = load(backend).workspace_bytes(alike, residual)
     return size
 
 

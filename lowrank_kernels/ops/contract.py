@@ -47,6 +47,38 @@ def projected_shape(shape: tuple[int, int], side: Side, rank: int) -> tuple[int,
     return (rank, shape[1]) if side is Side.LEFT else (shape[0], rank)
 
 
+class Alike(NamedTuple):
+    """Equal dense matrices, as a workspace depends on them; no tensor is needed to ask.
+
+    Attributes:
+        shape: rows and cols of W.
+        side: of the basis.
+        rank: r.
+        dtype: of W, G and P.
+        device_type: where they lie, "cpu" or "cuda".
+        matrices: how many there are; a group takes no more.
+    """
+
+    shape: tuple[int, int]
+    side: Side
+    rank: int
+    dtype: torch.dtype
+    device_type: str
+    matrices: int = 1
+
+    @property
+    def channels(self) -> int:
+        return self.shape[1 - rank_axis(self.side)]
+
+    @property
+    def depth(self) -> int:
+        return self.shape[rank_axis(self.side)]
+
+    @property
+    def numel(self) -> int:
+        return self.shape[0] * self.shape[1]
+
+
 def moment_dtype(dtype: torch.dtype) -> torch.dtype:
     """float64 for float64 weights, else float32: a bf16 V never decays at beta2 = 0.999."""
     return torch.promote_types(dtype, torch.float32)

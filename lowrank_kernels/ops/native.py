@@ -15,6 +15,7 @@ from torch.autograd.graph import increment_version
 
 from .contract import (
     AdamScalars,
+    Alike,
     ChannelSums,
     Noise,
     Projection,
@@ -22,6 +23,7 @@ from .contract import (
     Scalar,
     Side,
     number,
+    projected_shape,
     rank_axis,
 )
 
@@ -57,7 +59,44 @@ def build_info() -> dict[str, Any]:
 
 def group_size(param: Tensor, grad: Tensor, rank: int) -> int:
     """Matrices a group: as many as a tile holds."""
-    return max(1, TILE_ELEMENTS[param.device.type] // max(1, param.numel()))
+    return _group_size(param.device.type, param.numel())
+
+
+def workspace_bytes(alike: Alike, residual: Residual | None) -> int:
+    """Bytes of temporaries at the peak.
+
+    project   N, R and the sums; the products of half precision or unaligned rows, or a block
+    update    N, R, the sums and phi'; B, and of Fira a tile
+    """
+    count = min(alike.matrices, _group_size(alike.device_type, alike.numel))
+    product_dtype = _product_dtype(alike.dtype, alike.device_type)
+    low_rows, low_cols = projected_shape(alike.shape, alike.side, alike.rank)
+    aligned = count * low_rows * _aligned(low_cols)
+    low = 2 * 4 * count * low_rows * low_cols
+    channels = 4 * count * alike.channels
+    widened_basis = 4 * alike.rank * alike.depth * (alike.dtype.itemsize < 4)
+
+    half = alike.dtype.itemsize < 4
+    in_blocks = residual is not None and half and residual.kappa > MAX_KAPPA_HALF_PRECISION
+    if in_blocks or product_dtype is not alike.dtype:
+        at_once = _channels_at_once(alike.device_type, alike.depth)
+        products = widened_basis + 4 * alike.depth * min(alike.channels, at_once)
+    elif half or low_cols % ALIGNED_ELEMENTS:
+        products = aligned * alike.dtype.itemsize
+    else:
+        products = 0
+    project = low + 3 * channels + products
+
+    size = product_dtype.itemsize
+    update = low + aligned * size
+    if product_dtype is not alike.dtype:
+        update += count * widened_basis
+    if residual is not None:
+        update += 4 * channels
+    if residual is not None or product_dtype is not alike.dtype:
+        at_once, tile_rows, tile_cols = _tile_shape(count, *alike.shape, alike.device_type)
+        update += at_once * tile_rows * _aligned(tile_cols) * size
+    return max(project, update)
 
 
 def project_moments(
@@ -90,7 +129,11 @@ def project_moments(
         not addressable or (half and residual.kappa > MAX_KAPPA_HALF_PRECISION)
     ):
         kappa = residual.kappa
-    if kappa is not None or not addressable or _product_dtype(grad) is not grad.dtype:
+    if (
+        kappa is not None
+        or not addressable
+        or _product_dtype(grad.dtype, grad.device.type) is not grad.dtype
+    ):
         for matrix, basis, *outputs in zip(grads, bases, projected, sums.residual, strict=True):
             _project_in_blocks(matrix, basis, side, kappa, *outputs)
     else:
@@ -171,7 +214,8 @@ def back_project_update(
         raise TypeError("noise.step is a tensor, which the native backend does not take")
     rho = residual.rho if residual is not None else 0.0
     kappa = residual.kappa if residual is not None else 0.0
-    low = _combined(projection, factor, side, scale, rho * kappa, _product_dtype(params[0]))
+    product_dtype = _product_dtype(params[0].dtype, params[0].device.type)
+    low = _combined(projection, factor, side, scale, rho * kappa, product_dtype)
     bases = [basis.to(low.dtype) for basis in bases]
     if side is Side.LEFT:
         products = list(zip(bases, low, strict=True))
@@ -222,10 +266,7 @@ def _update_in_tiles(
         params, grads = [param.T for param in params], [grad.T for grad in grads]
         products = [(right.T, left.T) for left, right in products]
     (rows, cols), (device, dtype) = params[0].shape, (params[0].device, products[0][0].dtype)
-    elements = TILE_ELEMENTS[device.type]
-    tile_rows = max(1, min(rows, max(TILE_ROWS[device.type], elements // max(1, cols))))
-    tile_cols = max(1, min(cols, elements // tile_rows // ALIGNED_ELEMENTS * ALIGNED_ELEMENTS))
-    at_once = min(len(params), max(1, elements // (tile_rows * tile_cols)))
+    at_once, tile_rows, tile_cols = _tile_shape(len(params), rows, cols, device.type)
     buffer = _aligned_empty(at_once, tile_rows, tile_cols, dtype, device)
     tiles = itertools.product(
         range(0, len(params), at_once), range(0, rows, tile_rows), range(0, cols, tile_cols)
@@ -264,10 +305,25 @@ def _update_in_tiles(
             torch._foreach_copy_(targets, tile)
 
 
-def _product_dtype(tensor: Tensor) -> torch.dtype:
+def _group_size(device_type: str, elements: int) -> int:
+    return max(1, TILE_ELEMENTS[device_type] // max(1, elements))
+
+
+def _channels_at_once(device_type: str, depth: int) -> int:
+    return max(1, TILE_ELEMENTS[device_type] // max(1, depth))
+
+
+def _tile_shape(count: int, rows: int, cols: int, device_type: str) -> tuple[int, int, int]:
+    """Matrices, rows and cols of a tile."""
+    elements = TILE_ELEMENTS[device_type]
+    tile_rows = max(1, min(rows, max(TILE_ROWS[device_type], elements // max(1, cols))))
+    tile_cols = max(1, min(cols, elements // tile_rows // ALIGNED_ELEMENTS * ALIGNED_ELEMENTS))
+    return min(count, max(1, elements // (tile_rows * tile_cols))), tile_rows, tile_cols
+
+
+def _product_dtype(dtype: torch.dtype, device_type: str) -> torch.dtype:
     """Of the products with a gradient or for a weight: CPUs hardly have any in float16."""
-    on_cpu = tensor.device.type == "cpu"
-    return torch.float32 if tensor.dtype is torch.float16 and on_cpu else tensor.dtype
+    return torch.float32 if dtype is torch.float16 and device_type == "cpu" else dtype
 
 
 def _project(grad: Tensor, basis: Tensor, side: Side, projected: Tensor) -> None:
@@ -288,7 +344,7 @@ def _project_in_blocks(
     """R in float32 of any gradient, a few channels at a time; with kappa also |e|^2, literally."""
     basis, axis = basis.float(), 1 - rank_axis(side)
     channels = grad.shape[axis]
-    at_once = max(1, TILE_ELEMENTS[grad.device.type] // max(1, grad.shape[1 - axis]))
+    at_once = _channels_at_once(grad.device.type, grad.shape[1 - axis])
     shape = list(grad.shape)
     shape[axis] = min(channels, at_once)
     buffer = grad.new_empty(shape, dtype=torch.float32)
@@ -361,9 +417,13 @@ def _aligned_empty(
     count: int, rows: int, cols: int, dtype: torch.dtype, device: torch.device
 ) -> Tensor:
     """count x rows x cols; each row starts at a cache line."""
-    stride = -(-cols // ALIGNED_ELEMENTS) * ALIGNED_ELEMENTS
+    stride = _aligned(cols)
     whole = torch.empty(count, rows, stride, dtype=dtype, device=device)
     return whole if stride == cols else whole[:, :, :cols]
+
+
+def _aligned(cols: int) -> int:
+    return -(-cols // ALIGNED_ELEMENTS) * ALIGNED_ELEMENTS
 
 
 def _rows_are_dense(matrix: Tensor) -> bool:

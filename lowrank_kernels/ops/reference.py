@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .contract import (
     AdamScalars,
+    Alike,
     ChannelSums,
     Noise,
     Projection,
@@ -22,6 +23,7 @@ from .contract import (
     Scalar,
     Side,
     adam_of,
+    moment_dtype,
     rank_axis,
     scalar_of,
 )
@@ -34,6 +36,29 @@ NORM_EPS = 1e-8
 def group_size(param: Tensor, grad: Tensor, rank: int) -> int:
     """Matrices a group: one, for the sake of the temporaries."""
     return 1
+
+
+def workspace_bytes(alike: Alike, residual: Residual | None) -> int:
+    """Bytes of temporaries at the peak, in the dtype of the moments.
+
+    In matrices of W's size, of R's and in channels:
+
+        project   copies of G and P, R, M, V, N and the root; with the residual S and its square
+        update    N, R, B; the update, its product with the step size, the difference and a copy
+                  of W; with the residual G without its skipped channels, and phi' G
+    """
+    itemsize = moment_dtype(alike.dtype).itemsize
+    copied = alike.dtype.itemsize != itemsize
+    full, low, channels = alike.numel, alike.rank * alike.channels, alike.channels
+    basis = copied * alike.rank * alike.depth
+    masks = low + 4 * itemsize  # one byte an element of R, and 0-d constants
+    if residual is None:
+        project = copied * full + basis + 6 * low
+        update = 2 * low + basis + low + (3 + copied) * full
+    else:
+        project = copied * full + basis + 5 * low + 2 * full + 2 * channels
+        update = 2 * low + 4 * channels + basis + low + (4 + copied) * full
+    return itemsize * max(project, update) + masks
 
 
 def project_moments(

@@ -11,7 +11,7 @@ from torch.optim.optimizer import Optimizer, ParamsT
 from .. import ops
 from ..ops import Choice, Side
 from ..ops.notices import notice_once
-from ..subspace import Readback, Subspace, is_due
+from ..subspace import Readback, Subspace, is_due, measure
 from .groups import (
     FORMAT,
     Group,
@@ -219,6 +219,23 @@ class LowRankAdamW(Optimizer):
                 rows.append(row)
         return rows
 
+    def plan(self) -> list[dict[str, Any]]:
+        """Says what each parameter takes in memory, without allocating it.
+
+        The state is what it holds after the first step with a gradient, at the group's full rank:
+        its own constructors build it on the meta device, so that the parameters may lie there, too.
+
+        Returns:
+            A row for every parameter: name, shape, dtype, projected, side, rank (None of an AdamW
+            parameter), weight_bytes, gradient_bytes and state_bytes (both 0 if it does not require
+            a gradient).
+        """
+        rows = []
+        for index, group in enumerate(self.param_groups):
+            for name, param in named_params(group, index):
+                rows.append(self._plan_one(name, group, param))
+        return rows
+
     def stats(self) -> list[dict[str, Any]]:
         """Says what each projected parameter's subspace is doing; no factorization, no gradient.
 
@@ -330,21 +347,46 @@ class LowRankAdamW(Optimizer):
 
     def _state_of(self, group: Group, param: Tensor) -> State:
         state = self.state[param]
-        limited = self.residual is not None
-        if state:
-            if is_projected(group):
-                complete(state, limited, self.monitor)
-            return state
+        if not state:
+            state.update(self._new_state(group, param))
+        elif is_projected(group):
+            complete(state, self.residual is not None, self.monitor)
+        return state
+
+    def _new_state(self, group: Group, param: Tensor) -> State:
         if is_projected(group):
             rows, cols = param.shape
             rank = _cut_rank(group["rank"], rows, cols)
             side = side_of(group["proj_type"], rows, cols)
-            state.update(new_projected_state(param, rank, side, limited, self.monitor))
+            limited = self.residual is not None
+            state = new_projected_state(param, rank, side, limited, self.monitor)
         else:
-            state.update(new_plain_state(param))
+            state = new_plain_state(param)
         if self.capturable:
             state["step"] = state["step"].to(param.device)
         return state
+
+    def _plan_one(self, name: str, group: Group, param: Tensor) -> dict[str, Any]:
+        projected, size = is_projected(group), param.numel() * param.element_size()
+        side = side_of(group["proj_type"], *param.shape) if projected else None
+        return {
+            "name": name,
+            "shape": tuple(param.shape),
+            "dtype": param.dtype,
+            "projected": projected,
+            "side": None if side is None else side.name.lower(),
+            "rank": min(group["rank"], *param.shape) if projected else None,
+            "weight_bytes": size,
+            "gradient_bytes": size if param.requires_grad else 0,
+            "state_bytes": self._planned_bytes(group, param) if param.requires_grad else 0,
+        }
+
+    def _planned_bytes(self, group: Group, param: Tensor) -> int:
+        state = self._new_state(group, torch.empty_like(param, device="meta"))
+        if is_projected(group) and self.subspace.criterion is not None and param.numel():
+            state["basis_step"] = 0  # the first step computes a basis and measures with it
+            measure(state, state["exp_avg"], 0, self.subspace)
+        return state_bytes(state)
 
     def _step_projected(self, group: Group, items: list[_Work], states: list[State]) -> None:
         by_device: dict[torch.device, list[Matrix]] = {}

@@ -72,7 +72,7 @@ def param_groups(
     candidates = _linear_weights(model)
     chosen = [c for c in candidates if _matches(c.name, targets)]
     if not chosen:
-        names = "\n  ".join(_collapsed(c.name for c in candidates)) or "none"
+        names = "\n  ".join(dict.fromkeys(collapsed(c.name) for c in candidates)) or "none"
         raise ValueError(
             f"no linear module matches targets={targets!r}; give a list of name parts, or"
             f" 'all-linear'. The model's linear modules are:\n  {names}"
@@ -96,6 +96,23 @@ def param_groups(
         key = tuple(options.items())
         groups.setdefault(key, {"params": [], **options})["params"].append((name, param))
     return list(groups.values())
+
+
+def why_not_projected(model: nn.Module, rank: int) -> dict[str, str]:
+    """For every parameter that `param_groups(model, rank)` leaves to AdamW, its name and why."""
+    linear = {id(candidate.param): candidate for candidate in _linear_weights(model)}
+    reasons = {}
+    for name, param in model.named_parameters():
+        candidate = linear.get(id(param))
+        if param.dim() != 2:
+            reasons[name] = "not a matrix"
+        elif candidate is None:
+            reasons[name] = "embedding, output head or no linear layer"
+        elif not _matches(candidate.name, None):
+            reasons[name] = "outside the blocks, or a router"
+        elif not _saves_memory(param, rank):
+            reasons[name] = f"rank {rank} saves no memory"
+    return reasons
 
 
 def _linear_weights(model: nn.Module) -> list[Candidate]:
@@ -155,6 +172,6 @@ def _stored_proj_type(candidate: Candidate, proj_type: str) -> str:
     return stored_side.name.lower()
 
 
-def _collapsed(names: Iterable[str]) -> list[str]:
-    """Names with block numbers as *, each once: 24 layers read as one."""
-    return list(dict.fromkeys(re.sub(r"(?<=\.)\d+(?=\.)", "*", name) for name in names))
+def collapsed(name: str) -> str:
+    """A name with block numbers as *: 24 layers read as one."""
+    return re.sub(r"(?<=\.)\d+(?=\.)", "*", name)

@@ -5,6 +5,7 @@ from typing import Any
 from torch import Tensor
 from torch.optim.adamw import adamw
 
+from ..ops.contract import moment_dtype
 from .groups import Group
 
 FUSED_DEVICES = ("cpu", "cuda")
@@ -29,6 +30,19 @@ def step_plain(
             _adamw([(param, grad.to(dtype), state)], group, capturable, fused=False)
     if fused:
         _adamw(fused, group, capturable, fused=True)
+
+
+def workspace_bytes(param: Tensor, device_type: str) -> int:
+    """Bytes of temporaries of one parameter, with a gradient of its dtype.
+
+    torch's unfused code holds the root of the second moment and a quotient, beside our copy of the
+    gradient; the fused one holds nothing.
+    """
+    dtype = moment_dtype(param.dtype)
+    if param.dtype is dtype and device_type in FUSED_DEVICES:
+        return 0
+    copies = 2 + (param.dtype is not dtype)
+    return copies * param.numel() * dtype.itemsize
 
 
 def _adamw(

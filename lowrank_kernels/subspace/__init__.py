@@ -2,7 +2,7 @@
 
 from .options import Subspace
 from .range_finders import RANGE_FINDERS
-from .refresh import Due, new_record, refresh_bases
+from .refresh import Due, new_record, refresh_bases, workspace_bytes
 from .when import Readback, is_due, is_measured, measure
 
 __all__ = [
@@ -15,4 +15,5 @@ __all__ = [
     "measure",
     "new_record",
     "refresh_bases",
+    "workspace_bytes",
 ]

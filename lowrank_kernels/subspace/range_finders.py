@@ -101,15 +101,43 @@ def gaussian(request: Request) -> Found:
     return _found(request, _for_sketches(request.matrices), bases, nothing_slow)
 
 
+def sketch_bytes(
+    batch: int, d: int, n: int, rank: int, dtype: torch.dtype, device: torch.device
+) -> int:
+    """Bytes of temporaries at the peak of `randomized` and `warm_started`, beside the matrices.
+
+    The matrices are `batch` of d x n in a dtype; of the device only the kind matters.
+    """
+    columns, sketch = _columns(d, n, rank), _sketch_dtype(dtype, device)
+    wide = torch.promote_types(dtype, torch.float32).itemsize
+    narrow = sketch.itemsize if sketch.itemsize < wide else 0  # products not yet widened
+    tall, wide_one, square = d * columns, n * columns, columns**2
+    gram = square * (8 + 8 + wide)  # Y^T Y and its factor in float64, the factor once more
+    both = wide * (2 * tall + wide_one)  # images, left and right
+    stages = (
+        2 * wide * wide_one,  # random numbers are drawn, then stacked
+        wide * wide_one + narrow * (wide_one + tall) + 2 * wide * tall,
+        3 * wide * tall,  # previous bases are widened, stacked and joined
+        2 * wide * tall + gram,
+        2 * wide * (tall + wide_one) + narrow * (tall + wide_one),
+        2 * wide * (tall + wide_one) + gram,
+        both + narrow * wide_one + max(narrow, wide) * tall + wide * tall,
+        both + wide * (square + columns * rank + 2 * d * rank) + 32 * rank**2,
+        both + wide * (square + columns * rank + (d + 2 * n) * rank),
+    )
+    copied = d * n * sketch.itemsize if sketch is not dtype else 0
+    vectors = 2 * wide * columns + 8 * 8  # squares, their roots; norms and flags of a matrix
+    return batch * (copied + max(stages) + vectors)
+
+
 def _iterated(request: Request, starts: Sequence[Tensor | None]) -> Found:
     matrices, rank = _for_sketches(request.matrices), request.rank
     scale = _scale(request, _wide(matrices))
-    columns = min(*matrices.shape[1:], rank + max(OVERSAMPLING, rank // 16))
+    columns = _columns(matrices.shape[1], matrices.shape[2], rank)
     known = min(columns, *(0 if start is None else start.shape[1] for start in starts))
     images = _times(matrices, _gaussian(request, matrices.shape[2], columns - known)) * scale
     if known:
-        begun = [start[:, :known].to(images.dtype) for start in starts if start is not None]
-        images = torch.cat([torch.stack(begun), images], dim=2)
+        images = _begun(starts, known, images)
 
     slow = torch.zeros(len(matrices), dtype=torch.bool)
     for _ in range(request.power_iterations):
@@ -123,6 +151,12 @@ def _iterated(request: Request, starts: Sequence[Tensor | None]) -> Found:
     directions = (rotation / lengths)[..., -rank:].flip(-1)
     bases, slow_last = touched_up(product(images, directions))
     return _found(request, matrices, bases, slow | slow_last)
+
+
+def _begun(starts: Sequence[Tensor | None], known: int, images: Tensor) -> Tensor:
+    """The first columns of the previous bases, and random ones beside them."""
+    begun = [start[:, :known].to(images.dtype) for start in starts if start is not None]
+    return torch.cat([torch.stack(begun), images], dim=2)
 
 
 def _found(request: Request, matrices: Tensor, bases: Tensor, slow: Tensor) -> Found:
@@ -147,15 +181,25 @@ def _for_sketches(matrices: Tensor) -> Tensor:
 
     Not in float16, which does not hold the range of a product.
     """
-    if matrices.dtype is torch.float16:
-        return matrices.float()
-    if matrices.dtype is not torch.float32:
-        return matrices
-    if matrices.device.type == "cuda":
-        fast = torch.cuda.get_device_capability(matrices.device) >= (8, 0)
-    else:
+    return matrices.to(_sketch_dtype(matrices.dtype, matrices.device))
+
+
+def _sketch_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    if dtype is torch.float16:
+        return torch.float32
+    if dtype is not torch.float32:
+        return dtype
+    if device.type != "cuda":
         fast = torch.cpu._is_avx512_bf16_supported()
-    return matrices.bfloat16() if fast else matrices
+    else:  # a workspace may be planned where there is no such device
+        present = torch.cuda.is_available()
+        fast = not present or torch.cuda.get_device_capability(device) >= (8, 0)
+    return torch.bfloat16 if fast else dtype
+
+
+def _columns(d: int, n: int, rank: int) -> int:
+    """Of a sketch."""
+    return min(d, n, rank + max(OVERSAMPLING, rank // 16))
 
 
 def _wide(matrices: Tensor) -> torch.dtype:

@@ -7,11 +7,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..ops import Side
+from ..ops import Alike, Side
 from ..ops.notices import notice_once
 from .moments import Corrections, Moments, moved
 from .options import Subspace
-from .range_finders import RANGE_FINDERS, Found, Request
+from .range_finders import RANGE_FINDERS, Found, Request, sketch_bytes
 from .rank import adaptive_rank
 from .when import LAZY_REFRESHES, lazier
 
@@ -86,9 +86,24 @@ def _batches(due: Sequence[Due]) -> Iterator[list[Due]]:
         kind = grad.shape, grad.stride(), grad.dtype, grad.device, item.state["side"], item.rank
         alike.setdefault(kind, []).append(item)
     for equal in alike.values():
-        size = max(1, BATCH_ELEMENTS // equal[0].grad.numel())
+        size = _batch_size(equal[0].grad.numel())
         for start in range(0, len(equal), size):
             yield equal[start : start + size]
+
+
+def _batch_size(elements: int) -> int:
+    return max(1, BATCH_ELEMENTS // elements)
+
+
+def workspace_bytes(alike: Alike) -> int:
+    """Bytes of temporaries at the peak of a refresh by "randomized" or "power", an upper bound.
+
+    A basis computed by a slow factorization, after a fast one failed, can take more.
+    """
+    batch = min(alike.matrices, _batch_size(alike.numel))
+    rank, device = min(alike.rank, *alike.shape), torch.device(alike.device_type)
+    stack = batch * alike.numel * alike.dtype.itemsize if batch > 1 else 0
+    return stack + sketch_bytes(batch, alike.depth, alike.channels, rank, alike.dtype, device)
 
 
 def _refresh_batch(batch: list[Due], subspace: Subspace) -> None:

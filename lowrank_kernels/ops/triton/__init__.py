@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..contract import (
     AdamScalars,
+    Alike,
     ChannelSums,
     Noise,
     Projection,
@@ -88,6 +89,27 @@ def group_size(param: Tensor, grad: Tensor, rank: int) -> int:
     """
     rows, cols = param.shape
     return group_matrices((rows, cols), rank, grad.dtype, gpu_of(param.device))
+
+
+def workspace_bytes(alike: Alike, residual: Residual | None) -> int:
+    """Bytes of temporaries at the peak: N, R and the sums; partial products, or phi'.
+
+    The configurations are those of the GPU at hand, without one of the interpreter's.
+    """
+    gpu = gpu_of(torch.device(alike.device_type if torch.cuda.is_available() else "cpu"))
+    count = min(alike.matrices, group_matrices(alike.shape, alike.rank, alike.dtype, gpu))
+    sizes = (alike.side, alike.channels, alike.depth, alike.rank, count)
+    config = project_config(Problem(*sizes, (alike.dtype, alike.dtype)), gpu)
+    tiles_k = triton.cdiv(alike.rank, config.rank)
+    tiles = count * triton.cdiv(alike.channels, config.channels) * tiles_k
+    pieces = tiles * config.split * config.channels if config.split > 1 else 0
+    held = 2 * count * alike.rank * alike.channels
+    scale = 0
+    if residual is not None:
+        held += 3 * count * tiles_k * alike.channels
+        scale = count * (alike.channels + triton.cdiv(alike.channels, SCALE_BLOCK))
+    tables = 4 * 8 * count
+    return 4 * (held + max(pieces * (config.rank + 1), scale)) + tables
 
 
 def explain(param: Tensor, grad: Tensor, side: Side, rank: int) -> dict[str, str]:
