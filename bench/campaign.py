@@ -173,7 +173,7 @@ def run(part: Part, out: Path, seconds: float = SECONDS) -> dict:
         command.append("--resume")
     log, started = out / "logs" / f"{part.name}.log", time.monotonic()
     log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("w") as output:
+    with log.open("a") as output:
         try:
             environ = {**os.environ, "PYTHONUNBUFFERED": "1"}
             done = subprocess.run(

@@ -10,11 +10,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from bench.data import DataSummary
+from bench.plots import COLOURS, tidy
 from bench.settings import Settings
 from bench.summary import Summary, summarize
-
-# Okabe and Ito's, which stay apart for colour-blind readers.
-COLOURS = ("#0072B2", "#56B4E9", "#E69F00", "#D55E00", "#009E73", "#CC79A7", "#000000")
 
 
 def draw(records: list[dict], settings: Settings, data: DataSummary, path: Path) -> None:
@@ -59,7 +57,7 @@ def draw_subspaces(records: list[dict], settings: Settings, path: Path) -> bool:
         axes[1].set(ylabel="captured energy", ylim=(0, 1))
         axes[0].set_title(f"{name}, lr {run['lr']:g}", fontsize="medium", loc="left")
         for axis in axes:
-            _tidy(axis)
+            tidy(axis)
     for axis in rows[-1]:
         axis.set_xlabel("optimizer step")
     rows[0][1].legend(fontsize="small", frameon=False, ncols=4)
@@ -94,7 +92,7 @@ def _draw_curves(
     axes.set(xlabel="optimizer step", ylabel=f"loss (nats per {unit})")
     axes.set_title("validation loss (dots) and smoothed training loss (faint)", fontsize="medium")
     axes.legend(title="validation loss at the end", frameon=False)
-    _tidy(axes)
+    tidy(axes)
 
 
 def _draw_bars(axes: Axes, best: list[Summary], weight_bytes: int, colours: dict) -> None:
@@ -116,13 +114,7 @@ def _draw_bars(axes: Axes, best: list[Summary], weight_bytes: int, colours: dict
     axes.set_title("optimizer state", fontsize="medium")
     axes.set_ylabel("MB")
     axes.tick_params(axis="x", length=0)
-    _tidy(axes)
-
-
-def _tidy(axes: Axes) -> None:
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(axis="y", alpha=0.25)
-    axes.set_axisbelow(True)
+    tidy(axes)
 
 
 def _mean_over_seeds(curves: list[list[float]]) -> list[float]:
@@ -138,3 +130,23 @@ def smooth(values: list[float]) -> list[float]:
         total, weight = keep * total + value, keep * weight + 1
         smoothed.append(total / weight)
     return smoothed
+
+
+def draw_steps(records: list[dict], settings: Settings, path: Path) -> None:
+    """Draws how long each `optimizer.step()` took, in order, so that a stall shows."""
+    runs = {record["optimizer"]: record for record in reversed(records)}
+    figure = Figure(figsize=(11, 1.2 + 1.9 * len(runs)), layout="constrained")
+    rows = figure.subplots(len(runs), 1, sharex=True, sharey=True, squeeze=False)[:, 0]
+    for axes, (name, run), colour in zip(rows, reversed(runs.items()), COLOURS * 9, strict=False):
+        times = [1e3 * seconds for seconds in run["optimizer_seconds"]]
+        axes.semilogy(range(1, len(times) + 1), times, ".", ms=2.5, color=colour)
+        middle, worst = statistics.median(times), max(times[1:] or times)
+        axes.axhline(middle, color="0.4", lw=0.8)
+        text = f"{name}: median {middle:.2f} ms, slowest after the first {worst / middle:.1f} of it"
+        axes.set_title(text, fontsize="medium", loc="left")
+        axes.set_ylabel("ms")
+        tidy(axes)
+    rows[-1].set_xlabel("optimizer step")
+    size = f"rank {settings.rank}, a basis every {settings.update_proj_gap} steps"
+    figure.suptitle(f"Every optimizer.step(), LLaMA {settings.model}, {size}", fontweight="bold")
+    figure.savefig(path, dpi=130)

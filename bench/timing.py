@@ -49,7 +49,7 @@ def interleaved(
     names = list(candidates)
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for turn in range(-2, rounds):
-        first = turn % len(names)
+        first = turn % max(1, len(names))
         for name in names[first:] + names[:first]:
             if prepare:
                 prepare(turn + 2)

@@ -1,0 +1,400 @@
+"""The figures and tables that the README shows, each computed from a record in `bench/results`.
+
+A function takes the records and returns Markdown; its name is what stands in the README around it:
+`<!-- figure: NAME -->...<!-- end -->`.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+RESULTS = Path(__file__).parent / "results"
+NOT_MEASURED = "**not measured**"
+
+
+class Records:
+    """The records of a folder by their path without the ending, read when first asked for."""
+
+    def __init__(self, folder: Path = RESULTS):
+        self.folder = folder
+        self._read: dict[str, dict] = {}
+
+    def __getitem__(self, name: str) -> dict:
+        if name not in self._read:
+            self._read[name] = json.loads((self.folder / f"{name}.json").read_text())
+        return self._read[name]
+
+    def __contains__(self, name: str) -> bool:
+        return (self.folder / f"{name}.json").exists()
+
+
+Figure = Callable[[Records], str]
+FIGURES: dict[str, Figure] = {}
+
+
+def figure(function: Figure) -> Figure:
+    FIGURES[function.__name__] = function
+    return function
+
+
+def table(headings: Iterable[str], rows: Iterable[Iterable[object]], record: str = "") -> str:
+    """A Markdown table; the line below says where it is from."""
+    headings = list(headings)
+    lines = ["| " + " | ".join(headings) + " |", "|---" * len(headings) + "|"]
+    lines += ["| " + " | ".join(map(str, row)) + " |" for row in rows]
+    return "\n".join(["", *lines, *(["", record] if record else []), ""])
+
+
+def source(records: Records, name: str) -> str:
+    """Device, date, command and the record itself."""
+    record = records[name]
+    if "environment" not in record:
+        return f"[{name}.json](bench/results/{name}.json)"
+    place, commit = record["environment"], (record["environment"]["commit"] or "")[:7]
+    command = record["command"]
+    return (
+        f"{place['device']}, {place['threads']} threads, torch {place['versions']['torch']},"
+        f" {record['date']}, commit {commit}, `{command}`:"
+        f" [{name}.json](bench/results/{name}.json)"
+    )
+
+
+def by(rows: list[dict], **wanted: object) -> list[dict]:
+    return [row for row in rows if all(row[key] == value for key, value in wanted.items())]
+
+
+def times(value: float) -> str:
+    return f"{value:.2f}x"
+
+
+def ms(result: dict) -> str:
+    return f"{result['ms']:.1f} ± {100 * result['spread']:.0f} %"
+
+
+@figure
+def demo(records: Records) -> str:
+    rows = [
+        (
+            row["optimizer"],
+            f"{row['lr']:g}",
+            f"{row['loss']:.4f}",
+            f"{2.718281828459045 ** row['loss']:.3f}",
+            f"{row['tokens_per_second']:,.0f}",
+            f"{row['optimizer_ms']:.2f}",
+            f"{row['state_bytes'] / 1e6:.2f}",
+        )
+        for row in records["pretrain-nano/pretrain"]["summary"]
+    ]
+    headings = ("optimizer", "lr", "validation loss", "perplexity", "tokens/s")
+    headings += ("`step()`, median ms", "state MB")
+    return table(headings, rows, source(records, "pretrain-nano/pretrain"))
+
+
+@figure
+def subspaces(records: Records) -> str:
+    record, rows = records["subspaces-nano/pretrain"], []
+    names = {
+        "galore-svd": "GaLore, exact SVD, all layers at once (the official way)",
+        "galore-together": "GaLore, randomized, all layers at once",
+        "galore": "GaLore, randomized, layers in turn (the default)",
+        "adarankgrad": "AdaRankGrad, `rank=32`, 1 % of the energy outside",
+    }
+    losses = {row["optimizer"]: row for row in record["summary"]}
+    official = losses["galore-svd"]["loss"]
+    for name, text in names.items():
+        row = losses[name]
+        ranks = [
+            rank
+            for run in by(record["runs"], optimizer=name)
+            for _, matrices in run["subspaces"]
+            for rank, _ in matrices.values()
+        ]
+        rows.append(
+            (
+                text,
+                f"{row['loss']:.4f} ± {row['deviation']:.4f}",
+                f"{100 * (row['loss'] / official - 1):+.2f} %",
+                f"{statistics.mean(ranks):.1f}",
+                f"{row['state_bytes'] / 1e6:.2f}",
+            )
+        )
+    headings = ("", "loss, mean of 3 seeds", "to the first", "mean rank", "state MB at the end")
+    return table(headings, rows, source(records, "subspaces-nano/pretrain"))
+
+
+@figure
+def rank_course(records: Records) -> str:
+    """Mean rank of all matrices at the first and at the last point."""
+    runs = by(records["subspaces-nano/pretrain"]["runs"], optimizer="adarankgrad")
+    ends = [
+        statistics.mean(rank for run in runs for rank, _ in run["subspaces"][at][1].values())
+        for at in (0, -1)
+    ]
+    return f"{ends[0]:.0f} to {ends[1]:.0f}"
+
+
+@figure
+def stagger(records: Records) -> str:
+    """The slowest step after the first, and the steps of the optimizer alone."""
+    names = {
+        "adamw": "AdamW",
+        "galore": "layers in turn (the default)",
+        "galore-together": "randomized, all at once",
+        "galore-svd": "exact SVD, all at once",
+    }
+    runs = {run["optimizer"]: run for run in records["stagger-nano/pretrain"]["runs"]}
+    rows = []
+    for name, text in names.items():
+        whole, own = runs[name]["step_seconds"], runs[name]["optimizer_seconds"]
+        middle, usual = statistics.median(whole), statistics.median(own)
+        rows.append(
+            (
+                text,
+                f"{1e3 * middle:.0f}",
+                f"{max(whole[1:]) / middle:.2f}x",
+                f"{whole[0] / middle:.2f}x",
+                f"{1e3 * usual:.1f}",
+                f"{1e3 * max(own[1:]):.0f}",
+            )
+        )
+    headings = ("", "training step, median ms", "slowest after the first", "the first")
+    headings += ("`step()`, median ms", "slowest after the first, ms")
+    return table(headings, rows, source(records, "stagger-nano/pretrain"))
+
+
+@figure
+def step_matrices(records: Records) -> str:
+    """Ours and the rivals, a row a shape: the ratios over dtypes and sides, least to most."""
+    record, lines = records["step-cpu"], []
+    for method, official in (("fira", "fira 1.0.2"), ("galore", "galore-torch 1.0")):
+        mine = by(record["rows"], method=method)
+        shapes = dict.fromkeys((*sorted((r["rows"], r["cols"])), r["rank"]) for r in mine)
+        for small, large, rank in shapes:
+            some = [r for r in mine if sorted((r["rows"], r["cols"])) == [small, large]]
+            some = [r for r in some if r["rank"] == rank]
+            cells = [
+                _range(r["times_faster"][name] for r in some) for name in ("official", "torch")
+            ]
+            products = _range(1 / r["times_faster"]["products"] for r in some)
+            adamw = _range(1 / r["times_faster"]["fused AdamW"] for r in some)
+            shape = f"{small} x {large}, r {rank}"
+            lines.append((method, official, shape, *cells, products, adamw))
+        mean = record["geometric_means"][method]
+        cells = [f"**{mean[name]:.2f}**" for name in ("official", "torch")]
+        inverse = [f"**{1 / mean[name]:.2f}**" for name in ("products", "fused AdamW")]
+        lines.append((method, official, "geometric mean", *cells, *inverse))
+    headings = (
+        "",
+        "official package",
+        "matrix",
+        "times as fast as it",
+        "as torch's own operations",
+    )
+    headings += ("our time in bare products", "in fused AdamW's steps")
+    return table(headings, lines, source(records, "step-cpu"))
+
+
+def _range(values: Iterable[float]) -> str:
+    found = list(values)
+    return f"{min(found):.2f} to {max(found):.2f}"
+
+
+@figure
+def step_means(records: Records) -> str:
+    mean = records["step-cpu"]["geometric_means"]
+    return f"{mean['fira']['official']:.2f} and {mean['galore']['official']:.2f}"
+
+
+@figure
+def model_steps(records: Records) -> str:
+    """Every optimizer on a whole model."""
+    return _model_table(records, "model_step-cpu")
+
+
+def _model_table(records: Records, name: str) -> str:
+    record, lines = records[name], []
+    dtypes = list(dict.fromkeys(row["dtype"] for row in record["rows"]))
+    rows = {row["dtype"]: row for row in record["rows"]}
+    known = dict.fromkeys(name for row in rows.values() for name in row["results"])
+    for optimizer in known:
+        cells = []
+        for dtype in dtypes:
+            own = rows[dtype]["results"].get(optimizer)
+            if own is None:
+                cells += ["", "", ""]
+                continue
+            room = own["workspace_bytes"]
+            cells += [
+                ms(own),
+                f"{own['state_bytes'] / 1e6:.0f}",
+                "" if room is None else f"{room / 1e6:.1f}",
+            ]
+        lines.append((optimizer, *cells))
+    lines += [
+        (f"{name}: {reason}", *[""] * 3 * len(dtypes)) for name, reason in record["missing"].items()
+    ]
+    headings = [h for d in dtypes for h in (f"{d}: ms", "state MB", "workspace MB")]
+    return table(("optimizer", *headings), lines, source(records, name))
+
+
+@figure
+def kernels(records: Records) -> str:
+    """Shares of the floor, least to most over shapes, ours and torch's operations."""
+    record, lines = records["kernels-cpu"], []
+    own = record["backend"]
+    for method in ("galore", "fira"):
+        for operation in ("project_moments", "channel_scale", "back_project_update", "step"):
+            cells = []
+            for dtype in record["rates"]:
+                some = by(record["rows"], method=method, operation=operation, dtype=dtype)
+                for name in (own, "torch"):
+                    shares = [100 * row["results"][name]["share_of_floor"] for row in some]
+                    cells.append(f"{min(shares):.0f} to {max(shares):.0f} %" if shares else "")
+            if any(cells):
+                lines.append((method, f"`{operation}`", *cells))
+    headings = [f"{d}: {n}" for d in record["rates"] for n in (own, "torch's operations")]
+    return table(("", "operation", *headings), lines, source(records, "kernels-cpu"))
+
+
+@figure
+def refresh(records: Records) -> str:
+    """Range finders beside an SVD, synthetic gradients."""
+    record, lines = records["refresh-cpu"], []
+    made = [row for row in record["rows"] if row["gradient"].startswith("synthetic")]
+    for key in dict.fromkeys((r["rows"], r["cols"], r["rank"], r["gradient"]) for r in made):
+        some = {
+            r["finder"]: r for r in made if (r["rows"], r["cols"], r["rank"], r["gradient"]) == key
+        }
+        exact, own = some["torch.linalg.svd"], some["randomized"]
+        lines.append(
+            (
+                f"{key[0]} x {key[1]}, r {key[2]}, {key[3].split()[-1]}",
+                f"{exact['ms']:.0f}",
+                f"{own['ms']:.1f}",
+                f"{own['times_faster_than_svd']:.1f}x",
+                f"{100 * own['captured']:.1f} %",
+                f"{100 * own['share_of_step']:.1f} %",
+            )
+        )
+    headings = ("gradient", "`torch.linalg.svd`, ms", "randomized, ms", "times as fast")
+    headings += ("of its energy", "of a Fira step, every 200")
+    return table(headings, lines, source(records, "refresh-cpu"))
+
+
+@figure
+def captured(records: Records) -> str:
+    """Least share of an SVD's energy over saved gradients, with one and two iterations."""
+    rows = records["refresh-cpu"]["rows"]
+    real = [row for row in rows if not row["gradient"].startswith("synthetic")]
+    least = [
+        min(row["captured"] for row in by(real, finder=finder))
+        for finder in ("randomized", "randomized, 2 iterations")
+    ]
+    return f"{100 * least[0]:.2f} % ({100 * least[1]:.2f} % with two power iterations)"
+
+
+@figure
+def memory(records: Records) -> str:
+    lines = []
+    for row in records["memory"]["rows"]:
+        lines.append(
+            (
+                row["model"],
+                row["optimizer"],
+                row["rank"] or "",
+                f"{row['weight_bytes'] / 1e9:.3f}",
+                f"{row['gradient_bytes'] / 1e9:.3f}",
+                f"{row['state_bytes'] / 1e9:.3f}",
+                f"{100 * row['of_adamw']:.1f} %",
+            )
+        )
+    headings = ("LLaMA", "optimizer", "r", "weights GB", "gradients GB", "state GB")
+    return table((*headings, "of AdamW's state, bf16"), lines, source(records, "memory"))
+
+
+@figure
+def accounting(records: Records) -> str:
+    lines = [
+        (row["text"], f"{row['state_bytes'] / 1e9:.2f}", f"{100 * row['reduction']:.1f} %")
+        for row in records["memory"]["accounting"]
+    ]
+    return table(("GaLore at 7B, r 1024", "state GB", "less than AdamW's"), lines)
+
+
+@figure
+def cuda_compile(records: Records) -> str:
+    rows = records["cuda-compile"]["rows"]
+    registers = [row["registers"] for row in rows]
+    spilling = sum(row["spill_stores"] + row["spill_loads"] > 0 for row in rows)
+    return f"{len(rows)} kernels, {min(registers)} to {max(registers)} registers, {spilling} spill"
+
+
+@figure
+def gpu_goals(records: Records) -> str:
+    """What has to be shown on a GPU, and what was."""
+    lines = [(text, goal, _measured(records, value)) for text, goal, value in GPU_GOALS]
+    return table(("on an NVIDIA H200, bf16 weights and gradients", "goal", "measured"), lines)
+
+
+def _measured(records: Records, value: Callable[[Records], str]) -> str:
+    try:
+        return value(records)
+    except FileNotFoundError:
+        return NOT_MEASURED
+
+
+def _gpu_row(records: Records, model: str) -> dict:
+    return records[f"model_step-{model}-cuda"]["rows"][0]
+
+
+def _of_floor(records: Records) -> str:
+    shares = [
+        _gpu_row(records, model)["results"]["fira"]["share_of_floor"] for model in ("1b", "7b")
+    ]
+    return ", ".join(times(1 / share) for share in shares)
+
+
+def _against(ours: str, rival: str, models: tuple[str, ...]) -> Callable[[Records], str]:
+    def ratio(records: Records) -> str:
+        rows = [_gpu_row(records, model)["results"] for model in models]
+        return ", ".join(times(row[rival]["ms"] / row[ours]["ms"]) for row in rows)
+
+    return ratio
+
+
+def _refresh_share(records: Records) -> str:
+    rows = by(records["refresh-cuda"]["rows"], finder="randomized")
+    return f"{100 * max(row['share_of_step'] for row in rows):.1f} %"
+
+
+def _tokens(records: Records) -> str:
+    ratios = []
+    for model in ("60m", "350m"):
+        rows = records[f"pretrain-{model}-cuda/pretrain"]["summary"]
+        rate = {row["optimizer"]: row["tokens_per_second"] for row in rows}
+        ratios.append(rate["fira"] / rate["adamw"])
+    return ", ".join(map(times, ratios))
+
+
+def _launches(records: Records) -> str:
+    return str(_gpu_row(records, "60m")["results"]["fira"]["launches"])
+
+
+LARGE = ("1b", "7b")
+GPU_GOALS = [
+    ("Fira's step over its floor, 1B and 7B", "at most 1.4x", _of_floor),
+    ("Fira, times as fast as the hybrid", "1.3x", _against("fira", "hybrid-fira", LARGE)),
+    ("GaLore, times as fast as the hybrid", "1.1x", _against("galore", "hybrid-galore", LARGE)),
+    (
+        "Fira, times as fast as fused AdamW, float32 moments",
+        "1x at r = m/4",
+        _against("fira", "adamw-master", LARGE),
+    ),
+    ("Fira at 60M, times as fast as fused AdamW", "1x", _against("fira", "adamw", ("60m",))),
+    ("launches of a Fira step at 60M", "3 a group of equal matrices", _launches),
+    ("randomized refresh, of a step at T = 200", "at most 2 %", _refresh_share),
+    ("tokens/s against fused AdamW, 60M and 350M", "at least 0.99x", _tokens),
+]

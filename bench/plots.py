@@ -1,0 +1,176 @@
+"""Pictures of what the benches measured: roofline, step against rank and size, memory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+# Okabe and Ito's, which stay apart for colour-blind readers.
+COLOURS = ("#0072B2", "#56B4E9", "#E69F00", "#D55E00", "#009E73", "#CC79A7", "#000000")
+OPTIMIZER_COLOURS = {
+    "adamw": "#000000",
+    "adamw-master": "#999999",
+    "galore": "#0072B2",
+    "fira": "#D55E00",
+    "adarankgrad": "#009E73",
+    "hybrid-galore": "#56B4E9",
+    "hybrid-fira": "#E69F00",
+}
+OPERATIONS = {
+    "project_moments": "project + moments",
+    "back_project_update": "back-project + update",
+}
+MARKERS = {"project_moments": "o", "back_project_update": "s", "step": "D"}
+
+
+def tidy(axes: Axes) -> None:
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", alpha=0.25)
+    axes.set_axisbelow(True)
+
+
+def device_line(record: dict) -> str:
+    environment = record["environment"]
+    place = f"{environment['device']}, {environment['threads']} threads"
+    return f"{place}, torch {environment['versions']['torch']}, {record['date']}"
+
+
+def draw_roofline(record: dict, rows: list[dict], path: Path) -> None:
+    """What each operation computes a second, below what the device was measured to do."""
+    dtypes = list(record["rates"])
+    figure = Figure(figsize=(6.2 * len(dtypes), 5), layout="constrained")
+    panels = figure.subplots(1, len(dtypes), sharey=True, squeeze=False)[0]
+    for axes, dtype in zip(panels, dtypes, strict=True):
+        rates = record["rates"][dtype]
+        _draw_roof(axes, rates)
+        for row in (row for row in rows if row["dtype"] == dtype and row["flops"]):
+            _draw_operation(axes, row, record["backend"])
+        axes.set(title=dtype, xlabel="FLOPs a byte of the fewest bytes that it can move")
+        tidy(axes)
+    panels[0].set_ylabel("TFLOP/s")
+    panels[0].legend(handles=_operation_legend(panels[0], record["backend"]), frameon=False)
+    figure.suptitle(f"Operations below the roof: {device_line(record)}", fontweight="bold")
+    figure.savefig(path, dpi=130)
+
+
+def _draw_roof(axes: Axes, rates: dict[str, float]) -> None:
+    bandwidth, peak = rates["bytes_per_second"], rates["flops_per_second"]
+    intensity = np.geomspace(8, 2000, 100)
+    axes.loglog(intensity, np.minimum(bandwidth * intensity, peak) / 1e12, color="0.2", lw=1.5)
+    axes.annotate(
+        f"product of large matrices: {peak / 1e12:.2f} TFLOP/s",
+        (2000, peak / 1e12),
+        xytext=(0, 5),
+        textcoords="offset points",
+        ha="right",
+    )
+    axes.annotate(
+        f"copy: {bandwidth / 1e9:.0f} GB/s",
+        (8, bandwidth * 8 / 1e12),
+        xytext=(4, -14),
+        textcoords="offset points",
+    )
+
+
+def _draw_operation(axes: Axes, row: dict, backend: str) -> None:
+    for name, own in row["results"].items():
+        if name not in (backend, "torch"):
+            continue
+        axes.plot(
+            row["flops"] / row["bytes"],
+            row["flops"] / own["ms"] / 1e9,
+            MARKERS[row["operation"]],
+            color=OPTIMIZER_COLOURS[row["method"]],
+            mfc="none" if name == "torch" else None,
+            ms=7,
+            alpha=0.85,
+        )
+
+
+def _operation_legend(axes: Axes, backend: str) -> list:
+    def mark(marker: str, label: str, **style: object) -> object:
+        return axes.plot([], [], marker, ms=7, label=label, **style)[0]
+
+    shapes = [
+        mark(MARKERS[k], text, color="0.4")
+        for k, text in {**OPERATIONS, "step": "whole step"}.items()
+    ]
+    colours = [mark("o", name, color=OPTIMIZER_COLOURS[name]) for name in ("galore", "fira")]
+    hollow = mark("o", "the same with torch's operations", color="0.4", mfc="none")
+    return [*shapes, *colours, mark("o", f"filled: {backend} backend", color="0.4"), hollow]
+
+
+def draw_ranks(record: dict, rows: list[dict], path: Path) -> None:
+    """Step time against rank, with AdamW's, which has none, as a line."""
+    kinds = list(dict.fromkeys((row["model"], row["dtype"]) for row in rows))
+    figure = Figure(figsize=(5.6 * len(kinds), 4.6), layout="constrained")
+    panels = figure.subplots(1, len(kinds), squeeze=False)[0]
+    for axes, (model, dtype) in zip(panels, kinds, strict=True):
+        chosen = [row for row in rows if (row["model"], row["dtype"]) == (model, dtype)]
+        ranks = [row["rank"] for row in chosen]
+        for name in chosen[0]["results"]:
+            times = [row["results"][name]["ms"] for row in chosen]
+            style = "--" if name == "adamw" else "o-"
+            axes.plot(ranks, times, style, color=OPTIMIZER_COLOURS.get(name), label=name, ms=5)
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(ranks, [str(rank) for rank in ranks])
+        axes.set(title=f"LLaMA {model}, {dtype}", xlabel="rank r", ylabel="optimizer.step(), ms")
+        axes.set_ylim(bottom=0)
+        axes.legend(frameon=False)
+        tidy(axes)
+    figure.suptitle(f"A step against its rank: {device_line(record)}", fontweight="bold")
+    figure.savefig(path, dpi=130)
+
+
+def draw_sizes(record: dict, rows: list[dict], path: Path) -> None:
+    """Step time against parameters; where lines are parallel to the grey ones, time is size."""
+    dtypes = list(dict.fromkeys(row["dtype"] for row in rows))
+    figure = Figure(figsize=(5.6 * len(dtypes), 4.6), layout="constrained")
+    panels = figure.subplots(1, len(dtypes), sharey=True, squeeze=False)[0]
+    for axes, dtype in zip(panels, dtypes, strict=True):
+        chosen = [row for row in rows if row["dtype"] == dtype]
+        sizes = [row["parameters"] / 1e6 for row in chosen]
+        for name in chosen[0]["results"]:
+            times = [
+                row["results"][name]["ms"] if name in row["results"] else np.nan for row in chosen
+            ]
+            axes.loglog(sizes, times, "o-", color=OPTIMIZER_COLOURS.get(name), label=name, ms=5)
+        labels = [f"{row['model']}\nr {row['rank']}" for row in chosen]
+        axes.set_xticks(sizes, labels)
+        axes.minorticks_off()
+        axes.set(title=dtype, xlabel="LLaMA layer set, millions of parameters to scale")
+        axes.legend(frameon=False)
+        tidy(axes)
+    panels[0].set_ylabel("optimizer.step(), ms")
+    figure.suptitle(f"A step against the model's size: {device_line(record)}", fontweight="bold")
+    figure.savefig(path, dpi=130)
+
+
+def draw_memory(rows: list[dict], path: Path) -> None:
+    """Bytes of weights, gradients and state: what a plan says, which needs no device."""
+    models = list(dict.fromkeys(row["model"] for row in rows))
+    figure = Figure(figsize=(5.2 * len(models), 4.8), layout="constrained")
+    panels = figure.subplots(1, len(models), squeeze=False)[0]
+    parts = {"weight_bytes": "weights", "gradient_bytes": "gradients", "state_bytes": "state"}
+    shades = ("0.55", "0.8", "#0072B2")
+    for axes, model in zip(panels, models, strict=True):
+        chosen = [row for row in rows if row["model"] == model]
+        names = [row["optimizer"] for row in chosen]
+        bottom = np.zeros(len(chosen))
+        for (key, label), shade in zip(parts.items(), shades, strict=True):
+            sizes = np.array([row[key] / 1e9 for row in chosen])
+            bars = axes.bar(names, sizes, bottom=bottom, color=shade, label=label, width=0.68)
+            if key == "state_bytes":
+                axes.bar_label(bars, [f"{size:.2f}" for size in sizes], padding=2)
+            bottom += sizes
+        axes.set_title(f"LLaMA {model}, r {chosen[0]['rank']}, {chosen[0]['dtype']} weights")
+        axes.set_ylabel("GB (1e9 bytes); the label is the state's")
+        axes.margins(y=0.1)
+        axes.tick_params(axis="x", length=0, rotation=20)
+        tidy(axes)
+    panels[0].legend(frameon=False)
+    figure.suptitle("What training holds besides activations, counted on shapes", fontweight="bold")
+    figure.savefig(path, dpi=130)
