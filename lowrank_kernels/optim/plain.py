@@ -1,7 +1,9 @@
 """AdamW for the parameters that are not projected, by torch's own implementation."""
 
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
@@ -10,6 +12,28 @@ from .groups import Group
 
 FUSED_DEVICES = ("cpu", "cuda")
 
+# Elements that are widened at a time: their copies stay in a cache, and an embedding's would be
+# hundreds of megabytes. The number for CUDA was not measured.
+BLOCK_ELEMENTS = {"cpu": 2**18, "cuda": 2**23}
+
+
+class Work(NamedTuple):
+    """A parameter, or a piece of one, with what AdamW needs of it."""
+
+    param: Tensor
+    grad: Tensor
+    exp_avg: Tensor
+    exp_avg_sq: Tensor
+    step: Tensor
+
+    @property
+    def dtypes(self) -> set[torch.dtype]:
+        return {self.param.dtype, self.grad.dtype, self.exp_avg.dtype}
+
+    @property
+    def dense(self) -> bool:
+        return all(tensor.is_contiguous() for tensor in self[:4])
+
 
 def step_plain(
     params: list[Tensor], states: list[dict[str, Any]], group: Group, capturable: bool
@@ -17,53 +41,81 @@ def step_plain(
     """One torch AdamW step of parameters that all have a gradient.
 
     torch's fused kernels want one dtype throughout. A bf16 weight has float32 moments here, so it
-    goes through the unfused code, alone, with a float32 copy of its own gradient.
+    goes through copies in float32, a block at a time.
     """
-    fused: list[tuple[Tensor, Tensor, dict[str, Any]]] = []
+    fused, widened = [], []
     for param, state in zip(params, states, strict=True):
-        grad = param.grad
-        assert grad is not None
-        dtype = state["exp_avg"].dtype
-        if param.dtype is grad.dtype is dtype and param.device.type in FUSED_DEVICES:
-            fused.append((param, grad, state))
+        assert param.grad is not None
+        fuses = param.device.type in FUSED_DEVICES
+        # torch counts steps on the device in its fused kernels and on the CPU elsewhere.
+        state["step"] = state["step"].to(param.device if fuses or capturable else "cpu")
+        work = Work(param, param.grad, state["exp_avg"], state["exp_avg_sq"], state["step"])
+        if fuses and len(work.dtypes) == 1:
+            fused.append(work)
+        elif fuses and work.dense:
+            widened.append(work)
         else:
-            _adamw([(param, grad.to(dtype), state)], group, capturable, fused=False)
+            wide = work._replace(grad=work.grad.to(work.exp_avg.dtype))
+            _adamw([wide], group, capturable, fused=False)
     if fused:
         _adamw(fused, group, capturable, fused=True)
+    if widened:
+        _step_widened(widened, group, capturable)
 
 
 def workspace_bytes(param: Tensor, device_type: str) -> int:
     """Bytes of temporaries of one parameter, with a gradient of its dtype.
 
-    torch's unfused code holds the root of the second moment and a quotient, beside our copy of the
-    gradient; the fused one holds nothing.
+    Copies of the weight and of the gradient, a block of them where the device has fused kernels;
+    elsewhere torch's code holds the root of the second moment and a quotient, too.
     """
     dtype = moment_dtype(param.dtype)
-    if param.dtype is dtype and device_type in FUSED_DEVICES:
-        return 0
-    copies = 2 + (param.dtype is not dtype)
-    return copies * param.numel() * dtype.itemsize
+    same = param.dtype is dtype
+    if device_type not in FUSED_DEVICES:
+        return (2 + (not same)) * param.numel() * dtype.itemsize
+    return 0 if same else 2 * min(param.numel(), BLOCK_ELEMENTS[device_type]) * dtype.itemsize
 
 
-def _adamw(
-    work: list[tuple[Tensor, Tensor, dict[str, Any]]],
-    group: Group,
-    capturable: bool,
-    *,
-    fused: bool,
-) -> None:
-    for param, _, state in work:
-        # torch counts steps on the device in its fused kernels and on the CPU elsewhere.
-        state["step"] = state["step"].to(param.device if fused or capturable else "cpu")
+def _step_widened(works: list[Work], group: Group, capturable: bool) -> None:
+    """Weights and gradients are copied, moments are not; each weight is rounded once."""
+    for block in _blocks(works):
+        wide = [
+            work._replace(
+                param=work.param.to(work.exp_avg.dtype), grad=work.grad.to(work.exp_avg.dtype)
+            )
+            for work in block
+        ]
+        _adamw(wide, group, capturable, fused=True)
+        torch._foreach_copy_([work.param for work in block], [work.param for work in wide])
+    torch._foreach_add_([work.step for work in works], 1)
+
+
+def _blocks(works: list[Work]) -> Iterator[list[Work]]:
+    """Pieces, each with a step of its own to count, of a block's elements together."""
+    block: list[Work] = []
+    room = 0
+    for work in works:
+        size = BLOCK_ELEMENTS[work.param.device.type]
+        pieces = (torch.split(tensor.view(-1), size) for tensor in work[:4])
+        for param, grad, exp_avg, exp_avg_sq in zip(*pieces, strict=True):
+            if block and param.numel() > room:
+                yield block
+                block = []
+            room = (room if block else size) - param.numel()
+            block.append(Work(param, grad, exp_avg, exp_avg_sq, work.step.clone()))
+    yield block
+
+
+def _adamw(works: list[Work], group: Group, capturable: bool, *, fused: bool) -> None:
     beta1, beta2 = group["betas"]
-    params, grads, states = map(list, zip(*work, strict=True))
+    params, grads, exp_avgs, exp_avg_sqs, steps = map(list, zip(*works, strict=True))
     adamw(
         params,
         grads,
-        [state["exp_avg"] for state in states],
-        [state["exp_avg_sq"] for state in states],
+        exp_avgs,
+        exp_avg_sqs,
         [],
-        [state["step"] for state in states],
+        steps,
         fused=fused,
         foreach=False,
         # torch refuses it on a CPU, where it would change nothing.
