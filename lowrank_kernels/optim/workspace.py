@@ -30,7 +30,8 @@ def planned_workspace(optimizer: LowRankAdamW, device_type: str) -> Workspace:
     """The largest set of temporaries of an optimizer; nothing is allocated.
 
     Gradients have the dtype of their weights, weights are dense and rounded to nearest, and bases
-    come from sketches ("randomized" or "power"). `maximize` and `monitor` take a little more.
+    come from sketches ("randomized" or "power"). What `maximize`, `monitor` and a criterion take
+    besides is not counted.
 
     Args:
         optimizer: its parameters may lie on the meta device.
@@ -51,7 +52,7 @@ def planned_workspace(optimizer: LowRankAdamW, device_type: str) -> Workspace:
             kind = Kind(device_type, alike.dtype, alike.dtype, optimizer.capturable)
             backend = choose_kind(request, kind).backend
             step.append(ops.workspace_bytes(alike, residual, backend=backend))
-            refresh.append(subspace.workspace_bytes(alike))
+            refresh.append(subspace.workspace_bytes(alike, optimizer.subspace))
     return Workspace(max(step), max(refresh))
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..ops import Alike, Side
+from ..ops.contract import moment_dtype
 from ..ops.notices import notice_once
 from .moments import Corrections, Moments, moved
 from .options import Subspace
@@ -95,7 +96,7 @@ def _batch_size(elements: int) -> int:
     return max(1, BATCH_ELEMENTS // elements)
 
 
-def workspace_bytes(alike: Alike) -> int:
+def workspace_bytes(alike: Alike, subspace: Subspace) -> int:
     """Bytes of temporaries at the peak of a refresh by "randomized" or "power", an upper bound.
 
     A basis computed by a slow factorization, after a fast one failed, can take more.
@@ -103,7 +104,17 @@ def workspace_bytes(alike: Alike) -> int:
     batch = min(alike.matrices, _batch_size(alike.numel))
     rank, device = min(alike.rank, *alike.shape), torch.device(alike.device_type)
     stack = batch * alike.numel * alike.dtype.itemsize if batch > 1 else 0
-    return stack + sketch_bytes(batch, alike.depth, alike.channels, rank, alike.dtype, device)
+    sketches = sketch_bytes(batch, alike.depth, alike.channels, rank, alike.dtype, device)
+    return stack + max(sketches, _taken_bytes(alike, batch, rank, subspace))
+
+
+def _taken_bytes(alike: Alike, batch: int, rank: int, subspace: Subspace) -> int:
+    """Of what was found, and of one matrix' new basis, its overlap and its moved moments."""
+    wide = moment_dtype(alike.dtype).itemsize
+    basis, low = alike.depth * rank, alike.channels * rank
+    moved = {"keep": 0, "carry_ldadam": 6}.get(subspace.moments, 4) * low
+    found = wide * batch * basis + alike.dtype.itemsize * basis
+    return found + wide * (2 * rank**2 + max(2 * basis, moved))
 
 
 def _refresh_batch(batch: list[Due], subspace: Subspace) -> None:

@@ -9,6 +9,7 @@ from lowrank_kernels import AdaRankGradAdamW, FiraAdamW, GaLoreAdamW, LowRankAda
 from lowrank_kernels.optim.state import state_bytes
 from lowrank_kernels.optim.workspace import planned_workspace
 from lowrank_kernels.subspace import refresh_bases
+from lowrank_kernels.subspace.moments import MOMENTS
 
 DTYPES = [torch.float32, torch.bfloat16]
 BACKENDS = ["reference", "native"]
@@ -21,6 +22,7 @@ MODELS = {
     "equal": ([(201, 300)] * 5, 32),
     "unequal": ([(300, 200)] * 3 + [(64, 64), (90, 310), (50,)], 30),
     "tiles": ([(1500, 1400)], 20),
+    "long": ([(48, 700)], 40),
     "plain": ([(40, 60), (3000,)], 8),
 }
 OPTIMIZERS = {
@@ -106,13 +108,21 @@ def test_workspace_of_triton(shapes, method, monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("range_finder", ["randomized", "power"])
-@pytest.mark.parametrize("model", ["left", "right", "square", "equal", "unequal", "tiles"])
-def test_workspace_of_a_refresh_bounds_what_it_holds(dtype, range_finder, model, monkeypatch):
+@pytest.mark.parametrize(
+    "parts",
+    [
+        {},
+        {"range_finder": "power"},
+        *({"moments": moments} for moments in MOMENTS if moments != "keep"),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("model", ["left", "right", "square", "equal", "unequal", "tiles", "long"])
+def test_workspace_of_a_refresh_bounds_what_it_holds(dtype, parts, model, monkeypatch):
     shapes, rank = MODELS[model]
     params = parameters(shapes, dtype)
     groups = grouped(params, rank, update_proj_gap=1)
-    subspace = Subspace(range_finder=range_finder, stagger=False)
+    subspace = Subspace(**parts, stagger=False)
     optimizer = GaLoreAdamW(groups, lr=0.01, backend="native", subspace=subspace)
     peaks = []
 
