@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
+
+from lowrank_kernels.cli.llama import SHAPES, Shape
 
 if TYPE_CHECKING:
     import torch
@@ -11,36 +13,30 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Preset:
+class Preset(Shape):
     """A shape, and the training recipe used unless an argument says otherwise."""
 
-    hidden: int
-    ffn: int
-    heads: int
-    layers: int
-    rank: int
-    update_proj_gap: int
     seq_len: int
     batch_size: int
     micro_batch: int
     steps: int
 
 
-# The names count the parameters at GaLore's vocabulary of 32000. From 60m up the recipes are
-# GaLore's (131K tokens a batch), with the paper's rank at 1b; nothing is published for 3b, whose
+# From 60m up the recipes are GaLore's (131K tokens a batch); nothing is published for 3b, whose
 # recipe lies between its neighbours'. nano is the 9m shape with a recipe for two CPU cores.
-PRESETS = {
-    "nano": Preset(128, 352, 4, 4, 32, 200, 128, 8, 8, 800),
-    "9m": Preset(128, 352, 4, 4, 32, 200, 256, 64, 64, 2_000),
-    "20m": Preset(256, 688, 4, 4, 64, 200, 256, 64, 64, 2_000),
-    "35m": Preset(384, 1024, 8, 6, 96, 200, 256, 64, 64, 3_000),
-    "60m": Preset(512, 1376, 8, 8, 128, 200, 256, 512, 128, 10_000),
-    "130m": Preset(768, 2048, 12, 12, 256, 200, 256, 512, 128, 20_000),
-    "350m": Preset(1024, 2736, 16, 24, 256, 200, 256, 512, 64, 60_000),
-    "1b": Preset(2048, 5461, 32, 24, 512, 200, 256, 512, 32, 100_000),
-    "3b": Preset(2560, 6848, 32, 32, 640, 200, 256, 512, 16, 120_000),
-    "7b": Preset(4096, 11008, 32, 32, 1024, 500, 256, 512, 16, 150_000),
+RECIPES = {
+    "nano": (128, 8, 8, 800),
+    "9m": (256, 64, 64, 2_000),
+    "20m": (256, 64, 64, 2_000),
+    "35m": (256, 64, 64, 3_000),
+    "60m": (256, 512, 128, 10_000),
+    "130m": (256, 512, 128, 20_000),
+    "350m": (256, 512, 64, 60_000),
+    "1b": (256, 512, 32, 100_000),
+    "3b": (256, 512, 16, 120_000),
+    "7b": (256, 512, 16, 150_000),
 }
+PRESETS = {name: Preset(*asdict(SHAPES[name]).values(), *RECIPES[name]) for name in SHAPES}
 
 
 def build_model(preset: Preset, vocab_size: int, seq_len: int) -> LlamaForCausalLM:

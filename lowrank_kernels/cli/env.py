@@ -1,0 +1,113 @@
+"""What is installed, on which devices it runs, and which backend is chosen for what."""
+
+import argparse
+import importlib.metadata
+import os
+import platform
+from typing import Any
+
+import torch
+
+from ..ops import backends
+from ..ops.dispatch import Kind, choose_kind
+from ..ops.native import build_info
+from .text import amount, print_json, table
+
+SUMMARY = "say what is installed, what it runs on and which backend is chosen"
+
+PACKAGES = ("torch", "lowrank-kernels", "triton", "transformers")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """It has none of its own."""
+
+
+def run(args: argparse.Namespace) -> int:
+    """Prints the facts of `environment`."""
+    facts = environment()
+    if args.json:
+        print_json(facts)
+    else:
+        print(as_text(facts))
+    return 0
+
+
+def environment() -> dict[str, Any]:
+    """The facts: versions, devices, threads, native, backends, auto and variables."""
+    return {
+        "versions": {"python": platform.python_version(), **_packages()},
+        "devices": _devices(),
+        "threads": torch.get_num_threads(),
+        "native": build_info(),
+        "backends": {
+            name: {"available": available, "reason": reason}
+            for name, (available, reason) in backends().items()
+        },
+        "auto": [
+            {
+                "device": device,
+                "dtype": name,
+                **choose_kind("auto", Kind(device, dtype, dtype))._asdict(),
+            }
+            for device in ("cpu", "cuda")
+            for name, dtype in DTYPES.items()
+        ],
+        "variables": {
+            name: value
+            for name, value in sorted(os.environ.items())
+            if name.startswith("LOWRANK_") or name == "TRITON_INTERPRET"
+        },
+    }
+
+
+def as_text(facts: dict[str, Any]) -> str:
+    """The facts for people, a table a kind."""
+    versions = [(name, version or "not installed") for name, version in facts["versions"].items()]
+    devices = [
+        (each["device"], amount(each["memory_bytes"]), each["name"]) for each in facts["devices"]
+    ]
+    found = [
+        (name, "yes" if each["available"] else "no", each["reason"])
+        for name, each in facts["backends"].items()
+    ]
+    native = [(key, _words(value)) for key, value in facts["native"].items()]
+    variables = list(facts["variables"].items()) or [("none", "")]
+    parts = [
+        table(("package", "version"), versions),
+        table(("device", "memory", "name"), devices),
+        f"threads  {facts['threads']}",
+        table(("native module", ""), native or [("does not load", "")]),
+        table(("backend", "available", "reason"), found),
+        table(
+            ("auto takes on", "for", "backend", "reason"),
+            [list(each.values()) for each in facts["auto"]],
+        ),
+        table(("variable", "value"), variables),
+    ]
+    return "\n\n".join(parts)
+
+
+def _packages() -> dict[str, str | None]:
+    return {name.replace("-", "_"): _version(name) for name in PACKAGES}
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _devices() -> list[dict[str, Any]]:
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    found = [{"device": "cpu", "name": platform.machine(), "memory_bytes": memory}]
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        size = properties.total_memory
+        found.append({"device": f"cuda:{index}", "name": properties.name, "memory_bytes": size})
+    return found
+
+
+def _words(value: object) -> str:
+    return " ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)

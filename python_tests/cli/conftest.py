@@ -1,0 +1,44 @@
+import json
+
+import pytest
+
+from lowrank_kernels.cli import main
+
+
+@pytest.fixture
+def command(capsys):
+    """Runs a command line: exit status, standard output, lines of standard error."""
+
+    def run(line):
+        try:
+            status = main(line.split())
+        except SystemExit as exit:
+            status = exit.code
+        out, err = capsys.readouterr()
+        return status, out, err.splitlines()
+
+    return run
+
+
+@pytest.fixture
+def json_of(command):
+    """What a command prints with --json."""
+
+    def run(line):
+        status, out, err = command(f"{line} --json")
+        assert (status, err) == (0, [])
+        return json.loads(out)
+
+    return run
+
+
+@pytest.fixture
+def refused(command):
+    """The one line in which a command refuses its arguments."""
+
+    def run(line):
+        status, out, err = command(line)
+        assert (status, out, len(err)) == (2, "", 1)
+        return err[0]
+
+    return run

@@ -1,0 +1,53 @@
+import platform
+
+import torch
+
+from lowrank_kernels import backends
+from lowrank_kernels.ops import native
+
+
+def test_the_facts(json_of, monkeypatch):
+    monkeypatch.setenv("LOWRANK_BACKEND", "reference")
+    facts = json_of("env")
+    assert list(facts) == [
+        "versions",
+        "devices",
+        "threads",
+        "native",
+        "backends",
+        "auto",
+        "variables",
+    ]
+    assert facts["versions"]["python"] == platform.python_version()
+    assert list(facts["versions"])[1:] == ["torch", "lowrank_kernels", "triton", "transformers"]
+    assert facts["devices"][0]["device"] == "cpu"
+    assert facts["devices"][0]["memory_bytes"] > 2**28
+    assert facts["threads"] == torch.get_num_threads()
+    assert facts["native"] == native.build_info()
+    assert facts["variables"]["LOWRANK_BACKEND"] == "reference"
+    assert {name: tuple(each.values()) for name, each in facts["backends"].items()} == backends()
+
+
+def test_what_auto_takes(json_of):
+    rows = json_of("env")["auto"]
+    assert [(row["device"], row["dtype"]) for row in rows] == [
+        ("cpu", "float32"),
+        ("cpu", "bfloat16"),
+        ("cuda", "float32"),
+        ("cuda", "bfloat16"),
+    ]
+    assert [row["backend"] for row in rows] == ["native", "native", "reference", "reference"]
+    assert all(row["reason"] for row in rows)
+
+
+def test_a_package_that_is_missing(json_of, monkeypatch):
+    monkeypatch.setattr("lowrank_kernels.cli.env.PACKAGES", ("torch", "no-such-package"))
+    assert json_of("env")["versions"]["no_such_package"] is None
+
+
+def test_the_text_has_every_fact(command, monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    status, out, _ = command("env")
+    assert status == 0
+    for word in (torch.__version__, *backends(), "TRITON_INTERPRET", "compiled CPU passes"):
+        assert word in out

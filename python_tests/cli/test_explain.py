@@ -1,0 +1,79 @@
+import pytest
+from test_plan import tiny_config
+
+KEYS = {
+    "name",
+    "shape",
+    "dtype",
+    "projected",
+    "side",
+    "rank",
+    "weight_bytes",
+    "gradient_bytes",
+    "state_bytes",
+    "backend",
+    "reason",
+}
+
+
+def test_every_parameter(json_of):
+    facts = json_of("explain --model nano --optimizer galore")
+    assert (facts["optimizer"], facts["device"]) == ("galore", "cpu")
+    rows = {row["name"]: row for row in facts["parameters"]}
+    assert len(rows) == 4 * 9 + 3
+    assert all(set(row) == KEYS for row in rows.values())
+    down = rows["model.layers.3.mlp.down_proj.weight"]
+    assert (down["side"], down["rank"], down["shape"]) == ("left", 32, [128, 352])
+    assert (down["dtype"], down["backend"]) == ("bfloat16", "native")
+    assert rows["model.layers.0.mlp.up_proj.weight"]["side"] == "right"
+    norm, embedding = rows["model.norm.weight"], rows["model.embed_tokens.weight"]
+    assert not norm["projected"]
+    assert norm["reason"] == "not a matrix"
+    assert embedding["reason"] == "embedding, output head or no linear layer"
+    assert {row["backend"] for row in rows.values() if not row["projected"]} == {"torch"}
+
+
+def test_states_are_those_of_the_plan(json_of):
+    rows = json_of("explain --model 60m --optimizer fira")["parameters"]
+    planned = json_of("plan --model 60m --optimizers fira")["optimizers"]["fira"]
+    assert sum(row["state_bytes"] for row in rows) == planned["state_bytes"]
+
+
+def test_the_backend_is_that_of_the_device(json_of):
+    for device, backend in (("cpu", "native"), ("cuda", "reference")):
+        rows = json_of(f"explain --model nano --device {device}")["parameters"]
+        assert {row["backend"] for row in rows if row["projected"]} == {backend}
+        assert {row["reason"] for row in rows if row["projected"]} != {""}
+
+
+def test_text_has_a_row_a_kind(command):
+    status, out, err = command("explain --model 350m")
+    assert (status, err) == (0, [])
+    lines = [line for line in out.splitlines() if "mlp.up_proj" in line]
+    assert len(lines) == 1
+    assert "model.layers.*.mlp.up_proj.weight x 24" in lines[0]
+    for word in ("2736 x 1024", "right", "256", "native", "compiled CPU passes"):
+        assert word in lines[0]
+
+
+def test_a_matrix_that_saves_no_memory_says_so(json_of, tmp_path):
+    # Of 64 x 64 and 64 x 160 only the second is smaller with 50 directions.
+    path = tiny_config(tmp_path)
+    rows = json_of(f"explain --config {path} --rank 50")["parameters"]
+    square = next(row for row in rows if row["name"].endswith("0.self_attn.q_proj.weight"))
+    assert not square["projected"]
+    assert square["reason"] == "rank 50 saves no memory"
+    assert next(row for row in rows if row["name"].endswith("0.mlp.up_proj.weight"))["projected"]
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("explain --model 8b", "--model 8b is not one of"),
+        ("explain --model nano --optimizer adamw", "invalid choice: 'adamw'"),
+        ("explain --model nano --rank -1", "--rank must be at least 1, got -1"),
+        ("explain --config none.json", "there is no such file"),
+    ],
+)
+def test_mistakes(refused, line, words):
+    assert words in refused(line)

@@ -1,0 +1,193 @@
+import json
+
+import pytest
+import torch
+
+from bench.models import PRESETS, build_model, cast_parameters
+from lowrank_kernels import AdaRankGradAdamW, FiraAdamW, GaLoreAdamW, param_groups
+from lowrank_kernels.optim.state import state_bytes
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+OPTIMIZERS = {
+    "adamw": lambda model, rank: torch.optim.AdamW(model.parameters()),
+    "galore": lambda model, rank: GaLoreAdamW(param_groups(model, rank)),
+    "fira": lambda model, rank: FiraAdamW(param_groups(model, rank)),
+    "adarankgrad": lambda model, rank: AdaRankGradAdamW(
+        param_groups(model, rank), residual_energy=0.0
+    ),
+}
+# hidden, ffn, layers, rank
+LLAMAS = {
+    "130m": (768, 2048, 12, 256),
+    "350m": (1024, 2736, 24, 256),
+    "1b": (2048, 5461, 24, 512),
+    "3b": (2560, 6848, 32, 640),
+    "7b": (4096, 11008, 32, 1024),
+}
+# Beside a float32 step: Fira's limiter; the measure of the criterion and what it is compared with.
+SCALARS = {"galore": 4, "fira": 8, "adarankgrad": 12}
+
+
+def tiny_config(folder, **changes):
+    config = {
+        "model_type": "llama",
+        "vocab_size": 100,
+        "hidden_size": 64,
+        "intermediate_size": 160,
+        "num_attention_heads": 4,
+        "num_hidden_layers": 3,
+        **changes,
+    }
+    path = folder / "config.json"
+    path.write_text(json.dumps(config))
+    return path
+
+
+@pytest.fixture(scope="module", params=DTYPES)
+def trained(request):
+    """The state of every optimizer after a real step of the 60M model."""
+    model = build_model(PRESETS["60m"], 32000, 256)
+    cast_parameters(model, DTYPES[request.param])
+    rng = torch.Generator().manual_seed(0)
+    for param in model.parameters():
+        param.grad = torch.empty_like(param).normal_(generator=rng)
+    held = {}
+    for name, build in OPTIMIZERS.items():
+        optimizer = build(model, 128)
+        optimizer.step()
+        held[name] = sum(state_bytes(state) for state in optimizer.state.values())
+    weights = sum(param.numel() * param.element_size() for param in model.parameters())
+    return request.param, weights, held
+
+
+def test_60m_holds_what_is_planned(json_of, trained):
+    dtype, weights, held = trained
+    facts = json_of(f"plan --model 60m --dtype {dtype}")
+    assert facts["weight_bytes"] == facts["gradient_bytes"] == weights
+    assert {name: needs["state_bytes"] for name, needs in facts["optimizers"].items()} == held
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", LLAMAS)
+def test_larger_models_by_closed_formulas(json_of, size, dtype):
+    hidden, ffn, layers, rank = LLAMAS[size]
+    itemsize = DTYPES[dtype].itemsize
+    blocks = [(hidden, hidden)] * 4 * layers + [(hidden, ffn)] * 3 * layers  # min, max
+    others = [32000 * hidden] * 2 + [hidden] * (2 * layers + 1)
+    elements = sum(small * large for small, large in blocks) + sum(others)
+    facts = json_of(f"plan --model {size} --dtype {dtype}")
+    assert facts["parameters"] == elements
+    assert facts["rank"] == rank
+    assert facts["weight_bytes"] == facts["gradient_bytes"] == elements * itemsize
+
+    plain = sum(2 * 4 * count + 4 for count in others)
+    low = sum(rank * (small * itemsize + 2 * large * 4) for small, large in blocks)
+    expected = {name: plain + low + each * len(blocks) for name, each in SCALARS.items()}
+    expected["adamw"] = 2 * elements * itemsize + 4 * (len(blocks) + len(others))
+    state = {name: needs["state_bytes"] for name, needs in facts["optimizers"].items()}
+    assert state == expected
+
+
+def test_totals_and_what_is_left(json_of):
+    facts = json_of("plan --model 350m --memory 4")
+    assert facts["memory_bytes"] == 4 * 10**9
+    for needs in facts["optimizers"].values():
+        workspace = max(needs["step_workspace_bytes"], needs["refresh_workspace_bytes"])
+        parts = facts["weight_bytes"] + facts["gradient_bytes"] + needs["state_bytes"]
+        assert needs["total_bytes"] == parts + workspace
+        assert needs["left_bytes"] == 4 * 10**9 - needs["total_bytes"]
+    assert set(needs) == {
+        "state_bytes",
+        "step_workspace_bytes",
+        "refresh_workspace_bytes",
+        "total_bytes",
+        "left_bytes",
+    }
+
+
+def test_the_workspace_is_that_of_the_backend(json_of):
+    facts = {name: json_of(f"plan --model 1b --backend {name}") for name in ("reference", "native")}
+    assert {name: each["backend"] for name, each in facts.items()} == {x: x for x in facts}
+    step = {x: each["optimizers"]["fira"]["step_workspace_bytes"] for x, each in facts.items()}
+    # The embedding's float32 copies: a gradient, a root and a quotient.
+    assert step == {"reference": 12 * 32000 * 2048, "native": 12 * 32000 * 2048}
+    step = {
+        name: json_of(f"plan --model 1b --backend {name} --dtype fp32")["optimizers"]["fira"]
+        for name in facts
+    }
+    full = 4 * 2048 * 5461
+    assert 4 * full < step["reference"]["step_workspace_bytes"] < 6 * full
+    assert step["native"]["step_workspace_bytes"] < 2 * full
+
+
+def test_no_memory_leaves_nothing_to_say(json_of):
+    facts = json_of("plan --model nano --optimizers fira,adamw")
+    assert list(facts["optimizers"]) == ["fira", "adamw"]
+    assert facts["memory_bytes"] is None
+    assert facts["optimizers"]["fira"]["left_bytes"] is None
+
+
+def test_text(command):
+    status, out, err = command("plan --model 7b --card h200")
+    assert (status, err) == (0, [])
+    assert "6,738,415,616 parameters" in out
+    assert "141.00 GB" in out
+    assert "for activations" in out
+    assert "too large by" in command("plan --model 7b --card rtx-4090")[1]
+
+
+def test_a_config_of_transformers(json_of, tmp_path):
+    facts = json_of(f"plan --config {tiny_config(tmp_path)} --rank 8 --dtype fp32")
+    elements = 2 * 100 * 64 + 3 * (4 * 64 * 64 + 3 * 64 * 160 + 2 * 64) + 64
+    assert (facts["parameters"], facts["rank"]) == (elements, 8)
+    by_default = json_of(f"plan --config {tiny_config(tmp_path)}")
+    assert by_default["rank"] == 64 // 4
+
+
+def test_tied_weights_count_once(json_of, tmp_path):
+    loose = json_of(f"plan --config {tiny_config(tmp_path)}")
+    tied = json_of(f"plan --config {tiny_config(tmp_path, tie_word_embeddings=True)}")
+    assert loose["parameters"] - tied["parameters"] == 100 * 64
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("plan --model 8b", "--model 8b is not one of nano, 9m"),
+        ("plan --config missing.json", "missing.json: there is no such file"),
+        ("plan --model nano --rank 0", "--rank must be at least 1, got 0"),
+        ("plan --model nano --rank many", "invalid int value: 'many'"),
+        ("plan --model nano --rank 5000", "rank 5000 saves no memory"),
+        ("plan --model nano --optimizers lion", "'lion' is not one of adamw, galore"),
+        ("plan --model nano --memory 0", "--memory must be a number of GB above 0"),
+        ("plan --model nano --memory 1 --card h100", "not allowed with"),
+        ("plan --model nano --card tpu", "invalid choice: 'tpu'"),
+    ],
+)
+def test_mistakes(refused, line, words):
+    assert words in refused(line)
+
+
+def test_a_file_that_is_no_config(refused, tmp_path):
+    path = tmp_path / "config.json"
+    for text in ("no json", "{}", '{"model_type": "no-such-model"}', "[]"):
+        path.write_text(text)
+        assert str(path) in refused(f"plan --config {path}")
+
+
+def test_a_model_that_is_no_language_model(refused, tmp_path):
+    assert "cannot be built" in refused(f"plan --config {tiny_config(tmp_path, model_type='vit')}")
+
+
+def test_a_backend_that_is_unknown_or_unavailable(refused, monkeypatch):
+    monkeypatch.setenv("LOWRANK_BACKEND", "fast")
+    assert "LOWRANK_BACKEND='fast' is not one of" in refused("plan --model nano")
+    monkeypatch.delenv("LOWRANK_BACKEND")
+    monkeypatch.setattr("lowrank_kernels.ops.native.import_error", "no such file")
+    assert "cannot run here" in refused("plan --model nano --backend native")
+
+
+def test_without_transformers(refused, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "transformers", None)
+    assert "pip install transformers" in refused("plan --model nano")
+    assert "pip install transformers" in refused("explain --model nano")

@@ -1,0 +1,68 @@
+import os
+
+import pytest
+import torch
+
+from lowrank_kernels.ops import native
+
+
+def test_every_available_backend_passes(json_of, monkeypatch):
+    monkeypatch.setenv("LOWRANK_BACKEND", "reference")
+    facts = json_of("selftest")
+    assert facts["passed"]
+    tried = {
+        tuple(case[key] for key in ("backend", "dtype", "optimizer", "side"))
+        for case in facts["cases"]
+        if case["device"] == "cpu"
+    }
+    served = {"reference": 2, "native": 2, "triton": 0 if torch.cuda.is_available() else 1}
+    for backend, dtypes in served.items():
+        assert sum(each[0] == backend for each in tried) == dtypes * 2 * 2
+    assert os.environ["LOWRANK_BACKEND"] == "reference"
+
+
+def scaled(result):
+    return 1.01 * result
+
+
+def scaled_projection(result):
+    return result._replace(direction=1.01 * result.direction)
+
+
+@pytest.mark.parametrize("operation", ["project_moments", "channel_scale"])
+def test_a_result_that_is_off_by_a_hundredth_is_wrong(command, monkeypatch, operation):
+    right = getattr(native, operation)
+    change = scaled_projection if operation == "project_moments" else scaled
+    monkeypatch.setattr(native, operation, lambda *args: change(right(*args)))
+    status, out, _ = command("selftest")
+    assert status == 1
+    wrong = [line for line in out.splitlines() if line.endswith("WRONG")]
+    assert wrong
+    assert all(line.startswith("native") for line in wrong)
+    assert f"{len(wrong)} wrong" in out
+    both = {line.split()[2] for line in wrong} == {"float32", "bfloat16"}
+    assert both or operation == "channel_scale"
+
+
+def test_an_update_that_is_off_by_a_hundredth_is_wrong(command, monkeypatch):
+    right = native.back_project_update
+
+    def update(*args, step_size, **options):
+        right(*args, step_size=1.01 * step_size, **options)
+
+    monkeypatch.setattr(native, "back_project_update", update)
+    assert command("selftest")[0] == 1
+
+
+def test_a_nan_is_wrong(command, monkeypatch):
+    right = native.channel_scale
+    monkeypatch.setattr(native, "channel_scale", lambda *args: right(*args) * float("nan"))
+    assert command("selftest")[0] == 1
+
+
+def test_an_unavailable_backend_is_named_with_its_reason(command, json_of, monkeypatch):
+    monkeypatch.setattr(native, "import_error", "no such file")
+    status, out, _ = command("selftest")
+    assert status == 0
+    assert "native: not tried, the compiled module does not load: no such file" in out
+    assert "no such file" in json_of("selftest")["unavailable"]["native"]
