@@ -42,3 +42,24 @@ def refused(command):
         return err[0]
 
     return run
+
+
+@pytest.fixture
+def tiny_config(tmp_path):
+    """Writes the config of a small LLaMA, with changes, and says where."""
+
+    def write(**changes):
+        config = {
+            "model_type": "llama",
+            "vocab_size": 100,
+            "hidden_size": 64,
+            "intermediate_size": 160,
+            "num_attention_heads": 4,
+            "num_hidden_layers": 3,
+            **changes,
+        }
+        path = tmp_path / "config.json"
+        path.write_text(json.dumps(config))
+        return path
+
+    return write

@@ -1,4 +1,4 @@
-import json
+import sys
 
 import pytest
 import torch
@@ -28,26 +28,10 @@ LLAMAS = {
 SCALARS = {"galore": 4, "fira": 8, "adarankgrad": 12}
 
 
-def tiny_config(folder, **changes):
-    config = {
-        "model_type": "llama",
-        "vocab_size": 100,
-        "hidden_size": 64,
-        "intermediate_size": 160,
-        "num_attention_heads": 4,
-        "num_hidden_layers": 3,
-        **changes,
-    }
-    path = folder / "config.json"
-    path.write_text(json.dumps(config))
-    return path
-
-
-@pytest.fixture(scope="module", params=DTYPES)
-def trained(request):
-    """The state of every optimizer after a real step of the 60M model."""
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_60m_holds_what_is_planned(json_of, dtype):
     model = build_model(PRESETS["60m"], 32000, 256)
-    cast_parameters(model, DTYPES[request.param])
+    cast_parameters(model, DTYPES[dtype])
     rng = torch.Generator().manual_seed(0)
     for param in model.parameters():
         param.grad = torch.empty_like(param).normal_(generator=rng)
@@ -56,13 +40,9 @@ def trained(request):
         optimizer = build(model, 128)
         optimizer.step()
         held[name] = sum(state_bytes(state) for state in optimizer.state.values())
-    weights = sum(param.numel() * param.element_size() for param in model.parameters())
-    return request.param, weights, held
 
-
-def test_60m_holds_what_is_planned(json_of, trained):
-    dtype, weights, held = trained
     facts = json_of(f"plan --model 60m --dtype {dtype}")
+    weights = sum(param.numel() * param.element_size() for param in model.parameters())
     assert facts["weight_bytes"] == facts["gradient_bytes"] == weights
     assert {name: needs["state_bytes"] for name, needs in facts["optimizers"].items()} == held
 
@@ -136,17 +116,17 @@ def test_text(command):
     assert "too large by" in command("plan --model 7b --card rtx-4090")[1]
 
 
-def test_a_config_of_transformers(json_of, tmp_path):
-    facts = json_of(f"plan --config {tiny_config(tmp_path)} --rank 8 --dtype fp32")
+def test_a_config_of_transformers(json_of, tiny_config):
+    facts = json_of(f"plan --config {tiny_config()} --rank 8 --dtype fp32")
     elements = 2 * 100 * 64 + 3 * (4 * 64 * 64 + 3 * 64 * 160 + 2 * 64) + 64
     assert (facts["parameters"], facts["rank"]) == (elements, 8)
-    by_default = json_of(f"plan --config {tiny_config(tmp_path)}")
+    by_default = json_of(f"plan --config {tiny_config()}")
     assert by_default["rank"] == 64 // 4
 
 
-def test_tied_weights_count_once(json_of, tmp_path):
-    loose = json_of(f"plan --config {tiny_config(tmp_path)}")
-    tied = json_of(f"plan --config {tiny_config(tmp_path, tie_word_embeddings=True)}")
+def test_tied_weights_count_once(json_of, tiny_config):
+    loose = json_of(f"plan --config {tiny_config()}")
+    tied = json_of(f"plan --config {tiny_config(tie_word_embeddings=True)}")
     assert loose["parameters"] - tied["parameters"] == 100 * 64
 
 
@@ -175,8 +155,8 @@ def test_a_file_that_is_no_config(refused, tmp_path):
         assert str(path) in refused(f"plan --config {path}")
 
 
-def test_a_model_that_is_no_language_model(refused, tmp_path):
-    assert "cannot be built" in refused(f"plan --config {tiny_config(tmp_path, model_type='vit')}")
+def test_a_model_that_is_no_language_model(refused, tiny_config):
+    assert "cannot be built" in refused(f"plan --config {tiny_config(model_type='vit')}")
 
 
 def test_a_backend_that_is_unknown_or_unavailable(refused, monkeypatch):
@@ -188,6 +168,6 @@ def test_a_backend_that_is_unknown_or_unavailable(refused, monkeypatch):
 
 
 def test_without_transformers(refused, monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "transformers", None)
+    monkeypatch.setitem(sys.modules, "transformers", None)
     assert "pip install transformers" in refused("plan --model nano")
     assert "pip install transformers" in refused("explain --model nano")

@@ -1,5 +1,4 @@
 import pytest
-from test_plan import tiny_config
 
 KEYS = {
     "name",
@@ -56,9 +55,9 @@ def test_text_has_a_row_a_kind(command):
         assert word in lines[0]
 
 
-def test_a_matrix_that_saves_no_memory_says_so(json_of, tmp_path):
+def test_a_matrix_that_saves_no_memory_says_so(json_of, tiny_config):
     # Of 64 x 64 and 64 x 160 only the second is smaller with 50 directions.
-    path = tiny_config(tmp_path)
+    path = tiny_config()
     rows = json_of(f"explain --config {path} --rank 50")["parameters"]
     square = next(row for row in rows if row["name"].endswith("0.self_attn.q_proj.weight"))
     assert not square["projected"]
