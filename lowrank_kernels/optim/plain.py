@@ -63,17 +63,23 @@ def step_plain(
         _step_widened(widened, group, capturable)
 
 
-def workspace_bytes(param: Tensor, device_type: str) -> int:
-    """Bytes of temporaries of one parameter, with a gradient of its dtype.
+def workspace_bytes(params: list[Tensor], device_type: str) -> int:
+    """Bytes of temporaries at the peak, with dense gradients of the weights' dtypes.
 
-    Copies of the weight and of the gradient, a block of them where the device has fused kernels;
-    elsewhere torch's code holds the root of the second moment and a quotient, too.
+    Where the device has fused kernels, a block's copies of weights and gradients, and a step for
+    each piece; elsewhere a copy of the gradient, the root of the second moment and a quotient.
     """
-    dtype = moment_dtype(param.dtype)
-    same = param.dtype is dtype
     if device_type not in FUSED_DEVICES:
-        return (2 + (not same)) * param.numel() * dtype.itemsize
-    return 0 if same else 2 * min(param.numel(), BLOCK_ELEMENTS[device_type]) * dtype.itemsize
+        return max((_unfused_bytes(param) for param in params), default=0)
+    widened = [param for param in params if param.dtype is not moment_dtype(param.dtype)]
+    elements = sum(param.numel() for param in widened)
+    copied = min(elements, BLOCK_ELEMENTS[device_type])
+    return 2 * 4 * copied + 4 * len(widened)
+
+
+def _unfused_bytes(param: Tensor) -> int:
+    dtype = moment_dtype(param.dtype)
+    return (2 + (param.dtype is not dtype)) * param.numel() * dtype.itemsize
 
 
 def _step_widened(works: list[Work], group: Group, capturable: bool) -> None:

@@ -45,7 +45,7 @@ def planned_workspace(optimizer: LowRankAdamW, device_type: str) -> Workspace:
     for group in optimizer.param_groups:
         trained = [param for param in group["params"] if param.requires_grad]
         if not is_projected(group):
-            step += [plain.workspace_bytes(param, device_type) for param in trained]
+            step.append(plain.workspace_bytes(trained, device_type))
             continue
         residual = step_scalars(group, 1, optimizer.residual, optimizer.corrected).residual
         for alike in _alike(group, trained, device_type):

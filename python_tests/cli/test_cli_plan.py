@@ -89,15 +89,9 @@ def test_the_workspace_is_that_of_the_backend(json_of):
     facts = {name: json_of(f"plan --model 1b --backend {name}") for name in ("reference", "native")}
     assert {name: each["backend"] for name, each in facts.items()} == {x: x for x in facts}
     step = {x: each["optimizers"]["fira"]["step_workspace_bytes"] for x, each in facts.items()}
-    # The embedding's float32 copies: a gradient, a root and a quotient.
-    assert step == {"reference": 12 * 32000 * 2048, "native": 12 * 32000 * 2048}
-    step = {
-        name: json_of(f"plan --model 1b --backend {name} --dtype fp32")["optimizers"]["fira"]
-        for name in facts
-    }
     full = 4 * 2048 * 5461
-    assert 4 * full < step["reference"]["step_workspace_bytes"] < 6 * full
-    assert step["native"]["step_workspace_bytes"] < 2 * full
+    assert 4 * full < step["reference"] < 6 * full
+    assert step["native"] < full
 
 
 def test_no_memory_leaves_nothing_to_say(json_of):
