@@ -12,11 +12,12 @@ TORCH := $(shell sed -n 's/^torch==//p' constraints.txt)
 NATIVE := setup.py CMakeLists.txt $(shell find csrc -type f)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test sanitize sanitize-cuda cuda lint build wheel wheels clean
+.PHONY: help demo test smoke sanitize sanitize-cuda cuda lint build wheel wheels clean
 
 help:
 	@echo "make demo    train a tiny LLaMA on this machine; results in demo/"
 	@echo "make test    run the tests"
+	@echo "make smoke   run every bench for a moment; its figures are of no use"
 	@echo "make lint    check formatting, lint and types"
 	@echo "make sanitize  run the CPU tests of a build with address and undefined-behaviour sanitizers"
 	@echo "make sanitize-cuda  run the native GPU tests under compute-sanitizer"
@@ -31,6 +32,10 @@ demo: $(VENV)/.bench
 
 test: $(VENV)/.bench $(VENV)/.test
 	@$(BIN)/python -m pytest
+
+smoke: $(VENV)/.bench $(VENV)/.test
+	@rm -rf build/smoke
+	@$(BIN)/python -m bench.campaign --quick --out build/smoke
 
 # A build of its own, without the run-time choice of instruction sets: its resolvers run before the
 # sanitizers are up. Leaks are not looked for: Python keeps much until its end.

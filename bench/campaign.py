@@ -27,6 +27,7 @@ from pathlib import Path
 
 import torch
 
+from bench.optimizers import present
 from bench.tables import new_table, show
 
 ROOT = Path(__file__).parents[1]
@@ -157,10 +158,12 @@ def _on_gpu(out: Path) -> Iterator[Part]:
     yield _bench("model_step", out / "ranks-cuda.json", *ranks.split(), *few)
     yield _bench("refresh", out / "refresh-cuda.json", "--models", "60m,1b,7b")
     text = "--dtype bf16 --tokenizer bpe --vocab-size 32000 --eval-tokens 65536"
-    everyone = "adamw,adamw-master,galore,adarankgrad,fira"
+    rivals = ("galore-torch", "fira-official", "apollo-torch", "torchao-8bit", "flashoptim")
+    everyone = ["adamw", "adamw-master", "galore", "adarankgrad", "fira"]
+    everyone += present(rivals, "cuda")[0]
     for model, steps, batch in (("60m", 450, 256), ("350m", 250, 64)):
         size = f"--model {model} --steps {steps} --batch-size {batch} --micro-batch {batch}"
-        words = (*size.split(), *text.split(), "--optimizers", everyone)
+        words = (*size.split(), *text.split(), "--optimizers", ",".join(everyone))
         yield _bench("pretrain", out / f"pretrain-{model}-cuda", *words, resumes=True)
 
 

@@ -1,6 +1,6 @@
-"""The figures and tables that the README shows, each computed from a record in `bench/results`.
+"""The figures and tables that the documents show, each from a record in `bench/results`.
 
-A function takes the records and returns Markdown; its name is what stands in the README around it:
+A function takes the records and returns Markdown; its name is what stands around it there:
 `<!-- figure: NAME -->...<!-- end -->`.
 """
 
@@ -203,12 +203,6 @@ def _range(values: Iterable[float]) -> str:
 
 
 @figure
-def step_means(records: Records) -> str:
-    mean = records["step-cpu"]["geometric_means"]
-    return f"{mean['fira']['official']:.2f} and {mean['galore']['official']:.2f}"
-
-
-@figure
 def model_steps(records: Records) -> str:
     """Every optimizer on a whole model."""
     return _model_table(records, "model_step-cpu")
@@ -322,6 +316,16 @@ def accounting(records: Records) -> str:
         for row in records["memory"]["accounting"]
     ]
     return table(("GaLore at 7B, r 1024", "state GB", "less than AdamW's"), lines)
+
+
+@figure
+def published_bf16(records: Records) -> str:
+    return f"{100 * records['memory']['published']['bf16']:.1f} %"
+
+
+@figure
+def published_8bit(records: Records) -> str:
+    return f"{100 * records['memory']['published']['8-bit']:.1f} %"
 
 
 @figure

@@ -1,10 +1,10 @@
-"""From the records in `bench/results` to the README's figures and to the pictures.
+"""From the records in `bench/results` to the figures of the documents and to the pictures.
 
     python -m bench.report            # writes both
-    python -m bench.report --check    # exit status 1 if the README does not say what the records do
+    python -m bench.report --check    # exit status 1 if a document does not say what the records do
 
-In the README a figure stands between `<!-- figure: NAME -->` and `<!-- end -->`; `bench.figures`
-has a function of that name.
+In the README and in bench/RESULTS.md a figure stands between `<!-- figure: NAME -->` and
+`<!-- end -->`; `bench.figures` has a function of that name.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from pathlib import Path
 from bench.figures import FIGURES, RESULTS, Records
 
 README = Path(__file__).parents[1] / "README.md"
+DOCUMENTS = (README, Path(__file__).parent / "RESULTS.md")
 MARKED = re.compile(r"<!-- figure: (\w+) -->(.*?)<!-- end -->", re.DOTALL)
 # What a measurement has behind its number, and settings or published numbers hardly ever.
 UNIT = r"(ms|MB|GB|GB/s|TFLOP/s|tokens/s|%|x|times as fast|registers)"
@@ -64,24 +65,28 @@ def draw(records: Records, folder: Path) -> list[Path]:
     return pictures
 
 
+def written(document: Path, records: Records) -> str:
+    """What a document has to say; its links start where it lies."""
+    text = filled(document.read_text(), records)
+    return text if document.parent == README.parent else text.replace("](bench/", "](")
+
+
 def main(arguments: list[str] | None = None) -> None:
     line = argparse.ArgumentParser(prog="python -m bench.report")
     line.add_argument("--results", type=Path, default=RESULTS, help="records, and the pictures")
-    line.add_argument("--readme", type=Path, default=README)
+    line.add_argument("--documents", type=Path, nargs="+", default=DOCUMENTS)
     line.add_argument("--check", action="store_true", help="changes nothing")
     options = line.parse_args(arguments)
     records = Records(options.results)
-    before = options.readme.read_text()
-    after = filled(before, records)
-    if options.check:
-        if before != after:
-            sys.exit(
-                "report: the README differs from the records; python -m bench.report writes it"
-            )
-        return
-    options.readme.write_text(after)
-    for path in draw(records, options.results):
-        print(path)
+    for document in options.documents:
+        after = written(document, records)
+        if not options.check:
+            document.write_text(after)
+        elif after != document.read_text():
+            sys.exit(f"report: {document.name} differs from the records; python -m bench.report")
+    if not options.check:
+        for path in draw(records, options.results):
+            print(path)
 
 
 if __name__ == "__main__":

@@ -8,21 +8,22 @@ from bench import report
 from bench.figures import FIGURES, NOT_MEASURED, Records
 from bench.record import write_lines
 
-README = report.README.read_text()
+TEXTS = {document.name: document.read_text() for document in report.DOCUMENTS}
+ROOT = report.README.parent
 
 
-def test_the_readme_says_what_the_records_say():
+def test_the_documents_say_what_the_records_say():
     report.main(["--check"])
 
 
-def test_the_readme_shows_figures_and_only_known_ones():
-    shown = [name for name, _ in report.MARKED.findall(README)]
-    assert len(shown) > 8
-    assert set(shown) <= set(FIGURES)
+def test_the_documents_show_figures_and_only_known_ones():
+    shown = {name for text in TEXTS.values() for name, _ in report.MARKED.findall(text)}
+    assert shown == set(FIGURES)
 
 
-def test_nothing_that_looks_measured_stands_outside_of_the_figures():
-    assert report.untraced(README) == []
+@pytest.mark.parametrize("name", TEXTS)
+def test_nothing_that_looks_measured_stands_outside_of_the_figures(name):
+    assert report.untraced(TEXTS[name]) == []
 
 
 @pytest.mark.parametrize(
@@ -40,14 +41,18 @@ def test_a_figure_without_a_record_is_found(line):
     assert report.untraced(f"<!-- figure: demo -->\n{line}\n<!-- end -->") == []
 
 
-def test_a_changed_figure_is_found(tmp_path):
-    match = report.MARKED.search(README)
-    digit = re.search(r"\d", match[2])
-    at = match.start(2) + digit.start()
-    changed = f"{README[:at]}{(int(digit[0]) + 1) % 10}{README[at + 1 :]}"
-    (tmp_path / "README.md").write_text(changed)
-    with pytest.raises(SystemExit, match="differs from the records"):
-        report.main(["--check", "--readme", str(tmp_path / "README.md")])
+@pytest.mark.parametrize("document", report.DOCUMENTS, ids=lambda path: path.name)
+def test_a_changed_figure_is_found(document, tmp_path, monkeypatch):
+    text = TEXTS[document.name]
+    matches = [match for match in report.MARKED.finditer(text) if re.search(r"\d", match[2])]
+    for match in matches:
+        at = match.start(2) + re.search(r"\d", match[2]).start()
+        changed = f"{text[:at]}{(int(text[at]) + 1) % 10}{text[at + 1 :]}"
+        copy = tmp_path / document.name
+        copy.write_text(changed)
+        monkeypatch.setattr(report, "README", copy if document == report.README else ROOT / "x")
+        with pytest.raises(SystemExit, match="differs from the records"):
+            report.main(["--check", "--documents", str(copy)])
 
 
 @pytest.mark.parametrize("name", FIGURES)
@@ -57,11 +62,11 @@ def test_every_figure_tells_its_record(name):
         assert "\n" not in text
         return
     places = re.findall(r"\]\((bench/results/[\w/-]+\.json)\)", text)
-    assert all((report.README.parent / place).exists() for place in places)
+    assert all((ROOT / place).exists() for place in places)
     assert places or name in ("gpu_goals", "accounting")
 
 
-INLINE = ("rank_course", "step_means", "captured", "cuda_compile")
+INLINE = ("rank_course", "captured", "cuda_compile", "published_bf16", "published_8bit")
 
 
 def test_what_no_gpu_has_run_is_said_so_and_what_one_has_is_shown(tmp_path):
@@ -85,7 +90,9 @@ def test_pictures_are_drawn_from_the_records(tmp_path):
         assert picture.stat().st_size > 20_000
 
 
-def test_every_picture_of_the_readme_is_there():
-    pictures = re.findall(r"!\[[^\]]+\]\(([^)]+)\)", README)
-    assert len(pictures) > 4
-    assert all((report.README.parent / picture).exists() for picture in pictures)
+@pytest.mark.parametrize("document", report.DOCUMENTS, ids=lambda path: path.name)
+def test_every_picture_and_link_of_a_document_is_there(document):
+    places = re.findall(r"\]\((?!http)([^)#]+)\)", TEXTS[document.name])
+    assert sum(place.endswith(".png") for place in places) >= 4
+    missing = [place for place in places if not (document.parent / place).exists()]
+    assert missing == []
