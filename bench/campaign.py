@@ -148,13 +148,13 @@ def _on_gpu(out: Path) -> Iterator[Part]:
         yield _bench("kernels", out / name, "--models", models, "--dtypes", "bf16")
     yield _bench("kernels", out / "kernels-fp32-cuda.json", "--dtypes", "fp32")
     yield _bench("step", out / "step-cuda.json")
+    few = ("--optimizers", "adamw,galore,fira,hybrid-galore,hybrid-fira")
     for model in ("60m", "130m", "350m", "1b", "7b"):
-        words = ("--models", model, "--dtypes", "bf16")
+        words = ("--models", model, "--dtypes", "bf16", *(few if model == "7b" else ()))
         yield _bench("model_step", out / f"model_step-{model}-cuda.json", *words)
     sizes = "--models 60m,130m,350m,1b --optimizers adamw,adamw-master,galore,fira --dtypes bf16"
     yield _bench("model_step", out / "sizes-cuda.json", *sizes.split())
     ranks = "--models 350m,1b --ranks 16,32,64,128,256,512,full --dtypes bf16"
-    few = ("--optimizers", "adamw,galore,fira,hybrid-galore,hybrid-fira")
     yield _bench("model_step", out / "ranks-cuda.json", *ranks.split(), *few)
     yield _bench("refresh", out / "refresh-cuda.json", "--models", "60m,1b,7b")
     text = "--dtype bf16 --tokenizer bpe --vocab-size 32000 --eval-tokens 65536"

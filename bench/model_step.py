@@ -269,7 +269,10 @@ def main(arguments: list[str] | None = None) -> None:
     names, missing = present(options.optimizers, options.device)
     device, rows = torch.device(options.device), []
     for problem in progress(list(problems(options))):
-        rows.append(bench_problem(problem, names, device, options))
+        try:
+            rows.append(bench_problem(problem, names, device, options))
+        except torch.OutOfMemoryError:
+            missing[f"{problem.model} {problem.dtype}"] = "the layer set does not fit"
         gc.collect()
     facts = {"backend": options.backend, "missing": missing}
     record = head("model_step", options.device, options.arguments, **facts)

@@ -68,7 +68,7 @@ def _draw_roof(axes: Axes, rates: dict[str, float]) -> None:
         ha="right",
     )
     axes.annotate(
-        f"copy: {bandwidth / 1e9:.0f} GB/s",
+        f"memory: {bandwidth / 1e9:.0f} GB/s",
         (8, bandwidth * 8 / 1e12),
         xytext=(4, -14),
         textcoords="offset points",

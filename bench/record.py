@@ -63,10 +63,10 @@ def head(bench: str, device: str, arguments: list[str], **facts: object) -> dict
 
 
 def _without_places(arguments: list[str]) -> list[str]:
-    """Where files were read and written says nothing about the figures."""
-    places = ("--out", "--gradients")
+    """Where files lay, and how often the run was stopped, says nothing about the figures."""
+    places, flags = ("--out", "--gradients"), ("--resume", "--overwrite")
     pairs = zip(["", *arguments], arguments, strict=False)
-    return [word for before, word in pairs if word not in places and before not in places]
+    return [word for before, word in pairs if word not in places + flags and before not in places]
 
 
 def result(samples: Samples, floor: float | None = None) -> dict:

@@ -35,7 +35,7 @@ def rates_text(rates: dict[str, dict[str, float]]) -> str:
     """What the device was measured to do."""
     copies = max(rate["bytes_per_second"] for rate in rates.values())
     products = (f"{name} {rate['flops_per_second'] / 1e12:.2f}" for name, rate in rates.items())
-    return f"copies at {copies / 1e9:.0f} GB/s, products at {', '.join(products)} TFLOP/s"
+    return f"{copies / 1e9:.0f} GB/s, products at {', '.join(products)} TFLOP/s"
 
 
 def missing_text(missing: dict[str, str]) -> str:

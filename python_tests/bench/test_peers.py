@@ -111,5 +111,13 @@ def test_what_is_prepared_is_not_timed():
 
 
 def test_a_record_does_not_tell_where_files_lay():
-    words = ["--rounds", "7", "--gradients", "/somewhere/g.pt", "--out", "/elsewhere/x.json"]
+    words = [
+        "--resume",
+        "--rounds",
+        "7",
+        "--gradients",
+        "/somewhere/g.pt",
+        "--out",
+        "/elsewhere/x.json",
+    ]
     assert _without_places(words) == ["--rounds", "7"]
