@@ -15,7 +15,20 @@ from bench.settings import Settings
 from bench.summary import Summary, summarize
 
 
-def draw(records: list[dict], settings: Settings, data: DataSummary, path: Path) -> None:
+def draw_all(
+    records: list[dict], settings: Settings, data: DataSummary, device: str, folder: Path
+) -> list[Path]:
+    """Draws a comparison; `device` is what it ran on."""
+    paths = [folder / f"{name}.png" for name in ("pretrain", "steps", "subspaces")]
+    draw(records, settings, data, device, paths[0])
+    draw_steps(records, settings, device, paths[1])
+    drawn = draw_subspaces(records, settings, device, paths[2])
+    return paths if drawn else paths[:2]
+
+
+def draw(
+    records: list[dict], settings: Settings, data: DataSummary, device: str, path: Path
+) -> None:
     """Draws every optimizer at its best rate, averaged over the seeds."""
     best = [summary for summary in summarize(records, settings, data) if summary.best]
     colours = {row.optimizer: COLOURS[i % len(COLOURS)] for i, row in enumerate(best)}
@@ -26,13 +39,13 @@ def draw(records: list[dict], settings: Settings, data: DataSummary, path: Path)
     _draw_bars(bars, best, records[0]["weight_bytes"], colours)
     size = f"{records[0]['parameters'] / 1e6:.2f} M parameters, {settings.dtype}"
     figure.suptitle(
-        f"LLaMA {settings.model} ({size}), rank {settings.rank}, on {data.source}",
+        f"LLaMA {settings.model} ({size}), rank {settings.rank}, on {data.source}; {device}",
         fontweight="bold",
     )
     figure.savefig(path, dpi=150)
 
 
-def draw_subspaces(records: list[dict], settings: Settings, path: Path) -> bool:
+def draw_subspaces(records: list[dict], settings: Settings, device: str, path: Path) -> bool:
     """Draws rank and captured energy of every projected matrix over time, a row an optimizer.
 
     Returns:
@@ -62,7 +75,7 @@ def draw_subspaces(records: list[dict], settings: Settings, path: Path) -> bool:
         axis.set_xlabel("optimizer step")
     rows[0][1].legend(fontsize="small", frameon=False, ncols=4)
     figure.suptitle(
-        f"LLaMA {settings.model}: each line a matrix, when its basis was last computed",
+        f"LLaMA {settings.model}: each line a matrix, when its basis was last computed; {device}",
         fontweight="bold",
     )
     figure.savefig(path, dpi=130)
@@ -132,7 +145,7 @@ def smooth(values: list[float]) -> list[float]:
     return smoothed
 
 
-def draw_steps(records: list[dict], settings: Settings, path: Path) -> None:
+def draw_steps(records: list[dict], settings: Settings, device: str, path: Path) -> None:
     """Draws how long each `optimizer.step()` took, in order, so that a stall shows."""
     runs = {record["optimizer"]: record for record in reversed(records)}
     figure = Figure(figsize=(11, 1.2 + 1.9 * len(runs)), layout="constrained")
@@ -142,11 +155,12 @@ def draw_steps(records: list[dict], settings: Settings, path: Path) -> None:
         axes.semilogy(range(1, len(times) + 1), times, ".", ms=2.5, color=colour)
         middle, worst = statistics.median(times), max(times[1:] or times)
         axes.axhline(middle, color="0.4", lw=0.8)
-        text = f"{name}: median {middle:.2f} ms, slowest after the first {worst / middle:.1f} of it"
+        late = f"slowest after the first: {worst / middle:.1f} times that"
+        text = f"{name}: median {middle:.2f} ms; {late}"
         axes.set_title(text, fontsize="medium", loc="left")
         axes.set_ylabel("ms")
         tidy(axes)
     rows[-1].set_xlabel("optimizer step")
-    size = f"rank {settings.rank}, a basis every {settings.update_proj_gap} steps"
+    size = f"rank {settings.rank}, a basis every {settings.update_proj_gap} steps; {device}"
     figure.suptitle(f"Every optimizer.step(), LLaMA {settings.model}, {size}", fontweight="bold")
     figure.savefig(path, dpi=130)

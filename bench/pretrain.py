@@ -40,14 +40,13 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit("pretrain: stopped; --resume goes on from the last checkpoint")
 
     # Drawing libraries take seconds to import, which a mistake in the arguments should not cost.
-    from bench.picture import draw, draw_steps, draw_subspaces
+    from bench.picture import draw_all
+    from bench.record import device_name
     from bench.summary import print_tables, write_record
 
     words = sys.argv[1:] if arguments is None else arguments
     write_record(records, settings, data, out / "pretrain.json", words)
-    draw(records, settings, data, out / "pretrain.png")
-    draw_subspaces(records, settings, out / "subspaces.png")
-    draw_steps(records, settings, out / "steps.png")
+    draw_all(records, settings, data, device_name(settings.device), out)
     print_tables(records, settings, data)
     print(f"{time.perf_counter() - started:.0f} s; the record and the picture are in {out}")
 

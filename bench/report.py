@@ -47,6 +47,9 @@ def draw(records: Records, folder: Path) -> list[Path]:
     """Draws what there are records for."""
     # Drawing libraries take seconds to import, which a check does not need.
     from bench import plots
+    from bench.data import DataSummary
+    from bench.picture import draw_all
+    from bench.settings import Settings
 
     pictures = []
     for device in ("cpu", "cuda"):
@@ -62,6 +65,12 @@ def draw(records: Records, folder: Path) -> list[Path]:
     if "memory" in records:
         plots.draw_memory(records["memory"]["rows"], folder / "memory.png")
         pictures.append(folder / "memory.png")
+    for record in sorted(records.folder.glob("*/pretrain.json")):
+        found = records[f"{record.parent.name}/pretrain"]
+        about = Settings(**found["settings"]), DataSummary(**found["data"])
+        place = folder / record.parent.name
+        place.mkdir(exist_ok=True)
+        pictures += draw_all(found["runs"], *about, found["environment"]["device"], place)
     return pictures
 
 

@@ -146,7 +146,13 @@ def test_best_rate_is_the_best_mean_and_never_a_diverged_one(setting, tmp_path):
     assert summaries[1].tokens_per_second == 4 * 16 / 2
     write_record(records, settings, data, tmp_path / "record.json")
     assert json.loads((tmp_path / "record.json").read_text())["summary"][0]["loss"] is None
-    draw(records[4:], replace(settings, lrs={"adamw": [0.3]}), data, tmp_path / "picture.png")
+    draw(
+        records[4:],
+        replace(settings, lrs={"adamw": [0.3]}),
+        data,
+        "a device",
+        tmp_path / "picture.png",
+    )
 
 
 def pretrain(arguments: list[str], **kwargs) -> subprocess.Popen:
