@@ -35,7 +35,7 @@ from bench.peers import Recipe
 from bench.record import head, result, write_lines
 from bench.step import random_svd
 from bench.tables import SPREAD, missing_text, new_table, progress, rates_text, show, time_text
-from bench.timing import Rates, cache_bytes, interleaved, measure_rates, rates_record
+from bench.timing import Rates, best, cache_bytes, interleaved, measure_rates, rates_record
 from lowrank_kernels import param_groups
 
 OURS = ("galore", "fira", "adarankgrad")
@@ -172,7 +172,6 @@ def bench_problem(
         except torch.OutOfMemoryError:
             missing[name] = "does not fit"
     rates = measure_rates(device, DTYPES[problem.dtype], options.quick)
-    floor = floors(problem, rates)
     runs = {name: lambda _, o=optimizer: o.step() for name, optimizer in optimizers.items()}
     gradients = [param.grad for param in params]
     source = [torch.empty_like(grad).copy_(grad) for grad in gradients]
@@ -181,6 +180,8 @@ def bench_problem(
     fresh = interleaved(
         runs, device, options.rounds, prepare=lambda _: torch._foreach_copy_(gradients, source)
     )
+    rates = best(rates, measure_rates(device, DTYPES[problem.dtype], options.quick))
+    floor = floors(problem, rates)
     costs = {
         name: {
             "state_bytes": tensor_bytes(dict(optimizer.state)) + rest_bytes(optimizer),

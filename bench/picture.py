@@ -5,33 +5,31 @@ from __future__ import annotations
 import math
 import statistics
 from pathlib import Path
+from typing import NamedTuple
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from bench.data import DataSummary
-from bench.plots import COLOURS, tidy
+from bench.plots import COLOURS, colour, tidy
 from bench.settings import Settings
 from bench.summary import Summary, summarize
 
 
-def draw_all(
-    records: list[dict], settings: Settings, data: DataSummary, device: str, folder: Path
-) -> list[Path]:
-    """Draws a comparison; `device` is what it ran on."""
-    paths = [folder / f"{name}.png" for name in ("pretrain", "steps", "subspaces")]
-    draw(records, settings, data, device, paths[0])
-    draw_steps(records, settings, device, paths[1])
-    drawn = draw_subspaces(records, settings, device, paths[2])
-    return paths if drawn else paths[:2]
+class Comparison(NamedTuple):
+    """What is drawn: the runs, how they were made, and on what device."""
+
+    records: list[dict]
+    settings: Settings
+    data: DataSummary
+    device: str
 
 
-def draw(
-    records: list[dict], settings: Settings, data: DataSummary, device: str, path: Path
-) -> None:
+def draw(comparison: Comparison, path: Path) -> None:
     """Draws every optimizer at its best rate, averaged over the seeds."""
+    records, settings, data, device = comparison
     best = [summary for summary in summarize(records, settings, data) if summary.best]
-    colours = {row.optimizer: COLOURS[i % len(COLOURS)] for i, row in enumerate(best)}
+    colours = {row.optimizer: colour(row.optimizer, i) for i, row in enumerate(best)}
     # Not pyplot, which would look for a display.
     figure = Figure(figsize=(12, 5.2), layout="constrained")
     curves, bars = figure.subplots(1, 2, width_ratios=(2.3, 1))
@@ -45,15 +43,15 @@ def draw(
     figure.savefig(path, dpi=150)
 
 
-def draw_subspaces(records: list[dict], settings: Settings, device: str, path: Path) -> bool:
+def draw_subspaces(comparison: Comparison, path: Path) -> None:
     """Draws rank and captured energy of every projected matrix over time, a row an optimizer.
 
-    Returns:
-        False, and no file, if nobody projected anything.
+    There is no file if nobody projected anything.
     """
+    records, settings, _, device = comparison
     runs = {r["optimizer"]: r for r in reversed(records) if r["subspaces"]}
     if not runs:
-        return False
+        return
     figure = Figure(figsize=(11, 1.2 + 2.8 * len(runs)), layout="constrained")
     rows = figure.subplots(len(runs), 2, sharex=True, squeeze=False)
     for axes, (name, run) in zip(rows, reversed(runs.items()), strict=True):
@@ -62,10 +60,10 @@ def draw_subspaces(records: list[dict], settings: Settings, device: str, path: P
         for matrix in run["subspaces"][0][1]:
             kind = matrix.removesuffix(".weight").rsplit(".", 1)[-1]
             label = None if kind in kinds else kind
-            colour = kinds.setdefault(kind, COLOURS[len(kinds) % len(COLOURS)])
+            shade = kinds.setdefault(kind, COLOURS[len(kinds) % len(COLOURS)])
             for axis, part in zip(axes, (0, 1), strict=True):
                 values = [matrices[matrix][part] for _, matrices in run["subspaces"]]
-                axis.plot(steps, values, color=colour, lw=1, alpha=0.8, label=label)
+                axis.plot(steps, values, color=shade, lw=1, alpha=0.8, label=label)
         axes[0].set(ylabel="rank", ylim=(0, settings.rank * 1.05))
         axes[1].set(ylabel="captured energy", ylim=(0, 1))
         axes[0].set_title(f"{name}, lr {run['lr']:g}", fontsize="medium", loc="left")
@@ -79,7 +77,6 @@ def draw_subspaces(records: list[dict], settings: Settings, device: str, path: P
         fontweight="bold",
     )
     figure.savefig(path, dpi=130)
-    return True
 
 
 def _draw_curves(
@@ -126,7 +123,7 @@ def _draw_bars(axes: Axes, best: list[Summary], weight_bytes: int, colours: dict
     axes.margins(y=0.1)
     axes.set_title("optimizer state", fontsize="medium")
     axes.set_ylabel("MB")
-    axes.tick_params(axis="x", length=0)
+    axes.tick_params(axis="x", length=0, rotation=20)
     tidy(axes)
 
 
@@ -145,14 +142,15 @@ def smooth(values: list[float]) -> list[float]:
     return smoothed
 
 
-def draw_steps(records: list[dict], settings: Settings, device: str, path: Path) -> None:
+def draw_steps(comparison: Comparison, path: Path) -> None:
     """Draws how long each `optimizer.step()` took, in order, so that a stall shows."""
+    records, settings, _, device = comparison
     runs = {record["optimizer"]: record for record in reversed(records)}
     figure = Figure(figsize=(11, 1.2 + 1.9 * len(runs)), layout="constrained")
     rows = figure.subplots(len(runs), 1, sharex=True, sharey=True, squeeze=False)[:, 0]
-    for axes, (name, run), colour in zip(rows, reversed(runs.items()), COLOURS * 9, strict=False):
+    for index, (axes, (name, run)) in enumerate(zip(rows, reversed(runs.items()), strict=True)):
         times = [1e3 * seconds for seconds in run["optimizer_seconds"]]
-        axes.semilogy(range(1, len(times) + 1), times, ".", ms=2.5, color=colour)
+        axes.semilogy(range(1, len(times) + 1), times, ".", ms=2.5, color=colour(name, index))
         middle, worst = statistics.median(times), max(times[1:] or times)
         axes.axhline(middle, color="0.4", lw=0.8)
         late = f"slowest after the first: {worst / middle:.1f} times that"
@@ -164,3 +162,6 @@ def draw_steps(records: list[dict], settings: Settings, device: str, path: Path)
     size = f"rank {settings.rank}, a basis every {settings.update_proj_gap} steps; {device}"
     figure.suptitle(f"Every optimizer.step(), LLaMA {settings.model}, {size}", fontweight="bold")
     figure.savefig(path, dpi=130)
+
+
+PICTURES = {"pretrain": draw, "steps": draw_steps, "subspaces": draw_subspaces}

@@ -13,6 +13,7 @@ COLOURS = ("#0072B2", "#56B4E9", "#E69F00", "#D55E00", "#009E73", "#CC79A7", "#0
 OPTIMIZER_COLOURS = {
     "adamw": "#000000",
     "adamw-master": "#999999",
+    "adamw-split": "#999999",
     "galore": "#0072B2",
     "fira": "#D55E00",
     "adarankgrad": "#009E73",
@@ -24,6 +25,11 @@ OPERATIONS = {
     "back_project_update": "back-project + update",
 }
 MARKERS = {"project_moments": "o", "back_project_update": "s", "step": "D"}
+
+
+def colour(name: str, index: int) -> str:
+    """Of an optimizer, the same in every picture; of an unknown one, by its place."""
+    return OPTIMIZER_COLOURS.get(name, COLOURS[index % len(COLOURS)])
 
 
 def tidy(axes: Axes) -> None:
@@ -38,41 +44,34 @@ def device_line(record: dict) -> str:
     return f"{place}, torch {environment['versions']['torch']}, {record['date']}"
 
 
-def draw_roofline(record: dict, rows: list[dict], path: Path) -> None:
+def draw_roofline(record: dict, path: Path) -> None:
     """What each operation computes a second, below what the device was measured to do."""
     dtypes = list(record["rates"])
-    figure = Figure(figsize=(6.2 * len(dtypes), 5), layout="constrained")
+    figure = Figure(figsize=(2.6 + 5.2 * len(dtypes), 5), layout="constrained")
     panels = figure.subplots(1, len(dtypes), sharey=True, squeeze=False)[0]
     for axes, dtype in zip(panels, dtypes, strict=True):
         rates = record["rates"][dtype]
         _draw_roof(axes, rates)
-        for row in (row for row in rows if row["dtype"] == dtype and row["flops"]):
+        for row in (r for r in record["rows"] if r["dtype"] == dtype and r["flops"]):
             _draw_operation(axes, row, record["backend"])
         axes.set(title=dtype, xlabel="FLOPs a byte of the fewest bytes that it can move")
         tidy(axes)
     panels[0].set_ylabel("TFLOP/s")
-    panels[0].legend(handles=_operation_legend(panels[0], record["backend"]), frameon=False)
+    marks = _operation_legend(panels[0], record["backend"])
+    figure.legend(handles=marks, loc="outside right center", frameon=False)
     figure.suptitle(f"Operations below the roof: {device_line(record)}", fontweight="bold")
     figure.savefig(path, dpi=130)
 
 
 def _draw_roof(axes: Axes, rates: dict[str, float]) -> None:
     bandwidth, peak = rates["bytes_per_second"], rates["flops_per_second"]
-    intensity = np.geomspace(8, 2000, 100)
+    intensity = np.geomspace(1, 500, 200)
     axes.loglog(intensity, np.minimum(bandwidth * intensity, peak) / 1e12, color="0.2", lw=1.5)
-    axes.annotate(
-        f"product of large matrices: {peak / 1e12:.2f} TFLOP/s",
-        (2000, peak / 1e12),
-        xytext=(0, 5),
-        textcoords="offset points",
-        ha="right",
-    )
-    axes.annotate(
-        f"memory: {bandwidth / 1e9:.0f} GB/s",
-        (8, bandwidth * 8 / 1e12),
-        xytext=(4, -14),
-        textcoords="offset points",
-    )
+    near = {"textcoords": "offset points"}
+    label = f"product of large matrices: {peak / 1e12:.2f} TFLOP/s"
+    axes.annotate(label, (500, peak / 1e12), xytext=(0, 5), ha="right", **near)
+    label = f"memory:\n{bandwidth / 1e9:.0f} GB/s"
+    axes.annotate(label, (1.5, 1.5 * bandwidth / 1e12), xytext=(8, -16), **near)
 
 
 def _draw_operation(axes: Axes, row: dict, backend: str) -> None:
@@ -103,8 +102,9 @@ def _operation_legend(axes: Axes, backend: str) -> list:
     return [*shapes, *colours, mark("o", f"filled: {backend} backend", color="0.4"), hollow]
 
 
-def draw_ranks(record: dict, rows: list[dict], path: Path) -> None:
+def draw_ranks(record: dict, path: Path) -> None:
     """Step time against rank, with AdamW's, which has none, as a line."""
+    rows = record["rows"]
     kinds = list(dict.fromkeys((row["model"], row["dtype"]) for row in rows))
     figure = Figure(figsize=(5.6 * len(kinds), 4.6), layout="constrained")
     panels = figure.subplots(1, len(kinds), squeeze=False)[0]
@@ -125,8 +125,9 @@ def draw_ranks(record: dict, rows: list[dict], path: Path) -> None:
     figure.savefig(path, dpi=130)
 
 
-def draw_sizes(record: dict, rows: list[dict], path: Path) -> None:
+def draw_sizes(record: dict, path: Path) -> None:
     """Step time against parameters; where lines are parallel to the grey ones, time is size."""
+    rows = record["rows"]
     dtypes = list(dict.fromkeys(row["dtype"] for row in rows))
     figure = Figure(figsize=(5.6 * len(dtypes), 4.6), layout="constrained")
     panels = figure.subplots(1, len(dtypes), sharey=True, squeeze=False)[0]
@@ -149,8 +150,9 @@ def draw_sizes(record: dict, rows: list[dict], path: Path) -> None:
     figure.savefig(path, dpi=130)
 
 
-def draw_memory(rows: list[dict], path: Path) -> None:
+def draw_memory(record: dict, path: Path) -> None:
     """Bytes of weights, gradients and state: what a plan says, which needs no device."""
+    rows = record["rows"]
     models = list(dict.fromkeys(row["model"] for row in rows))
     figure = Figure(figsize=(5.2 * len(models), 4.8), layout="constrained")
     panels = figure.subplots(1, len(models), squeeze=False)[0]
@@ -166,7 +168,8 @@ def draw_memory(rows: list[dict], path: Path) -> None:
             if key == "state_bytes":
                 axes.bar_label(bars, [f"{size:.2f}" for size in sizes], padding=2)
             bottom += sizes
-        axes.set_title(f"LLaMA {model}, r {chosen[0]['rank']}, {chosen[0]['dtype']} weights")
+        rank = max(row["rank"] or 0 for row in chosen)
+        axes.set_title(f"LLaMA {model}, r {rank}, {chosen[0]['dtype']} weights")
         axes.set_ylabel("GB (1e9 bytes); the label is the state's")
         axes.margins(y=0.1)
         axes.tick_params(axis="x", length=0, rotation=20)
@@ -174,3 +177,7 @@ def draw_memory(rows: list[dict], path: Path) -> None:
     panels[0].legend(frameon=False)
     figure.suptitle("What training holds besides activations, counted on shapes", fontweight="bold")
     figure.savefig(path, dpi=130)
+
+
+# By the bench whose record of a device each draws.
+PICTURES = {"kernels": draw_roofline, "ranks": draw_ranks, "sizes": draw_sizes}

@@ -40,13 +40,15 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit("pretrain: stopped; --resume goes on from the last checkpoint")
 
     # Drawing libraries take seconds to import, which a mistake in the arguments should not cost.
-    from bench.picture import draw_all
+    from bench.picture import PICTURES, Comparison
     from bench.record import device_name
     from bench.summary import print_tables, write_record
 
     words = sys.argv[1:] if arguments is None else arguments
     write_record(records, settings, data, out / "pretrain.json", words)
-    draw_all(records, settings, data, device_name(settings.device), out)
+    comparison = Comparison(records, settings, data, device_name(settings.device))
+    for name, draw in PICTURES.items():
+        draw(comparison, out / f"{name}.png")
     print_tables(records, settings, data)
     print(f"{time.perf_counter() - started:.0f} s; the record and the picture are in {out}")
 

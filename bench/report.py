@@ -20,8 +20,8 @@ README = Path(__file__).parents[1] / "README.md"
 DOCUMENTS = (README, Path(__file__).parent / "RESULTS.md")
 MARKED = re.compile(r"<!-- figure: (\w+) -->(.*?)<!-- end -->", re.DOTALL)
 # What a measurement has behind its number, and settings or published numbers hardly ever.
-UNIT = r"(ms|MB|GB|GB/s|TFLOP/s|tokens/s|%|x|times as fast|registers)"
-MEASURED = re.compile(rf"(?<![\w.])\d[\d.,]*\s?{UNIT}(?![\w%/])")
+UNIT = r"(\s?(ms|MB|GB|GB/s|TFLOP/s|tokens/s|%|times as fast|registers)|x)"
+MEASURED = re.compile(rf"(?<![\w.])\d[\d.,]*{UNIT}(?![\w%/])")
 
 
 def filled(text: str, records: Records) -> str:
@@ -43,34 +43,32 @@ def untraced(text: str) -> list[str]:
     return [line.strip() for line in rest.splitlines() if MEASURED.search(line)]
 
 
-def draw(records: Records, folder: Path) -> list[Path]:
-    """Draws what there are records for."""
+def draw(records: Records, folder: Path, shown: str) -> list[Path]:
+    """Draws what there are records for: of comparisons, the pictures that a document shows."""
     # Drawing libraries take seconds to import, which a check does not need.
     from bench import plots
     from bench.data import DataSummary
-    from bench.picture import draw_all
+    from bench.picture import PICTURES, Comparison
     from bench.settings import Settings
 
     pictures = []
     for device in ("cpu", "cuda"):
-        for name, paint in (
-            ("kernels", plots.draw_roofline),
-            ("ranks", plots.draw_ranks),
-            ("sizes", plots.draw_sizes),
-        ):
+        for name, paint in plots.PICTURES.items():
             if f"{name}-{device}" in records:
-                record, path = records[f"{name}-{device}"], folder / f"{name}-{device}.png"
-                paint(record, record["rows"], path)
-                pictures.append(path)
+                pictures.append(folder / f"{name}-{device}.png")
+                paint(records[f"{name}-{device}"], pictures[-1])
     if "memory" in records:
-        plots.draw_memory(records["memory"]["rows"], folder / "memory.png")
         pictures.append(folder / "memory.png")
-    for record in sorted(records.folder.glob("*/pretrain.json")):
-        found = records[f"{record.parent.name}/pretrain"]
+        plots.draw_memory(records["memory"], pictures[-1])
+    for place in sorted(path.parent.name for path in records.folder.glob("*/pretrain.json")):
+        found = records[f"{place}/pretrain"]
         about = Settings(**found["settings"]), DataSummary(**found["data"])
-        place = folder / record.parent.name
-        place.mkdir(exist_ok=True)
-        pictures += draw_all(found["runs"], *about, found["environment"]["device"], place)
+        comparison = Comparison(found["runs"], *about, found["environment"]["device"])
+        for name, paint in PICTURES.items():
+            if f"{place}/{name}.png" in shown:
+                (folder / place).mkdir(exist_ok=True)
+                pictures.append(folder / place / f"{name}.png")
+                paint(comparison, pictures[-1])
     return pictures
 
 
@@ -94,7 +92,8 @@ def main(arguments: list[str] | None = None) -> None:
         elif after != document.read_text():
             sys.exit(f"report: {document.name} differs from the records; python -m bench.report")
     if not options.check:
-        for path in draw(records, options.results):
+        shown = "".join(document.read_text() for document in options.documents)
+        for path in draw(records, options.results, shown):
             print(path)
 
 

@@ -89,6 +89,14 @@ class Rates:
         return max(bytes_moved / self.bytes_per_second, flops / self.flops_per_second)
 
 
+def best(one: Rates, other: Rates) -> Rates:
+    """Of two measurements: a machine can only be disturbed downwards."""
+    return Rates(
+        max(one.bytes_per_second, other.bytes_per_second),
+        max(one.flops_per_second, other.flops_per_second),
+    )
+
+
 def measure_rates(device: torch.device, dtype: torch.dtype, quick: bool = False) -> Rates:
     """The best of a few large copies or passes in place, and of a few large products in this dtype.
 

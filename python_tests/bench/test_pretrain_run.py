@@ -15,7 +15,7 @@ import torch
 
 from bench.data import prepare
 from bench.optimizers import METHODS
-from bench.picture import draw, smooth
+from bench.picture import Comparison, draw, smooth
 from bench.settings import Job, parse
 from bench.summary import summarize, write_record
 from bench.train import Run, schedule, train
@@ -146,13 +146,8 @@ def test_best_rate_is_the_best_mean_and_never_a_diverged_one(setting, tmp_path):
     assert summaries[1].tokens_per_second == 4 * 16 / 2
     write_record(records, settings, data, tmp_path / "record.json")
     assert json.loads((tmp_path / "record.json").read_text())["summary"][0]["loss"] is None
-    draw(
-        records[4:],
-        replace(settings, lrs={"adamw": [0.3]}),
-        data,
-        "a device",
-        tmp_path / "picture.png",
-    )
+    few = replace(settings, lrs={"adamw": [0.3]})
+    draw(Comparison(records[4:], few, data, "a device"), tmp_path / "picture.png")
 
 
 def pretrain(arguments: list[str], **kwargs) -> subprocess.Popen:

@@ -82,7 +82,7 @@ def test_what_no_gpu_has_run_is_said_so_and_what_one_has_is_shown(tmp_path):
 
 
 def test_pictures_are_drawn_from_the_records(tmp_path):
-    pictures = report.draw(Records(), tmp_path)
+    pictures = report.draw(Records(), tmp_path, "".join(TEXTS.values()))
     names = {picture.name for picture in pictures}
     assert {"kernels-cpu.png", "ranks-cpu.png", "sizes-cpu.png", "memory.png"} <= names
     for picture in pictures:
