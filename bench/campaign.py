@@ -154,8 +154,9 @@ def _on_gpu(out: Path) -> Iterator[Part]:
         yield _bench("model_step", out / f"model_step-{model}-cuda.json", *words)
     sizes = "--models 60m,130m,350m,1b --optimizers adamw,adamw-master,galore,fira --dtypes bf16"
     yield _bench("model_step", out / "sizes-cuda.json", *sizes.split())
+    more = (*few[:-1], f"{few[-1]},adamw-master")
     ranks = "--models 350m,1b --ranks 16,32,64,128,256,512,full --dtypes bf16"
-    yield _bench("model_step", out / "ranks-cuda.json", *ranks.split(), *few)
+    yield _bench("model_step", out / "ranks-cuda.json", *ranks.split(), *more)
     yield _bench("refresh", out / "refresh-cuda.json", "--models", "60m,1b,7b")
     text = "--dtype bf16 --tokenizer bpe --vocab-size 32000 --eval-tokens 65536"
     rivals = ("galore-torch", "fira-official", "apollo-torch", "torchao-8bit", "flashoptim")
