@@ -7,6 +7,7 @@ A function takes the records and returns Markdown; its name is what stands aroun
 from __future__ import annotations
 
 import json
+import math
 import statistics
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -51,8 +52,6 @@ def table(headings: Iterable[str], rows: Iterable[Iterable[object]], record: str
 def source(records: Records, name: str) -> str:
     """Device, date, command and the record itself."""
     record = records[name]
-    if "environment" not in record:
-        return f"[{name}.json](bench/results/{name}.json)"
     place, commit = record["environment"], (record["environment"]["commit"] or "")[:7]
     command = record["command"]
     return (
@@ -81,7 +80,7 @@ def demo(records: Records) -> str:
             row["optimizer"],
             f"{row['lr']:g}",
             f"{row['loss']:.4f}",
-            f"{2.718281828459045 ** row['loss']:.3f}",
+            f"{math.exp(row['loss']):.3f}",
             f"{row['tokens_per_second']:,.0f}",
             f"{row['optimizer_ms']:.2f}",
             f"{row['state_bytes'] / 1e6:.2f}",
@@ -205,11 +204,7 @@ def _range(values: Iterable[float]) -> str:
 @figure
 def model_steps(records: Records) -> str:
     """Every optimizer on a whole model."""
-    return _model_table(records, "model_step-cpu")
-
-
-def _model_table(records: Records, name: str) -> str:
-    record, lines = records[name], []
+    record, lines = records["model_step-cpu"], []
     dtypes = list(dict.fromkeys(row["dtype"] for row in record["rows"]))
     rows = {row["dtype"]: row for row in record["rows"]}
     known = dict.fromkeys(name for row in rows.values() for name in row["results"])
@@ -231,7 +226,7 @@ def _model_table(records: Records, name: str) -> str:
         (f"{name}: {reason}", *[""] * 3 * len(dtypes)) for name, reason in record["missing"].items()
     ]
     headings = [h for d in dtypes for h in (f"{d}: ms", "state MB", "workspace MB")]
-    return table(("optimizer", *headings), lines, source(records, name))
+    return table(("optimizer", *headings), lines, source(records, "model_step-cpu"))
 
 
 @figure

@@ -45,10 +45,6 @@ def words(known: object) -> object:
     return split
 
 
-def integers(text: str) -> list[int]:
-    return [int(word) for word in text.split(",")]
-
-
 def parse(result: argparse.ArgumentParser, arguments: list[str] | None) -> argparse.Namespace:
     """The options with nothing left open, and the words that they were read from."""
     arguments = sys.argv[1:] if arguments is None else arguments

@@ -7,13 +7,12 @@ float32 copies. The hybrids keep one random basis: they are here to be timed.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    import torch
-    from torch import Tensor
+import torch
+from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -44,21 +43,15 @@ def _stripped(groups: list[dict], **names: str) -> Iterator[dict]:
 
 
 def adamw(groups: list[dict], lr: float, recipe: Recipe) -> torch.optim.Optimizer:
-    import torch
-
     return torch.optim.AdamW(_all(groups), lr=lr, weight_decay=recipe.weight_decay, fused=True)
 
 
 def adamw_foreach(groups: list[dict], lr: float, recipe: Recipe) -> torch.optim.Optimizer:
-    import torch
-
     return torch.optim.AdamW(_all(groups), lr=lr, weight_decay=recipe.weight_decay, foreach=True)
 
 
 def adamw_split(groups: list[dict], lr: float, recipe: Recipe) -> torch.optim.Optimizer:
     """AdamW with the rates that GaLore implies: `scale` shrinks the projected matrices' only."""
-    import torch
-
     split = [
         {"params": _tensors(group), "lr": lr * recipe.scale if "rank" in group else lr}
         for group in groups
@@ -70,8 +63,6 @@ class MasterAdamW:
     """torch's fused AdamW on float32 copies of the weights, as mixed precision does it."""
 
     def __init__(self, groups: list[dict], lr: float, recipe: Recipe):
-        import torch
-
         self._params = _all(groups)
         masters = [torch.nn.Parameter(param.detach().float()) for param in self._params]
         for master in masters:
@@ -90,8 +81,6 @@ class MasterAdamW:
         return {**self._inner.state, **copies}
 
     def step(self) -> None:
-        import torch
-
         with torch.no_grad():
             grads = [param.grad for param in self._params]
             torch._foreach_copy_([master.grad for master in self._masters], grads)
@@ -106,8 +95,6 @@ class MasterAdamW:
         return {"inner": self._inner.state_dict(), "masters": [m.detach() for m in self._masters]}
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
-        import torch
-
         self._inner.load_state_dict(saved["inner"])
         with torch.no_grad():
             torch._foreach_copy_(self._masters, saved["masters"])
@@ -172,7 +159,6 @@ def flashoptim(groups: list[dict], lr: float, recipe: Recipe) -> torch.optim.Opt
     return FlashAdamW(_all(groups), lr=lr, weight_decay=recipe.weight_decay)
 
 
-def _quietly() -> Any:
+def _quietly() -> warnings.catch_warnings:
     """Packages warn on import of GPUs and libraries that they do not find."""
-    caught: Callable[..., Any] = warnings.catch_warnings
-    return caught(action="ignore")
+    return warnings.catch_warnings(action="ignore")

@@ -43,17 +43,18 @@ def step_plain(
     torch's fused kernels want one dtype throughout. A bf16 weight has float32 moments here, so it
     goes through copies in float32, a block at a time.
     """
-    fused, widened = [], []
+    fused: list[Work] = []
+    widened: list[Work] = []
     for param, state in zip(params, states, strict=True):
         assert param.grad is not None
-        fuses = param.device.type in FUSED_DEVICES
-        # torch counts steps on the device in its fused kernels and on the CPU elsewhere.
-        state["step"] = state["step"].to(param.device if fuses or capturable else "cpu")
         work = Work(param, param.grad, state["exp_avg"], state["exp_avg_sq"], state["step"])
-        if fuses and len(work.dtypes) == 1:
-            fused.append(work)
-        elif fuses and work.dense:
-            widened.append(work)
+        same = len(work.dtypes) == 1
+        fuses = param.device.type in FUSED_DEVICES and (same or work.dense)
+        # torch counts steps on the device in its fused kernels; its unfused code would wait there.
+        state["step"] = state["step"].to(param.device if fuses or capturable else "cpu")
+        work = work._replace(step=state["step"])
+        if fuses:
+            (fused if same else widened).append(work)
         else:
             wide = work._replace(grad=work.grad.to(work.exp_avg.dtype))
             _adamw([wide], group, capturable, fused=False)
