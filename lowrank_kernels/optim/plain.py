@@ -84,17 +84,24 @@ def _unfused_bytes(param: Tensor) -> int:
 
 
 def _step_widened(works: list[Work], group: Group, capturable: bool) -> None:
-    """Weights and gradients are copied, moments are not; each weight is rounded once."""
     for block in _blocks(works):
-        wide = [
-            work._replace(
-                param=work.param.to(work.exp_avg.dtype), grad=work.grad.to(work.exp_avg.dtype)
-            )
-            for work in block
-        ]
-        _adamw(wide, group, capturable, fused=True)
-        torch._foreach_copy_([work.param for work in block], [work.param for work in wide])
+        _step_block(block, group, capturable)
     torch._foreach_add_([work.step for work in works], 1)
+
+
+def _step_block(block: list[Work], group: Group, capturable: bool) -> None:
+    """Weights and gradients are copied, moments are not; each weight is rounded once.
+
+    The copies die with this call, so that no two blocks' are there together.
+    """
+    wide = [
+        work._replace(
+            param=work.param.to(work.exp_avg.dtype), grad=work.grad.to(work.exp_avg.dtype)
+        )
+        for work in block
+    ]
+    _adamw(wide, group, capturable, fused=True)
+    torch._foreach_copy_([work.param for work in block], [work.param for work in wide])
 
 
 def _blocks(works: list[Work]) -> Iterator[list[Work]]:

@@ -55,6 +55,16 @@ def test_the_floor_is_the_larger_of_traffic_and_arithmetic():
     assert rates.floor(100.0, 7000.0) == 7.0
 
 
+def test_rates_are_the_best_that_was_seen(monkeypatch):
+    seconds = {"copy": [4.0, 3.0], "in place": [2.0, 5.0], "product": [8.0, 1.0]}
+    samples = {name: timing.Samples(values) for name, values in seconds.items()}
+    monkeypatch.setattr(timing, "interleaved", lambda *_, **__: samples)
+    rates = timing.measure_rates(CPU, torch.float32, quick=True)
+    assert rates == timing.Rates(2 * 4 * 2**16 / 2.0, 2 * 256**3 / 1.0)
+    one, other = timing.Rates(1.0, 4.0), timing.Rates(3.0, 2.0)
+    assert timing.best(one, other) == timing.Rates(3.0, 4.0)
+
+
 def test_bytes_and_flops_of_a_square_of_7b():
     """G, W 33.6 MB and P 8.4 MB in bfloat16, each low-rank matrix 16.8 MB in float32."""
     full, basis, low = 2 * 4096**2, 2 * 4096 * 1024, 4 * 4096 * 1024

@@ -3,8 +3,10 @@
 import pytest
 import torch
 
+from bench.allocations import Allocations
 from lowrank_kernels import GaLoreAdamW
 from lowrank_kernels.optim import plain
+from lowrank_kernels.optim.workspace import planned_workspace
 
 # Of one block, of several with a rest, and small ones that share a block.
 SIZES = [(40,), (300, 7), (), (64,), (1, 5000)]
@@ -71,6 +73,17 @@ def test_a_block_and_the_whole_give_the_same_bits(monkeypatch):
     monkeypatch.setitem(plain.BLOCK_ELEMENTS, "cpu", 2**20)
     for one, other in zip(small, trained(torch.bfloat16)[0], strict=True):
         assert torch.equal(one, other)
+
+
+def test_many_small_parameters_share_no_more_than_a_block():
+    params = [torch.nn.Parameter(torch.zeros(300, dtype=torch.bfloat16)) for _ in range(10)]
+    optimizer = GaLoreAdamW(params, **OPTIONS)
+    for param in params:
+        param.grad = torch.ones_like(param)
+    optimizer.step()
+    with Allocations() as allocations:
+        optimizer.step()
+    assert 0 < allocations.peak_bytes <= planned_workspace(optimizer, "cpu").step
 
 
 def test_what_is_not_dense_is_trained_all_the_same():
