@@ -1,0 +1,170 @@
+"""GaLore, Fira and AdaRankGrad: choices of parts over one low-rank AdamW."""
+
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from ..subspace import Subspace
+from .lowrank_adamw import LowRankAdamW, Rounding
+from .schedule import ResidualForm
+
+
+class GaLoreAdamW(LowRankAdamW):
+    """GaLore: AdamW on the projected gradient, what the basis does not span is dropped.
+
+    Arguments, group keys and errors as in `LowRankAdamW`. Drop-in for
+    `galore_torch.GaLoreAdamW`; groups without a rank are torch's AdamW here.
+
+    Source: GaLore (arXiv 2403.03507), algorithm 2.
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-6,
+        weight_decay: float = 0.0,
+        *,
+        subspace: Subspace | str = "randomized",
+        backend: str = "auto",
+        maximize: bool = False,
+        rounding: Rounding = "nearest",
+        capturable: bool = False,
+        monitor: bool = False,
+    ) -> None:
+        super().__init__(
+            params,
+            lr,
+            betas,
+            eps,
+            weight_decay,
+            residual=None,
+            subspace=subspace,
+            backend=backend,
+            maximize=maximize,
+            rounding=rounding,
+            capturable=capturable,
+            monitor=monitor,
+        )
+
+
+class FiraAdamW(LowRankAdamW):
+    """Fira: GaLore plus the rest of the gradient, scaled a channel at a time and limited in growth.
+
+    Arguments, group keys and errors as in `LowRankAdamW`. Drop-in for `fira.FiraAdamW`; groups
+    without a rank are torch's AdamW here. `residual="official"` follows the published code, which
+    gave the published results; `residual="paper"` follows algorithm 1. They differ unless
+    `scale` is 1, and in the place of the bias correction.
+
+    Source: Fira (arXiv 2410.01623), algorithm 1.
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-6,
+        weight_decay: float = 0.0,
+        *,
+        residual: ResidualForm = "official",
+        subspace: Subspace | str = "randomized",
+        backend: str = "auto",
+        maximize: bool = False,
+        rounding: Rounding = "nearest",
+        capturable: bool = False,
+        monitor: bool = False,
+    ) -> None:
+        if residual is None:
+            raise ValueError("residual must be one of official, paper; use GaLoreAdamW for none")
+        super().__init__(
+            params,
+            lr,
+            betas,
+            eps,
+            weight_decay,
+            residual=residual,
+            subspace=subspace,
+            backend=backend,
+            maximize=maximize,
+            rounding=rounding,
+            capturable=capturable,
+            monitor=monitor,
+        )
+
+
+class AdaRankGradAdamW(LowRankAdamW):
+    """AdaRankGrad: a rank for every layer, no larger than its gradient needs at the time.
+
+    Gradients lose rank as training goes on. Each refresh takes the smallest rank, up to the group's
+    `rank`, that leaves at most `residual_energy` of |G|^2 outside; the moments follow the basis;
+    and a basis is renewed as soon as it has done its work, at the latest after `update_proj_gap`
+    steps. State is allocated anew, so what a smaller rank saves is free for others.
+
+    There is no published code. Ours are these choices, where the paper could not be followed:
+
+    - the rank rule takes the smallest rank, since the printed one always takes the largest, and all
+      ranks are judged by one sketch;
+    - `residual_energy` is the share outside, not inside;
+    - the second moment is carried by (C o C) V, since the printed C V becomes negative;
+      `moments="carry_absolute"` takes |C V|;
+    - a basis has done its work when |R| has fallen to `threshold` times its value at the first step
+      with this basis, which has no unit; `criterion="norm"` is the published |R| <= threshold. The
+      noise of small batches keeps |R| up, and then the interval decides;
+    - `scale` has GaLore's default 0.25; only its product with the learning rate matters.
+
+    Arguments, group keys and errors as in `LowRankAdamW`, and as in `Subspace` for those of the
+    method. The moments are corrected for their bias, as in `torch.optim.AdamW`.
+
+    Source: AdaRankGrad (arXiv 2410.17881), from its abstract and secondary sources.
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-6,
+        weight_decay: float = 0.0,
+        *,
+        residual_energy: float = 0.01,
+        min_rank: int = 1,
+        rank_multiple: int = 1,
+        criterion: str | None = "relative_norm",
+        threshold: float = 0.1,
+        check_gap: int = 50,
+        moments: str = "carry",
+        power_iterations: int = 1,
+        stagger: bool = True,
+        backend: str = "auto",
+        maximize: bool = False,
+        rounding: Rounding = "nearest",
+        monitor: bool = False,
+    ) -> None:
+        subspace = Subspace(
+            power_iterations=power_iterations,
+            stagger=stagger,
+            moments=moments,
+            residual_energy=residual_energy,
+            min_rank=min_rank,
+            rank_multiple=rank_multiple,
+            criterion=criterion,
+            threshold=threshold,
+            check_gap=check_gap,
+        )
+        super().__init__(
+            params,
+            lr,
+            betas,
+            eps,
+            weight_decay,
+            subspace=subspace,
+            backend=backend,
+            maximize=maximize,
+            rounding=rounding,
+            monitor=monitor,
+        )
+
+    @property
+    def corrected(self) -> bool:
+        return True
