@@ -3,7 +3,7 @@
 import argparse
 from typing import Any
 
-from ..optim.param_groups import collapsed, why_not_projected
+from ..optim.param_groups import collapsed, decide
 from .models import OPTIMIZERS, add_model_arguments, backend_of, build_optimizer, model_of
 from .text import amount, print_json, table
 
@@ -31,7 +31,7 @@ def explained(args: argparse.Namespace) -> list[dict[str, Any]]:
     choice = backend_of(args)
     model = model_of(args)
     optimizer = build_optimizer(args.optimizer, model, args.backend)
-    reasons = why_not_projected(model.module, model.rank)
+    reasons = {each.name: each.reason for each in decide(model.module, model.rank)}
     rows = []
     for row in optimizer.plan():
         backend, reason = choice if row["projected"] else ("torch", reasons[row["name"]])

@@ -18,6 +18,7 @@ from ..ops import Side, backends
 from ..ops.dispatch import ENVIRONMENT_VARIABLE, Kind, choose_kind
 from ..optim import FiraAdamW, GaLoreAdamW, LowRankAdamW
 from ..optim.state import new_projected_state
+from ..subspace import Subspace
 from .text import print_json, table
 
 SUMMARY = "take steps with every available backend and compare them with float64"
@@ -174,9 +175,9 @@ def _steps(case: Case, start: Start, backend: str, dtype: torch.dtype) -> dict[s
         "proj_type": case.side.name.lower(),
         "update_proj_gap": STEPS + 1,
     }
-    limited = case.optimizer is FiraAdamW
+    limited = ("limiter_norm",) if case.optimizer is FiraAdamW else ()
     optimizer = case.optimizer([group], lr=1.0, weight_decay=0.1, backend=backend)
-    state = new_projected_state(param, RANK, case.side, limited, False)
+    state = new_projected_state(param, RANK, case.side, 0, Subspace(), *limited)
     state["basis"].copy_(start.basis)
     state["basis_step"] = 0
     optimizer.state[param] = state

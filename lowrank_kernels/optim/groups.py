@@ -1,22 +1,32 @@
 """Validation of parameter groups: every mistake of a user ends here, before anything changes."""
 
+import difflib
+import logging
+import math
 import operator
 import zlib
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from numbers import Real
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..ops import Side
+from ..ops.notices import notice_once
 
 Group = dict[str, Any]
 
-FORMAT = 2
+FORMAT = 3
 # What DDP, torch.compile, FSDP1 and activation checkpointing put into the names of parameters.
 WRAPPERS = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 PROJECTION_TYPES = ("std", "reverse_std", "left", "right")
 PROJECTION_DEFAULTS: Group = {"update_proj_gap": 200, "scale": 0.25, "proj_type": "std"}
+OWN_KEYS = ("rank", "alpha", *PROJECTION_DEFAULTS)
+# Of 2^32: the multiples of no number fall more evenly into the range of 32 bits.
+GOLDEN_RATIO = 0x9E3779B9
+# What torch, its schedulers and users keep in a group beside what this optimizer reads.
+OTHER_KEYS = ("params", "param_names", "initial_lr", "swa_lr", "max_lr", "min_lr", "name")
 
 
 def is_projected(group: Group) -> bool:
@@ -42,30 +52,29 @@ def named_params(group: Group, index: int) -> Iterator[tuple[str, Tensor]]:
             yield (names[position] if names else f"parameter {position} of group {index}"), param
 
 
-class Identity(NamedTuple):
-    """What makes a parameter differ from its equals.
-
-    Attributes:
-        salt: what its random numbers depend on, beside the step.
-        turn: when it refreshes, as a share of the interval.
-    """
-
-    salt: int
-    turn: float
+def unwrapped(name: str) -> str:
+    """A parameter's name without what wrappers of its module put into it."""
+    return ".".join(part for part in name.split(".") if part not in WRAPPERS)
 
 
-def identities(group: Group, first: int) -> Iterator[Identity]:
-    """Of a group's parameters, by their names: then they stay the same when each parameter, or a
-    share of them, has an optimizer of its own. Without names by their places, from `first` on.
+def salts(group: Group, first: int) -> Iterator[int]:
+    """What the random numbers and the turn of each of a group's parameters depend on: 32 bits.
+
+    They come from the names, and so stay the same when each parameter, or a share of them, has an
+    optimizer of its own. Without names they come from the places, from `first` on, and then share
+    the turns out evenly.
     """
     names = group.get("param_names")
-    for place in range(len(group["params"])):
+    for position in range(len(group["params"])):
         if names:
-            parts = [part for part in names[place].split(".") if part not in WRAPPERS]
-            salt = zlib.crc32(".".join(parts).encode())
-            yield Identity(salt, salt / 2**32)
+            yield zlib.crc32(unwrapped(names[position]).encode())
         else:
-            yield Identity(first + place, place / len(group["params"]))
+            yield (first + position) * GOLDEN_RATIO & 0xFFFFFFFF
+
+
+def learning_rate(group: Group) -> float:
+    """How fast a group's weights move: projected ones, and plain ones with a `scale`, by less."""
+    return float(group["lr"]) * float(group.get("scale", 1.0))
 
 
 def normalized(group: Group, defaults: Group, index: int) -> Group:
@@ -84,24 +93,56 @@ def normalized(group: Group, defaults: Group, index: int) -> Group:
     group["params"] = [params] if isinstance(params, Tensor) else params
     if not isinstance(params, set):  # left to torch, which refuses sets with its own text
         group["params"] = list(group["params"])
-    _check_adam_options({**defaults, **group}, index)
-    if not is_projected(group):
-        return group
+    _check_keys(group, defaults, index)
     _rename_alpha(group, index)
-    for key, value in PROJECTION_DEFAULTS.items():
-        group.setdefault(key, value)
-    _check_projection_options(group, index)
+    if is_projected(group):
+        for key, value in PROJECTION_DEFAULTS.items():
+            group.setdefault(key, value)
+    check_options({**defaults, **group}, index)
     return group
 
 
+def check_options(group: Group, index: int) -> None:
+    """Raises ValueError or TypeError if an option of a group does not fit.
+
+    Schedulers and users write to groups, so this is asked before every step, too. Values on another
+    device than the CPU are not read: the host would wait for them.
+    """
+    name = f"group {index}: "
+    for key in ("lr", "eps", "weight_decay"):
+        _check_number(group[key], name + key)
+    betas = tuple(group["betas"])
+    if len(betas) != 2:
+        raise ValueError(f"{name}betas must be two values in [0, 1), got {betas}")
+    for beta in betas:
+        _check_number(beta, name + "betas", below=1.0)
+    if "scale" in group:
+        _check_number(group["scale"], name + "scale")
+    if not is_projected(group):
+        if group.get("scale", 1.0) == 0:
+            raise ValueError(
+                f"{name}scale must be above 0 without a rank, got {group['scale']}; to keep"
+                " weights as they are, set requires_grad=False"
+            )
+        return
+    for key in ("rank", "update_proj_gap"):
+        group[key] = positive_int(group[key], name + key)
+    if group["proj_type"] not in PROJECTION_TYPES:
+        raise ValueError(
+            f"{name}proj_type must be one of {', '.join(PROJECTION_TYPES)},"
+            f" got {group['proj_type']!r}"
+        )
+
+
 def check_params(group: Group, index: int) -> None:
-    """Raises if a parameter cannot be trained: complex, or projected and not a matrix."""
+    """Raises if a parameter cannot be trained: complex, overlapping, projected and no matrix."""
     for name, param in named_params(group, index):
         if not isinstance(param, Tensor):
             continue  # torch refuses it with its own text
         # Frozen integer weights, as in quantized models, never have a gradient: they may stay.
         if param.is_complex() or (param.requires_grad and not param.is_floating_point()):
             raise TypeError(f"{name} is {param.dtype}; only real floating-point weights are served")
+        check_memory(name, param)
         if is_projected(group):
             check_matrix(name, param)
 
@@ -111,7 +152,7 @@ def check_matrix(name: str, param: Tensor) -> None:
     if type(param).__name__ == "DTensor":
         raise NotImplementedError(
             f"{name} is a DTensor (FSDP2 or tensor parallel); sharded weights cannot be projected"
-            " yet: put it in a group without rank"
+            " yet: put it in a group without rank, or train with DDP"
         )
     if param.dim() != 2:
         raise ValueError(
@@ -119,6 +160,28 @@ def check_matrix(name: str, param: Tensor) -> None:
             " projected: put it in a group without rank. If it is a matrix that FSDP1 or DeepSpeed"
             " flattened, the low-rank optimizers need the whole matrix: use DDP or one device"
         )
+
+
+def check_memory(name: str, param: Tensor) -> None:
+    """Raises ValueError if a step could not write to a parameter's own memory, element by element.
+
+    Whatever slicing, transposing and permuting make of a dense tensor passes.
+    """
+    if param.is_neg():
+        raise ValueError(
+            f"{name} {_described(param)} is a view with a pending negation: call resolve_neg() on"
+            " it before it becomes a parameter"
+        )
+    if param.layout != torch.strided or not param.numel():
+        return
+    reach = 0
+    for stride, size in sorted(zip(param.stride(), param.shape, strict=True)):
+        if size > 1 and stride <= reach:
+            raise ValueError(
+                f"{name} {_described(param)} overlaps itself, strides {tuple(param.stride())}:"
+                " make it contiguous before it becomes a parameter"
+            )
+        reach += (size - 1) * stride
 
 
 def check_grad(name: str, param: Tensor, grad: Tensor) -> None:
@@ -142,16 +205,41 @@ def check_lr(group: Group, index: int, capturable: bool) -> None:
         )
 
 
-def _check_adam_options(group: Group, index: int) -> None:
-    lr = group["lr"]
-    if isinstance(lr, Tensor) and lr.numel() != 1:
-        raise ValueError(f"group {index}: a tensor lr must have one element, got {lr.shape}")
-    for key in ("lr", "eps", "weight_decay"):
-        if not float(group[key]) >= 0:
-            raise ValueError(f"group {index}: {key} must be at least 0, got {group[key]}")
-    betas = tuple(group["betas"])
-    if len(betas) != 2 or not all(0 <= float(beta) < 1 for beta in betas):
-        raise ValueError(f"group {index}: betas must be two values in [0, 1), got {betas}")
+def _described(param: Tensor) -> str:
+    return f"({tuple(param.shape)}, {param.dtype})"
+
+
+def _check_keys(group: Group, defaults: Group, index: int) -> None:
+    """Refuses slips of the pen, which would train another way in silence."""
+    unknown = [key for key in group if key not in (*OWN_KEYS, *OTHER_KEYS, *defaults)]
+    for key in unknown:
+        meant = difflib.get_close_matches(str(key), OWN_KEYS, n=1, cutoff=0.75)
+        if meant and abs(len(key) - len(meant[0])) <= 1:
+            raise ValueError(f"group {index}: {key!r} is not an option; do you mean {meant[0]!r}?")
+    alone = [key for key in ("update_proj_gap", "proj_type") if key in group]
+    if alone and not is_projected(group):
+        raise ValueError(
+            f"group {index}: {' and '.join(alone)} without a rank: give it a rank to project it,"
+            " or leave them out to train it by AdamW"
+        )
+    if unknown and is_projected(group):
+        notice_once(
+            logging.WARNING, f"group {index}: of no effect here: {', '.join(map(str, unknown))}"
+        )
+
+
+def _check_number(value: object, name: str, below: float = math.inf) -> None:
+    """Of a number, or of a tensor with one element."""
+    if isinstance(value, Tensor):
+        if value.numel() != 1:
+            raise ValueError(f"{name} must have one element, got shape {tuple(value.shape)}")
+        if value.device.type != "cpu":
+            return
+    elif isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name} must be a number, got {value!r}")
+    if not 0 <= float(value) < below:
+        bound = "finite" if below == math.inf else f"below {below:g}"
+        raise ValueError(f"{name} must be at least 0 and {bound}, got {value}")
 
 
 def _rename_alpha(group: Group, index: int) -> None:
@@ -165,20 +253,7 @@ def _rename_alpha(group: Group, index: int) -> None:
         )
 
 
-def _check_projection_options(group: Group, index: int) -> None:
-    for key in ("rank", "update_proj_gap"):
-        group[key] = _positive_int(group[key], f"group {index}: {key}")
-    scale = group["scale"]
-    if not 0 <= float(scale) < float("inf"):
-        raise ValueError(f"group {index}: scale must be finite and at least 0, got {scale}")
-    if group["proj_type"] not in PROJECTION_TYPES:
-        raise ValueError(
-            f"group {index}: proj_type must be one of {', '.join(PROJECTION_TYPES)},"
-            f" got {group['proj_type']!r}"
-        )
-
-
-def _positive_int(value: object, name: str) -> int:
+def positive_int(value: object, name: str) -> int:
     if isinstance(value, bool):
         raise TypeError(f"{name} must be an int, got {value!r}")
     try:

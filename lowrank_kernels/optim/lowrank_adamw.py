@@ -1,7 +1,9 @@
 """The optimizer: AdamW with moments in a subspace, made of parts that its methods choose."""
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack
+from dataclasses import asdict
 from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
@@ -11,30 +13,37 @@ from torch.optim.optimizer import Optimizer, ParamsT
 from .. import ops
 from ..ops import Choice, Side
 from ..ops.notices import notice_once
-from ..subspace import Readback, Subspace, is_due, measure
+from ..subspace import Readback, Subspace, is_due
 from .groups import (
     FORMAT,
+    PROJECTION_DEFAULTS,
     Group,
     check_grad,
     check_lr,
     check_matrix,
+    check_memory,
+    check_options,
     check_params,
-    identities,
     is_projected,
+    learning_rate,
     named_params,
     normalized,
+    salts,
     side_of,
 )
 from .plain import step_plain
-from .projected import Matrix, Method, step_projected
+from .projected import Matrix, Method, phase_of, step_projected
 from .schedule import RESIDUAL_FORMS, ResidualForm
 from .state import (
     State,
     check_loadable,
     check_shapes,
+    check_storage,
     complete,
+    cut,
     new_plain_state,
     new_projected_state,
+    padded,
     restore,
     state_bytes,
     subspace_stats,
@@ -42,6 +51,8 @@ from .state import (
 
 Rounding = Literal["nearest", "stochastic"]
 ROUNDINGS = ("nearest", "stochastic")
+
+logger = logging.getLogger("lowrank_kernels")
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -56,15 +67,13 @@ _not_compiled: Callable[[Function], Function] = getattr(torch, "_disable_dynamo"
 
 
 class _Work(NamedTuple):
-    """A parameter with a gradient; if it is projected, its backend, and by how many steps its
-    refreshes come early.
-    """
+    """A parameter with its gradient, the salt of a new state, and, if projected, its backend."""
 
     name: str
     param: Tensor
-    backend: str | None
+    grad: Tensor
     salt: int
-    phase: int
+    backend: str | None
 
 
 class LowRankAdamW(Optimizer):
@@ -79,11 +88,15 @@ class LowRankAdamW(Optimizer):
         proj_type        "std" (default: the smaller side is compressed, squares on the right),
                          "reverse_std", "left", "right"
 
+    A group with a `scale` and no rank is AdamW at lr * scale: as fast as projected weights, for
+    those beside them that are not projected. Its weight decay stays lr * weight_decay.
+
     Weight decay is decoupled. In projected groups it comes after the update, on the new weight, as
     in the official code: W <- (1 - lr wd)(W - update). `eps` is added to sqrt(V) before the bias
     correction, again as there; the paper form of the residual adds it after.
 
-    A gradient channel that holds NaN or Inf is left out of the step. A basis is never computed from
+    A gradient channel that holds NaN or Inf, or a projected entry too large to be squared, is left
+    out of the step. A basis is never computed from
     a zero or non-finite gradient: the old one stays and the next step tries again.
 
     Args:
@@ -118,6 +131,16 @@ class LowRankAdamW(Optimizer):
     Sources: GaLore (arXiv 2403.03507), Fira (arXiv 2410.01623).
     """
 
+    def __new__(cls, *args: Any, **options: Any) -> "LowRankAdamW":
+        """Says where the options of groups belong, which many try here first."""
+        misplaced = sorted({"rank", "alpha", *PROJECTION_DEFAULTS} & options.keys())
+        if misplaced:
+            raise TypeError(
+                f"{', '.join(misplaced)}: options of parameter groups, not of the optimizer: build"
+                f" the groups with lowrank_kernels.param_groups(model, rank=...)"
+            )
+        return super().__new__(cls)
+
     @property
     def corrected(self) -> bool:
         """Whether the moments are corrected for their bias, instead of the step size."""
@@ -150,6 +173,7 @@ class LowRankAdamW(Optimizer):
         self.rounding, self.capturable, self.monitor = rounding, capturable, monitor
         self._counted: dict[Tensor, int] = {}
         self._readback = Readback()
+        self._judged = False
         defaults = {
             "lr": lr,
             "betas": betas,
@@ -157,8 +181,10 @@ class LowRankAdamW(Optimizer):
             "weight_decay": weight_decay,
             "maximize": maximize,
             "format": FORMAT,
+            "method": self._method,
         }
         super().__init__(params, defaults)
+        self._judge(param for group in self.param_groups for param in group["params"])
 
     def add_param_group(self, param_group: Group) -> None:
         """Adds a group, as `torch.optim.Optimizer.add_param_group`; checked before it is added."""
@@ -186,35 +212,62 @@ class LowRankAdamW(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if not any(map(is_projected, self.param_groups)):
-            notice_once(
-                logging.WARNING,
-                "no parameter group has a rank, so this is plain AdamW: build the groups with"
-                " lowrank_kernels.param_groups(model, rank=...)",
-            )
+        with ExitStack() as stack:
+            for device_type in {param.device.type for param in self._params()} | {"cpu"}:
+                available = torch.amp.is_autocast_available(device_type)
+                if available and torch.is_autocast_enabled(device_type):
+                    stack.enter_context(torch.autocast(device_type, enabled=False))
+            self._step()
+        return loss
+
+    def _step(self) -> None:
         work = list(self._checked_work())
+        if not self._judged:
+            self._judge(item.param for _, items in work for item in items)
+            self._judged = True
         if _capturing():
             self._check_capture(work)
         for group, items in work:
-            states = [self._state_of(group, item.param) for item in items]
+            states = [self._state_of(group, item) for item in items]
             if is_projected(group):
                 self._step_projected(group, items, states)
             elif items:
-                step_plain([item.param for item in items], states, group, self.capturable)
-        return loss
+                gradients = [(item.param, item.grad) for item in items]
+                step_plain(gradients, states, group, self.capturable)
+
+    def _params(self) -> Iterator[Tensor]:
+        return (param for group in self.param_groups for param in group["params"])
+
+    def _judge(self, params: Iterable[Tensor]) -> None:
+        """Warns if the given parameters that are trained have no projected one among them.
+
+        The optimizer of a single parameter, as gradient release uses them, is none to judge.
+        """
+        trained = {param for param in params if param.requires_grad}
+        groups = filter(is_projected, self.param_groups)
+        projected = {param for group in groups for param in group["params"]}
+        if self._judged or len(trained) < 2 or trained & projected:
+            return
+        self._judged = True
+        logger.warning(
+            "no trained parameter is in a group with a rank, so this is plain AdamW: build the"
+            " groups with lowrank_kernels.param_groups(model, rank=...)"
+        )
 
     def explain(self) -> list[dict[str, Any]]:
         """Says how each parameter is trained.
 
         Returns:
-            A row for every parameter: name, shape, dtype, projected, side, rank, backend, reason
-            and state_bytes, what its state holds now (0 before its first step).
+            A row for every parameter: name, shape, dtype, projected, side, rank, backend, reason,
+            lr, how fast it moves (lr * scale of a group with a scale), and state_bytes, what its
+            state holds now (0 before its first step).
         """
         rows = []
         for index, group in enumerate(self.param_groups):
             for name, param in named_params(group, index):
                 row = {"name": name, "shape": tuple(param.shape), "dtype": param.dtype}
                 row |= self._explain_one(group, param)
+                row["lr"] = learning_rate(group)
                 row["state_bytes"] = state_bytes(self.state.get(param, {}))
                 rows.append(row)
         return rows
@@ -260,21 +313,48 @@ class LowRankAdamW(Optimizer):
                     rows.append({"name": name, **subspace_stats(self.state[param])})
         return rows
 
+    def state_dict(self) -> State:
+        """As `torch.optim.Optimizer.state_dict`; states of a smaller, adaptive rank are filled up
+        with zeros to the group's, so that every checkpoint of a model has the same shapes.
+        """
+
+        def fill(_: Optimizer, saved: State) -> State:
+            return {**saved, "state": padded(saved["state"], saved["param_groups"])}
+
+        # Before the user's own hooks.
+        handle = self.register_state_dict_post_hook(fill, prepend=True)
+        try:
+            return super().state_dict()
+        finally:
+            handle.remove()
+
     def load_state_dict(self, state_dict: State) -> None:
-        """Loads a state dict; moments and bases keep the dtype that they were saved with.
+        """Loads a state dict.
+
+        Moments and bases get the dtypes that the weights ask for, whatever they were saved with;
+        options of groups are those of the state dict, as in torch. Rank, scale and other options of
+        the projection that differ, and a method that differs, are told by a warning.
 
         Raises:
-            ValueError: the state dict is of a newer format, of another optimizer, or for other
-                shapes; the text names the parameter, and nothing was changed.
+            ValueError: the state dict is of a newer format, of another optimizer, for other shapes
+                or for parameters in another order; the text names the parameter, and nothing was
+                changed.
         """
         incoming: State = {}
+        names = [group.get("param_names") for group in self.param_groups]
 
-        def inspect(_: Optimizer, candidate: State) -> None:
+        def inspect(_: Optimizer, candidate: State) -> State:
+            candidate = {**candidate, "state": cut(candidate["state"])}
             check_loadable(self.param_groups, candidate)
             incoming.update(candidate)
+            return candidate
 
         def put_back(_: Optimizer) -> None:
             restore(self.state, self.param_groups, incoming, self.capturable)
+            for group, own_names in zip(self.param_groups, names, strict=True):
+                group |= {"format": FORMAT, "method": self._method}
+                if own_names is not None:
+                    group["param_names"] = own_names
 
         # Between the user's own hooks: after those that change the state dict, before those that
         # change what was loaded.
@@ -296,31 +376,47 @@ class LowRankAdamW(Optimizer):
         super().__setstate__(state)
         self._counted = {}  # torch comes here when it loads a state dict, too
         self._readback = Readback()
+        self._judged = True
         for group in self.param_groups:
             group.setdefault("maximize", False)
             group.setdefault("format", FORMAT)
+            group.setdefault("method", self._method)
+
+    @property
+    def _method(self) -> str:
+        """What makes a state: kept beside it, so that a checkpoint tells what it is of."""
+        parts = {
+            "residual": self.residual,
+            "corrected": self.corrected,
+            "rounding": self.rounding,
+            **asdict(self.subspace),
+        }
+        return ", ".join(f"{name}={value}" for name, value in parts.items())
 
     def _checked_work(self) -> Iterator[tuple[Group, list[_Work]]]:
         """Each group with its parameters that have a gradient, all checked."""
         request, first = ops.requested_backend(self.backend), 0
+        owners: dict[int, str] = {}
         for index, group in enumerate(self.param_groups):
+            check_options(group, index)
             check_lr(group, index, self.capturable)
-            named = zip(named_params(group, index), identities(group, first), strict=True)
+            named = zip(named_params(group, index), salts(group, first), strict=True)
             first += len(group["params"])
             items = []
-            for (name, param), identity in named:
+            for (name, param), salt in named:
                 if param.grad is None:
                     continue
                 check_grad(name, param, param.grad)
-                backend, phase = None, 0
+                grad, backend = _resolved(param.grad), None
                 if is_projected(group):
                     check_matrix(name, param)
-                    backend = self._choice(request, param, param.grad).backend
-                    if self.subspace.stagger:
-                        phase = int(identity.turn * group["update_proj_gap"])
-                if self.state.get(param):
-                    check_shapes(name, param, self.state[param], is_projected(group))
-                items.append(_Work(name, param, backend, identity.salt, phase))
+                    check_memory(name, param)
+                    _check_owner(owners, name, param, grad)
+                    backend = self._choice(request, param, grad).backend
+                if state := self.state.get(param):
+                    check_shapes(name, param, state, is_projected(group))
+                    check_storage(name, param, state)
+                items.append(_Work(name, param, grad, salt, backend))
             yield group, items
 
     def _check_capture(self, work: list[tuple[Group, list[_Work]]]) -> None:
@@ -333,33 +429,39 @@ class LowRankAdamW(Optimizer):
                     f"group {index}: the graph would keep lr={group['lr']} for ever; pass"
                     " lr=torch.tensor(..., device='cuda') and change it in place"
                 )
-            for name, param, _, _, phase in items:
+            for name, param, *_ in items:
                 state, count = self.state.get(param), self._counted.get(param, 0)
                 if not state or (is_projected(group) and not count):
                     raise RuntimeError(f"{name}: take an eager step before capturing one")
                 if not is_projected(group):
                     continue
-                if is_due(count, state["basis_step"], group["update_proj_gap"], phase):
+                gap = group["update_proj_gap"]
+                if is_due(count, state["basis_step"], gap, phase_of(state, gap, self.subspace)):
                     raise RuntimeError(
                         f"{name}: its basis is due after {count} steps, and a CUDA graph cannot"
                         " compute one; take this step eagerly and capture a later one"
                     )
 
-    def _state_of(self, group: Group, param: Tensor) -> State:
-        state = self.state[param]
+    def _state_of(self, group: Group, item: _Work) -> State:
+        state = self.state[item.param]
         if not state:
-            state.update(self._new_state(group, param))
+            state.update(self._new_state(group, item.param, item.salt))
         elif is_projected(group):
-            complete(state, self.residual is not None, self.monitor)
+            complete(state, item.salt, self.subspace, *self._counts)
         return state
 
-    def _new_state(self, group: Group, param: Tensor) -> State:
+    @property
+    def _counts(self) -> tuple[str, ...]:
+        """The 0-d entries of a projected state beside what its subspace keeps."""
+        limiter = ("limiter_norm",) if self.residual is not None else ()
+        return limiter + (("nonfinite", "limited") if self.monitor else ())
+
+    def _new_state(self, group: Group, param: Tensor, salt: int = 0) -> State:
         if is_projected(group):
             rows, cols = param.shape
             rank = _cut_rank(group["rank"], rows, cols)
             side = side_of(group["proj_type"], rows, cols)
-            limited = self.residual is not None
-            state = new_projected_state(param, rank, side, limited, self.monitor)
+            state = new_projected_state(param, rank, side, salt, self.subspace, *self._counts)
         else:
             state = new_plain_state(param)
         if self.capturable:
@@ -382,19 +484,13 @@ class LowRankAdamW(Optimizer):
         }
 
     def _planned_bytes(self, group: Group, param: Tensor) -> int:
-        state = self._new_state(group, torch.empty_like(param, device="meta"))
-        if is_projected(group) and self.subspace.criterion is not None and param.numel():
-            state["basis_step"] = 0  # the first step computes a basis and measures with it
-            measure(state, state["exp_avg"], 0, self.subspace)
-        return state_bytes(state)
+        return state_bytes(self._new_state(group, torch.empty_like(param, device="meta")))
 
     def _step_projected(self, group: Group, items: list[_Work], states: list[State]) -> None:
         by_device: dict[torch.device, list[Matrix]] = {}
         for item, state in zip(items, states, strict=True):
-            grad, backend = item.param.grad, item.backend
-            assert grad is not None
-            assert backend is not None
-            matrix = Matrix(item.param, grad, state, backend, item.salt, item.phase)
+            assert item.backend is not None
+            matrix = Matrix(item.name, item.param, item.grad, state, item.backend)
             by_device.setdefault(item.param.device, []).append(matrix)
         stochastic = self.rounding == "stochastic"
         method = Method(
@@ -429,7 +525,8 @@ class LowRankAdamW(Optimizer):
 
     def _explain_one(self, group: Group, param: Tensor) -> dict[str, Any]:
         if not is_projected(group):
-            plain = Choice("torch", "AdamW: no rank in its group")
+            at = " at lr * scale" if "scale" in group else ""
+            plain = Choice("torch", f"AdamW{at}: no rank in its group")
             return {"projected": False, "side": None, "rank": None, **plain._asdict()}
         rows, cols = param.shape
         side, rank = side_of(group["proj_type"], rows, cols), min(group["rank"], rows, cols)
@@ -453,6 +550,29 @@ def _check_subspace(subspace: Subspace, residual: ResidualForm | None, capturabl
         raise ValueError(
             "capturable=True replays one step as it was: it cannot go with a subspace that has a"
             " residual_energy, a criterion, lazy refreshes or moments='reset'"
+        )
+
+
+def _resolved(grad: Tensor) -> Tensor:
+    """The gradient with its values in memory: kernels read addresses, where a pending negation, or
+    a zero that was never written, cannot be seen.
+    """
+    if grad.is_neg() or grad._is_zerotensor():
+        return grad.resolve_neg().clone()
+    return grad
+
+
+def _check_owner(owners: dict[int, str], name: str, param: Tensor, grad: Tensor) -> None:
+    """Raises ValueError if what a step writes to is also another weight, or the gradient."""
+    address = param.data_ptr()
+    if not address:  # empty, or on the meta device
+        return
+    other = owners.setdefault(address, name)
+    if other != name or grad.data_ptr() == address:
+        whose = other if other != name else "its gradient"
+        raise ValueError(
+            f"{name} ({tuple(param.shape)}, {param.dtype}) shares its memory with {whose}: tie"
+            " weights by using one parameter in both places, and give gradients memory of their own"
         )
 
 

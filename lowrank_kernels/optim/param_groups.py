@@ -2,18 +2,19 @@
 
 import logging
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
 from ..ops import Side
 from ..ops.contract import basis_shape, projected_shape
-from .groups import PROJECTION_DEFAULTS, PROJECTION_TYPES, Group, side_of
+from .groups import PROJECTION_DEFAULTS, PROJECTION_TYPES, Group, positive_int, side_of
 
 logger = logging.getLogger("lowrank_kernels")
 
-IN_A_BLOCK = re.compile(r"(^|\.)\d+(\.|$)")
+# "layers.3" and "encoder_layer_3.mlp", but not "fc3": a module of the last kind holds others.
+IN_A_BLOCK = re.compile(r"(^|\.)(\d+(\.|$)|[^.]*\D\d+\.)")
 ROUTER = re.compile(r"(^|\.)(router|gate|shared_expert_gate)(\.|$)")
 
 
@@ -23,6 +24,21 @@ class Candidate(NamedTuple):
     name: str
     param: Tensor
     transposed: bool
+
+
+class Decision(NamedTuple):
+    """How a parameter is trained, and why.
+
+    `projected`, or else by AdamW: at lr * scale if it is `hidden`, so that it moves as fast as the
+    projected weights beside it. `transposed` as in `Candidate`.
+    """
+
+    name: str
+    param: Tensor
+    projected: bool
+    hidden: bool
+    reason: str
+    transposed: bool = False
 
 
 def param_groups(
@@ -37,18 +53,23 @@ def param_groups(
 ) -> list[Group]:
     """Parameter groups for the low-rank optimizers: linear weights inside the blocks are projected.
 
-    Projected are the weights of `nn.Linear` and of transformers' `Conv1D` that belong to a numbered
-    block ("model.layers.3.mlp.up_proj"). Embeddings, the output head (tied or not), norms, biases,
-    routers of experts, convolutions and fused 3-D experts are not, and neither is a matrix so small
-    that its low-rank state would not be smaller than AdamW's. A head is known by the model's
-    `get_output_embeddings`; the last layer of a plain `nn.Sequential` is a block like the others.
+    Projected are the weights of `nn.Linear`, of `nn.MultiheadAttention` and of transformers'
+    `Conv1D` that belong to a numbered block ("model.layers.3.mlp.up_proj", "encoder_layer_3.mlp").
+    Embeddings, the output head (tied or not), norms, biases, routers of experts, convolutions and
+    fused 3-D experts are not, and neither is a matrix so small that its low-rank state would not be
+    smaller than AdamW's. A head is known by the model's `get_output_embeddings`; the last layer of
+    a plain `nn.Sequential` is a block like the others.
+
+    Weights of the blocks that are not projected, for whatever reason, move at lr * scale like the
+    projected ones: at the full rate of those, which is meant for embeddings and norms, they would
+    take steps several times as large as their neighbours'. A warning says which they are and why.
 
     A `Conv1D` weight is the transpose of a linear weight, so its `proj_type` is turned around where
     the shape alone would choose another side than for the linear layer (square matrices).
 
     Args:
         model: any module; parameters that do not require a gradient are included, so that they can
-            be unfrozen later.
+            be unfrozen later, but they do not count where something has to be found to project.
         rank: r of every projected matrix.
         targets: instead of the rule above, the linear modules to project: name parts or regular
             expressions searched in the module names, or "all-linear" for every linear module but
@@ -60,79 +81,151 @@ def param_groups(
         proj_type: "std", "reverse_std", "left" or "right", as seen by a linear layer.
 
     Returns:
-        Non-empty groups with (name, parameter) pairs; those with a "rank" are projected.
+        Non-empty groups with (name, parameter) pairs; those with a "rank" are projected, those with
+        a "scale" alone are hidden weights left to AdamW.
 
     Raises:
-        ValueError: nothing matched; the text lists the linear modules. Or `proj_type` is unknown.
+        TypeError: `model` is no module, or `rank` no int.
+        ValueError: nothing that is trained matched, and the text lists the linear modules; or the
+            rank saves no memory on any of it; or `proj_type` is unknown.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"param_groups takes the model, not {type(model).__name__}")
+    rank = positive_int(rank, "rank")
     if proj_type not in PROJECTION_TYPES:
         raise ValueError(f"proj_type must be one of {', '.join(PROJECTION_TYPES)}")
     if targets is not None and not isinstance(targets, str):
         targets = list(targets)
-    candidates = _linear_weights(model)
-    chosen = [c for c in candidates if _matches(c.name, targets)]
-    if not chosen:
-        names = "\n  ".join(dict.fromkeys(collapsed(c.name) for c in candidates)) or "none"
-        raise ValueError(
-            f"no linear module matches targets={targets!r}; give a list of name parts, or"
-            f" 'all-linear'. The model's linear modules are:\n  {names}"
-        )
-    projected = {id(c.param): c for c in chosen if _saves_memory(c.param, rank)}
-    if not projected:
-        shapes = sorted({tuple(c.param.shape) for c in chosen})
-        raise ValueError(f"rank {rank} saves no memory on any of the matched shapes {shapes}")
+    decisions = decide(model, rank, targets)
+    _check_something_is_projected(model, decisions, rank, targets)
+    _tell_what_is_left_out(decisions, scale)
 
     groups: dict[tuple[Any, ...], Group] = {}
-    for name, param in model.named_parameters():
-        candidate = projected.get(id(param))
+    for each in decisions:
         options: Group = {}
-        if candidate:
+        if each.projected:
             options = {"rank": rank, "update_proj_gap": update_proj_gap, "scale": scale}
-            options["proj_type"] = _stored_proj_type(candidate, proj_type)
-        elif param.dim() > 2:
-            logger.info("%s has shape %s: trained by AdamW", name, tuple(param.shape))
+            options["proj_type"] = _stored_proj_type(each, proj_type)
+        elif each.hidden:
+            options = {"scale": scale}
         if weight_decay is not None:
-            options["weight_decay"] = weight_decay if param.dim() > 1 else 0.0
+            options["weight_decay"] = weight_decay if each.param.dim() > 1 else 0.0
         key = tuple(options.items())
-        groups.setdefault(key, {"params": [], **options})["params"].append((name, param))
+        groups.setdefault(key, {"params": [], **options})["params"].append((each.name, each.param))
     return list(groups.values())
 
 
-def why_not_projected(model: nn.Module, rank: int) -> dict[str, str]:
-    """For every parameter that `param_groups(model, rank)` leaves to AdamW, its name and why."""
-    linear = {id(candidate.param): candidate for candidate in _linear_weights(model)}
-    reasons = {}
+def decide(
+    model: nn.Module, rank: int, targets: str | Iterable[str] | None = None
+) -> list[Decision]:
+    """What `param_groups` does with each parameter, in the order of the model."""
+    candidates = {id(candidate.param): candidate for candidate in _linear_weights(model)}
+    outside = _embeddings_and_heads(model)
+    decisions = []
     for name, param in model.named_parameters():
-        candidate = linear.get(id(param))
-        if param.dim() != 2:
-            reasons[name] = "not a matrix"
-        elif candidate is None:
-            reasons[name] = "embedding, output head or no linear layer"
-        elif not _matches(candidate.name, None):
-            reasons[name] = "outside the blocks, or a router"
-        elif not _saves_memory(param, rank):
-            reasons[name] = f"rank {rank} saves no memory"
-    return reasons
+        candidate = candidates.get(id(param))
+        in_a_block = bool(IN_A_BLOCK.search(name.rpartition(".")[0]))
+        if candidate and _matches(candidate.name, targets):
+            saves = _saves_memory(param, rank)
+            reason = "a linear weight" if saves else f"rank {rank} saves no memory"
+            decision = Decision(name, param, saves, not saves, reason, candidate.transposed)
+        elif param.dim() < 2:
+            decision = Decision(name, param, False, False, "not a matrix")
+        elif id(param) in outside:
+            decision = Decision(name, param, False, False, "an embedding or an output head")
+        elif not in_a_block:
+            decision = Decision(name, param, False, False, "outside the blocks")
+        else:
+            decision = Decision(name, param, False, True, _why_not(name, param, candidate, targets))
+        decisions.append(decision)
+    return decisions
+
+
+def _why_not(
+    name: str, param: Tensor, candidate: Candidate | None, targets: str | Iterable[str] | None
+) -> str:
+    """Of a weight in a block that did not match."""
+    if ROUTER.search(name):
+        return "a router"
+    if param.dim() > 2:
+        return "not a matrix"
+    if candidate is None:
+        return "of no linear module"
+    return f"not among targets={targets!r}"
+
+
+def _check_something_is_projected(
+    model: nn.Module,
+    decisions: list[Decision],
+    rank: int,
+    targets: str | Iterable[str] | None,
+) -> None:
+    trained = [each for each in decisions if each.param.requires_grad] or decisions
+    if any(each.projected for each in trained):
+        return
+    candidates = [c for c in _linear_weights(model) if any(c.param is d.param for d in trained)]
+    matched = [candidate for candidate in candidates if _matches(candidate.name, targets)]
+    if matched:
+        shapes = sorted({tuple(candidate.param.shape) for candidate in matched})
+        raise ValueError(
+            f"rank {rank} saves no memory on any of the matched trained shapes {shapes}"
+        )
+    names = "\n  ".join(dict.fromkeys(collapsed(c.name) for c in candidates)) or "none"
+    raise ValueError(
+        f"no trained linear module matches targets={targets!r}; give a list of name parts, or"
+        f" 'all-linear'. The model's trained linear modules are:\n  {names}"
+    )
+
+
+def _tell_what_is_left_out(decisions: list[Decision], scale: float) -> None:
+    left: dict[str, int] = {}
+    for each in decisions:
+        if each.hidden and each.param.requires_grad:
+            shape = " x ".join(map(str, each.param.shape))
+            line = f"{collapsed(each.name)} ({shape}): {each.reason}"
+            left[line] = left.get(line, 0) + 1
+    if left:
+        lines = "".join(f"\n  {line}, {count} of them" for line, count in left.items())
+        logger.warning(
+            "weights of the blocks left out of the projection, trained by AdamW at lr * %g:%s",
+            scale,
+            lines,
+        )
+
+
+def _embeddings_and_heads(model: nn.Module) -> set[int]:
+    """Identities of the weights of embeddings and of the output head."""
+    found = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    for module in model.modules():  # the model may be wrapped, by DDP or PEFT
+        head = getattr(module, "get_output_embeddings", lambda: None)()
+        found.add(id(getattr(head, "weight", None)))
+    return found
 
 
 def _linear_weights(model: nn.Module) -> list[Candidate]:
     """Linear weights by module name, without the output head and without tied embeddings."""
-    excluded = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-    for module in model.modules():  # the model may be wrapped, by DDP or PEFT
-        head = getattr(module, "get_output_embeddings", lambda: None)()
-        excluded.add(id(getattr(head, "weight", None)))
+    excluded = _embeddings_and_heads(model)
     found: dict[int, Candidate] = {}
     for name, module in model.named_modules():
-        transposed = _is_transformers_conv1d(module)
-        if not transposed and not isinstance(module, nn.Linear):
-            continue
-        # A parametrized weight is no parameter and is not trained itself.
-        weight = dict(module.named_parameters(recurse=False)).get("weight")
-        if weight is None or not weight.is_floating_point():
-            continue
-        if id(weight) not in excluded:
-            found.setdefault(id(weight), Candidate(name, weight, transposed))
+        for suffix, weight, transposed in _weights_of(module):
+            if weight.is_floating_point() and id(weight) not in excluded:
+                found.setdefault(id(weight), Candidate(name + suffix, weight, transposed))
     return list(found.values())
+
+
+def _weights_of(module: nn.Module) -> Iterator[tuple[str, Tensor, bool]]:
+    """(what names it beside the module, weight, transposed) of a module's own linear weights.
+
+    A parametrized weight is no parameter and is not trained itself.
+    """
+    params = dict(module.named_parameters(recurse=False))
+    transposed = _is_transformers_conv1d(module)
+    if (transposed or isinstance(module, nn.Linear)) and "weight" in params:
+        yield "", params["weight"], transposed
+    if isinstance(module, nn.MultiheadAttention):
+        for key in ("in_proj", "q_proj", "k_proj", "v_proj"):
+            if f"{key}_weight" in params:
+                yield f".{key}", params[f"{key}_weight"], False
 
 
 def _is_transformers_conv1d(module: nn.Module) -> bool:
@@ -160,11 +253,11 @@ def _saves_memory(param: Tensor, rank: int) -> bool:
     return basis[0] * basis[1] + 2 * moment[0] * moment[1] < 2 * param.numel()
 
 
-def _stored_proj_type(candidate: Candidate, proj_type: str) -> str:
+def _stored_proj_type(decision: Decision, proj_type: str) -> str:
     """The `proj_type` that, for a weight as it is stored, gives the side of the linear layer."""
-    if not candidate.transposed:
+    if not decision.transposed:
         return proj_type
-    cols, rows = candidate.param.shape
+    cols, rows = decision.param.shape
     linear_side = side_of(proj_type, rows, cols)
     stored_side = Side(1 - linear_side)
     if side_of(proj_type, cols, rows) == stored_side:

@@ -1,6 +1,6 @@
 """AdamW for the parameters that are not projected, by torch's own implementation."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -31,30 +31,56 @@ class Work(NamedTuple):
         return {self.param.dtype, self.grad.dtype, self.exp_avg.dtype}
 
     @property
-    def dense(self) -> bool:
-        return all(tensor.is_contiguous() for tensor in self[:4])
+    def fusable(self) -> bool:
+        """Whether torch's fused kernels serve it: they walk along memory, whatever the strides are.
+
+        What goes through widened copies, a block at a time, has to be contiguous, too.
+        """
+        if self.param.device.type not in FUSED_DEVICES:
+            return False
+        if all(tensor.is_contiguous() for tensor in self[:4]):
+            return True
+        strides = {tensor.stride() for tensor in self[:4]}
+        return len(strides) == 1 and len(self.dtypes) == 1 and _is_dense(self.param)
+
+
+def _is_dense(tensor: Tensor) -> bool:
+    """Whether its elements fill its memory without gaps, in whatever order."""
+    expected = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1 and stride != expected:
+            return False
+        expected *= size
+    return True
 
 
 def step_plain(
-    params: list[Tensor], states: list[dict[str, Any]], group: Group, capturable: bool
+    gradients: Sequence[tuple[Tensor, Tensor]],
+    states: list[dict[str, Any]],
+    group: Group,
+    capturable: bool,
 ) -> None:
-    """One torch AdamW step of parameters that all have a gradient.
+    """One torch AdamW step.
 
     torch's fused kernels want one dtype throughout. A bf16 weight has float32 moments here, so it
     goes through copies in float32, a block at a time.
+
+    Args:
+        gradients: each parameter with its gradient.
+        states: theirs.
+        group: its options; a `scale` slows the steps down, but not the decay.
+        capturable: steps are counted on the device.
     """
     fused: list[Work] = []
     widened: list[Work] = []
-    for param, state in zip(params, states, strict=True):
-        assert param.grad is not None
-        work = Work(param, param.grad, state["exp_avg"], state["exp_avg_sq"], state["step"])
-        same = len(work.dtypes) == 1
-        fuses = param.device.type in FUSED_DEVICES and (same or work.dense)
+    for (param, grad), state in zip(gradients, states, strict=True):
+        work = Work(param, grad, state["exp_avg"], state["exp_avg_sq"], state["step"])
+        fuses = work.fusable
         # torch counts steps on the device in its fused kernels; its unfused code would wait there.
         state["step"] = state["step"].to(param.device if fuses or capturable else "cpu")
         work = work._replace(step=state["step"])
         if fuses:
-            (fused if same else widened).append(work)
+            (fused if len(work.dtypes) == 1 else widened).append(work)
         else:
             wide = work._replace(grad=work.grad.to(work.exp_avg.dtype))
             _adamw([wide], group, capturable, fused=False)
@@ -122,6 +148,8 @@ def _blocks(works: list[Work]) -> Iterator[list[Work]]:
 
 def _adamw(works: list[Work], group: Group, capturable: bool, *, fused: bool) -> None:
     beta1, beta2 = group["betas"]
+    scale = float(group.get("scale", 1.0))
+    lr = group["lr"] if capturable else float(group["lr"])
     params, grads, exp_avgs, exp_avg_sqs, steps = map(list, zip(*works, strict=True))
     adamw(
         params,
@@ -137,8 +165,8 @@ def _adamw(works: list[Work], group: Group, capturable: bool, *, fused: bool) ->
         amsgrad=False,
         beta1=float(beta1),
         beta2=float(beta2),
-        lr=group["lr"] if capturable else float(group["lr"]),
-        weight_decay=float(group["weight_decay"]),
+        lr=lr * scale,
+        weight_decay=float(group["weight_decay"]) / scale,
         eps=float(group["eps"]),
         maximize=group["maximize"],
     )

@@ -1,5 +1,6 @@
 """One step of projected matrices: bases that are due, then the three operations, group by group."""
 
+import zlib
 from collections.abc import Hashable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -16,18 +17,13 @@ from .state import State
 
 
 class Matrix(NamedTuple):
-    """A projected parameter with its gradient, its state and who computes its step.
+    """A projected parameter with its gradient, its state and who computes its step."""
 
-    `salt` is what its random numbers depend on, beside the step, and `phase` by how many steps its
-    refreshes come early.
-    """
-
+    name: str
     param: Tensor
     grad: Tensor
     state: State
     backend: str
-    salt: int
-    phase: int
 
 
 class Method(NamedTuple):
@@ -87,18 +83,23 @@ def _due(
     matrices: Sequence[Matrix], completed: Sequence[int], group: Group, method: Method
 ) -> Iterator[Due]:
     """Those whose interval is over, or whose basis has done its work by the criterion."""
+    gap, betas = group["update_proj_gap"], (float(group["betas"][0]), float(group["betas"][1]))
     for matrix, steps in zip(matrices, completed, strict=True):
         state, subspace = matrix.state, method.subspace
-        gap = group["update_proj_gap"] * state["gap_factor"]
-        due = is_due(steps, state["basis_step"], gap, matrix.phase)
-        if is_measured(state, steps, subspace) and "measured" in state:
+        phase = phase_of(state, gap, subspace)
+        due = is_due(steps, state["basis_step"], gap, phase, state["gap_factor"])
+        if is_measured(state, steps, subspace):
             value = method.readback.finish(matrix.param, state["measured"])
             due = due or value <= subspace.threshold
         if due:
-            grad = -matrix.grad if group["maximize"] else matrix.grad
-            seed = matrix.salt << 24 ^ steps
-            betas = float(group["betas"][0]), float(group["betas"][1])
-            yield Due(grad, state, group["rank"], steps, seed, betas)
+            # 32 bits, since torch's generator on a CPU takes no more of a seed.
+            seed = zlib.crc32(f"{state['salt']} {steps}".encode())
+            yield Due(matrix.name, matrix.grad, state, group["rank"], steps, seed, betas)
+
+
+def phase_of(state: State, gap: int, subspace: Subspace) -> int:
+    """By how many steps the refreshes of a matrix come early, so that matrices take turns."""
+    return state["salt"] * gap >> 32 if subspace.stagger else 0
 
 
 def _measure(matrices: list[Matrix], projection: Projection, method: Method) -> None:
@@ -112,13 +113,15 @@ def _measure(matrices: list[Matrix], projection: Projection, method: Method) -> 
 def _watch(
     matrices: list[Matrix], grads: Sequence[Tensor], norms: list[Tensor], before: list[Tensor]
 ) -> None:
-    """Counts, on the device, gradients that were not finite and steps that the limiter held back.
+    """Counts, on the device, gradients of which something was left out, being infinite or NaN or
+    too large to be squared, and steps that the limiter held back.
 
     The limiter stores what it let through: of a step that it held back, 1.01 times the norm before.
     """
     largest = torch._foreach_norm(list(grads), float("inf"))
     for matrix, value in zip(matrices, largest, strict=True):
-        matrix.state["nonfinite"] += ~value.isfinite()
+        usable = value.to(matrix.state["exp_avg"].dtype).square().isfinite()
+        matrix.state["nonfinite"] += ~usable
     bound = LIMITER_GROWTH * (1 - 1e-5)
     for matrix, norm, old in zip(matrices, norms, before, strict=False):
         matrix.state["limited"] += (old > 0) & (norm >= bound * old)
@@ -148,7 +151,7 @@ def _step_group(
     group: Group,
     method: Method,
 ) -> None:
-    params, grads, states, backends, salts, _ = zip(*matrices, strict=True)
+    _, params, grads, states, backends = zip(*matrices, strict=True)
     if group["maximize"]:
         grads = tuple(-grad for grad in grads)
     side, backend = Side(states[0]["side"]), backends[0]
@@ -184,6 +187,6 @@ def _step_group(
         scale=scalars.scale,
         step_size=scalars.step_size,
         decay=scalars.decay,
-        noise=Noise(salts, step) if rounds else None,
+        noise=Noise(tuple(state["salt"] for state in states), step) if rounds else None,
         backend=backend,
     )

@@ -3,7 +3,7 @@
 from .options import Subspace
 from .range_finders import RANGE_FINDERS
 from .refresh import Due, new_record, refresh_bases, workspace_bytes
-from .when import Readback, is_due, is_measured, measure
+from .when import Readback, is_due, is_measured, measure, new_measures
 
 __all__ = [
     "RANGE_FINDERS",
@@ -13,6 +13,7 @@ __all__ = [
     "is_due",
     "is_measured",
     "measure",
+    "new_measures",
     "new_record",
     "refresh_bases",
     "workspace_bytes",

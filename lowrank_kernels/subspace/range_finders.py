@@ -13,7 +13,7 @@ from torch import Tensor
 from .orthonormal import orthonormalized, product, touched_up, well_conditioned
 from .svd import left_singular
 
-# The sketch has more columns than the basis: an eighth more, and never fewer than 8. Each costs
+# The sketch has more columns than the basis: a sixteenth more, and never fewer than 8. Each costs
 # as much as a column of the basis; CONTRIBUTING has what they capture.
 OVERSAMPLING = 8
 
@@ -28,6 +28,8 @@ class Request(NamedTuple):
         previous: the bases so far, d x k each with any k; None where there is none.
         seeds: a number each, from which alone randomness may come.
         power_iterations: passes over A and back.
+        measured: whether the energies decide about a rank, so that they have to be right to float32
+            even where a sketch in bfloat16 would do for the directions.
     """
 
     matrices: Tensor
@@ -36,6 +38,7 @@ class Request(NamedTuple):
     previous: Sequence[Tensor | None]
     seeds: Sequence[int]
     power_iterations: int
+    measured: bool = False
 
 
 class Found(NamedTuple):
@@ -47,19 +50,21 @@ class Found(NamedTuple):
         slow: for each matrix, on the host, whether the fast factorization failed and the slow one
             had to be taken.
         noise: energies up to this are rounding errors.
+        signed: the signs of the directions mean something and stay; else they follow the old basis.
     """
 
     bases: Tensor
     energies: Tensor
     slow: Tensor
     noise: float
+    signed: bool = False
 
 
 RangeFinder = Callable[[Request], Found]
 
 
 def exact(request: Request) -> Found:
-    """The leading left singular vectors, by a full SVD: GaLore's own choice, and slow.
+    """The leading left singular vectors, by a full SVD: GaLore's own choice, signs included; slow.
 
     Raises:
         torch.linalg.LinAlgError: neither the SVD nor its fallback converged.
@@ -68,7 +73,8 @@ def exact(request: Request) -> Found:
     bases, values, slow = zip(*found, strict=True)
     relative = torch.stack(values) / request.norms.unsqueeze(1)
     noise = _noise(bases[0].dtype, request)
-    return Found(torch.stack(bases), relative.square(), torch.tensor(slow), noise)
+    slow_ones = torch.tensor(slow, device="cpu")
+    return Found(torch.stack(bases), relative.square(), slow_ones, noise, signed=True)
 
 
 def randomized(request: Request) -> Found:
@@ -91,24 +97,30 @@ def warm_started(request: Request) -> Found:
 def random(request: Request) -> Found:
     """Random orthonormal directions, the same whatever the gradient is."""
     bases, slow = orthonormalized(_gaussian(request, request.matrices.shape[1], request.rank))
-    return _found(request, _for_sketches(request.matrices), bases, slow)
+    return _found(request, _for_sketches(request), bases, slow)
 
 
 def gaussian(request: Request) -> Found:
     """Random directions from N(0, 1/r), not orthonormal: E[P P^T] = 1, as in APOLLO and FLORA."""
     bases = _gaussian(request, request.matrices.shape[1], request.rank) * request.rank**-0.5
-    nothing_slow = torch.zeros(len(bases), dtype=torch.bool)
-    return _found(request, _for_sketches(request.matrices), bases, nothing_slow)
+    nothing_slow = torch.zeros(len(bases), dtype=torch.bool, device="cpu")
+    return _found(request, _for_sketches(request), bases, nothing_slow)
 
 
 def sketch_bytes(
-    batch: int, d: int, n: int, rank: int, dtype: torch.dtype, device: torch.device
+    batch: int,
+    d: int,
+    n: int,
+    rank: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    measured: bool,
 ) -> int:
     """Bytes of temporaries at the peak of `randomized` and `warm_started`, beside the matrices.
 
     The matrices are `batch` of d x n in a dtype; of the device only the kind matters.
     """
-    columns, sketch = _columns(d, n, rank), _sketch_dtype(dtype, device)
+    columns, sketch = _columns(d, n, rank), _sketch_dtype(dtype, device, measured)
     wide = torch.promote_types(dtype, torch.float32).itemsize
     narrow = sketch.itemsize if sketch.itemsize < wide else 0  # products not yet widened
     tall, wide_one, square = d * columns, n * columns, columns**2
@@ -131,7 +143,7 @@ def sketch_bytes(
 
 
 def _iterated(request: Request, starts: Sequence[Tensor | None]) -> Found:
-    matrices, rank = _for_sketches(request.matrices), request.rank
+    matrices, rank = _for_sketches(request), request.rank
     scale = _scale(request, _wide(matrices))
     columns = _columns(matrices.shape[1], matrices.shape[2], rank)
     known = min(columns, *(0 if start is None else start.shape[1] for start in starts))
@@ -139,7 +151,7 @@ def _iterated(request: Request, starts: Sequence[Tensor | None]) -> Found:
     if known:
         images = _begun(starts, known, images)
 
-    slow = torch.zeros(len(matrices), dtype=torch.bool)
+    slow = torch.zeros(len(matrices), dtype=torch.bool, device="cpu")
     for _ in range(request.power_iterations):
         left, slow_left = well_conditioned(images)
         right, slow_right = well_conditioned(_times(matrices.mT, left) * scale)
@@ -176,17 +188,18 @@ def _times(matrices: Tensor, tall: Tensor) -> Tensor:
     return product(matrices, tall.to(matrices.dtype)).to(_wide(matrices))
 
 
-def _for_sketches(matrices: Tensor) -> Tensor:
-    """In bfloat16 where its products are faster, since all that they have to give is directions.
+def _for_sketches(request: Request) -> Tensor:
+    """A in bfloat16 where its products are faster, if all that they have to give is directions.
 
     Not in float16, which does not hold the range of a product.
     """
-    return matrices.to(_sketch_dtype(matrices.dtype, matrices.device))
+    matrices = request.matrices
+    return matrices.to(_sketch_dtype(matrices.dtype, matrices.device, request.measured))
 
 
-def _sketch_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
-    if dtype is torch.float16:
-        return torch.float32
+def _sketch_dtype(dtype: torch.dtype, device: torch.device, measured: bool) -> torch.dtype:
+    if dtype is torch.float16 or measured:
+        return torch.promote_types(dtype, torch.float32)
     if dtype is not torch.float32:
         return dtype
     if device.type != "cuda":

@@ -13,20 +13,53 @@ LAZY_REFRESHES = 5
 MAX_GAP_FACTOR = 2**16
 
 
-def is_due(completed_steps: int, basis_step: int, gap: int, phase: int = 0) -> bool:
+def is_due(
+    completed_steps: int, basis_step: int, gap: int, phase: int = 0, gap_factor: int = 1
+) -> bool:
     """Whether the basis has to change before this step.
 
     It is so at every multiple of `gap` completed steps, as in the official code, or `phase` steps
-    before it; and at every step after one where it should have changed and could not. The answer
-    depends on nothing but the state, so a resumed run refreshes where the uninterrupted one does.
+    before it; and at every step after one where it should have changed and could not. A longer
+    interval counts from the last change, so that it is never cut short by a multiple of its own.
+    The answer depends on nothing but the state, so a resumed run refreshes where the uninterrupted
+    one does.
 
     Args:
         completed_steps: steps that this parameter has taken.
         basis_step: completed steps when its basis was computed, -1 for none.
         gap: T of the papers, in steps.
         phase: by how many steps the changes come early, 0 to gap - 1: staggers the matrices.
+        gap_factor: by how much lazy refreshes have lengthened the interval.
     """
-    return basis_step < 0 or (completed_steps + phase) // gap > (basis_step + phase) // gap
+    if basis_step < 0:
+        return True
+    if gap_factor > 1:
+        return completed_steps - basis_step >= gap * gap_factor
+    return (completed_steps + phase) // gap > (basis_step + phase) // gap
+
+
+def new_measures(projected: Tensor, subspace: Subspace) -> dict[str, Any]:
+    """What a criterion and lazy refreshes keep in a matrix' state, before the first of them.
+
+    measured         0-d, the last measure of the criterion; infinite before there was one
+    first_norm       0-d, "relative_norm": |R| at the first step with this basis
+    first_direction  the shape of R, "displacement": R / |R| then
+    overlaps         lazy refreshes: of the last ones, on the host
+
+    Args:
+        projected: of the shape, dtype and device of R.
+        subspace: its criterion and laziness.
+    """
+    measures = {}
+    if subspace.criterion is not None:
+        measures["measured"] = projected.new_full((), float("inf"))
+    if subspace.criterion == "relative_norm":
+        measures["first_norm"] = projected.new_zeros(())
+    elif subspace.criterion == "displacement":
+        measures["first_direction"] = torch.zeros_like(projected)
+    if subspace.lazy is not None:
+        measures["overlaps"] = torch.zeros(LAZY_REFRESHES, dtype=torch.float32, device="cpu")
+    return measures
 
 
 def is_measured(state: Mapping[str, Any], completed_steps: int, subspace: Subspace) -> bool:
@@ -58,13 +91,13 @@ def measure(
     if subspace.criterion == "norm":
         state["measured"] = norm
     elif subspace.criterion == "relative_norm":
-        if age == 0 or "first_norm" not in state:
+        if age == 0:
             state["first_norm"] = norm
         first = state["first_norm"]
         state["measured"] = torch.where(first > 0, norm / first, torch.zeros_like(norm))
     else:
         direction = torch.where(norm > 0, projected / norm, torch.zeros_like(projected))
-        if age == 0 or "first_direction" not in state:
+        if age == 0:
             state["first_direction"] = direction
         distance = torch.linalg.vector_norm(direction - state["first_direction"])
         # At the first step nothing can have moved, which is no sign of a standstill: 2, the most.
@@ -82,7 +115,7 @@ class Readback:
         """Called at the step that measured."""
         if value.device.type != "cuda":
             return
-        on_host = torch.empty((), dtype=value.dtype, pin_memory=True)
+        on_host = torch.empty((), dtype=value.dtype, device="cpu", pin_memory=True)
         on_host.copy_(value, non_blocking=True)
         event = torch.cuda.Event()  # type: ignore[no-untyped-call]
         event.record(torch.cuda.current_stream(value.device))

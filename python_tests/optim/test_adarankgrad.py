@@ -242,10 +242,10 @@ def test_a_carried_moment_still_points_where_it_did(moments):
     before = state["exp_avg"] @ state["basis"].T
     turn = torch.linalg.qr(torch.randn(8, 8, generator=torch.Generator().manual_seed(3)))[0]
     turned = state["basis"] @ turn
-    item = refresh.Due(params[0].grad, state, 8, GAP, 0, (0.9, 0.999))
+    item = refresh.Due("weight", params[0].grad, state, 8, GAP, 0, (0.9, 0.999))
     zeros = torch.zeros(1, dtype=torch.bool)
     found = range_finders.Found(turned.unsqueeze(0), torch.full((1, 8), 0.1), zeros, 0.0)
-    refresh._take(item, found, 0, [0.1] * 8, Subspace(moments=moments))
+    refresh._take([item], found, [0], Subspace(moments=moments))
     after = state["exp_avg"] @ state["basis"].T
     relative = float(torch.dist(after, before) / torch.linalg.norm(before))
     assert (relative <= 1e-6) == (moments == "carry")
@@ -462,7 +462,7 @@ def test_states_of_the_first_format_are_read():
     for group in old["param_groups"]:
         group["format"] = 1
     for state in old["state"].values():
-        for key in refresh.new_record():
+        for key in ("rank", "salt", *refresh.new_record()):
             if key != "basis_step":
                 del state[key]
     others, resumed = start(subspace="svd")
@@ -474,7 +474,7 @@ def test_states_of_the_first_format_are_read():
     run(others, resumed, range(GAP + 1, 2 * GAP))
     for param, other in zip(params, others, strict=True):
         assert torch.equal(param, other)
-    assert resumed.state_dict()["param_groups"][0]["format"] == 2
+    assert resumed.state_dict()["param_groups"][0]["format"] == 3
 
 
 # The theory, where it holds.

@@ -60,7 +60,7 @@ def test_zero_gradient_first_is_as_if_it_had_never_been(method, shape, backend):
     after = step(*late, torch.zeros(shape))
     assert torch.equal(after, torch.ones(shape))
     state = late[1].state[late[0]]
-    complete = {"step", "exp_avg", "exp_avg_sq", "basis", "side", *new_record()}
+    complete = {"step", "exp_avg", "exp_avg_sq", "basis", "side", "rank", "salt", *new_record()}
     assert set(state) == complete | ({"limiter_norm"} if method != "galore" else set())
     assert float(state["step"]) == state["kept"] == 1
     state["step"].zero_()

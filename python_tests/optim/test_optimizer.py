@@ -294,7 +294,7 @@ def test_plain_adamw_by_oversight_is_told(caplog):
     with caplog.at_level("WARNING", "lowrank_kernels"):
         train(module, FiraAdamW(module.parameters()), range(2))
     assert [record.getMessage().split(",")[0] for record in caplog.records] == [
-        "no parameter group has a rank"
+        "no trained parameter is in a group with a rank"
     ]
 
 

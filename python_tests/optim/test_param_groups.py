@@ -381,7 +381,7 @@ def test_targets_may_be_a_one_shot_iterable() -> None:
 
 @pytest.mark.parametrize("targets", ["no_such", ["no_such", "nor_this"], [], r"^q_proj$"])
 def test_no_match_lists_the_candidates(targets: object) -> None:
-    with pytest.raises(ValueError, match="no linear module matches") as error:
+    with pytest.raises(ValueError, match="no trained linear module matches") as error:
         param_groups(llama(), rank=4, targets=targets)
     text = str(error.value)
     assert repr(targets) in text
@@ -397,7 +397,7 @@ def test_no_match_without_any_linear_module() -> None:
 @pytest.mark.parametrize("targets", ["lm_head", ["q_proj", "lm_head"]])
 def test_the_output_head_is_never_projected(targets: object) -> None:
     if targets == "lm_head":
-        with pytest.raises(ValueError, match="no linear module matches"):
+        with pytest.raises(ValueError, match="no trained linear module matches"):
             param_groups(llama(), rank=4, targets=targets)
         return
     projected, _ = split(param_groups(llama(), rank=4, targets=targets))
@@ -480,7 +480,7 @@ class Mlp(nn.Module):
 
 
 BLOCKS = {f"blocks.{i}.{name}.weight" for i in range(2) for name in ("up", "down")}
-IN_BLOCKS = BLOCKS | {"attention.0.out_proj.weight"}
+IN_BLOCKS = BLOCKS | {"attention.0.in_proj_weight", "attention.0.out_proj.weight"}
 USER_MODELS = {
     "sequential": (sequential, None, {"0.weight", "3.weight"}),
     "nested": (
@@ -592,7 +592,7 @@ def test_a_parametrized_linear_is_trained_by_adamw(targets: object) -> None:
 
 
 def test_only_parametrized_linear_modules_is_an_error() -> None:
-    with pytest.raises(ValueError, match="no linear module matches"):
+    with pytest.raises(ValueError, match="no trained linear module matches"):
         param_groups(nn.Sequential(weight_norm(nn.Linear(8, 8))), rank=2)
 
 

@@ -207,7 +207,7 @@ def fewer_groups(state_dict):
     [
         (other_shape, r"state of 0\.weight does not fit its shape \(24, 12\): exp_avg has"),
         (other_basis, r"state of 0\.weight does not fit its shape \(24, 12\): basis has"),
-        (newer_format, r"group 1 of the state dict has format 3.*upgrade"),
+        (newer_format, r"group 1 of the state dict has format 4.*upgrade"),
         (no_format, r"group 0 of the state dict has no format number"),
         (no_basis, r"state of 0\.weight has no 'basis'"),
         (not_projected, r"group 0 is a projected group here and an AdamW group in the state dict"),

@@ -38,7 +38,7 @@ def device_table(values: tuple[int, ...], device: torch.device) -> Tensor:
         return torch.tensor(values, dtype=torch.int64, device=device)
     if torch.cuda.is_current_stream_capturing():
         # The graph's pool owns this table and gives its memory to others: not for the cache.
-        source = torch.tensor(values, dtype=torch.int64, pin_memory=True)
+        source = torch.tensor(values, dtype=torch.int64, device="cpu", pin_memory=True)
         _sources_of_graphs.append(source)
         return source.to(device, non_blocking=True)
     return _uploaded(values, device, torch.cuda.current_stream(device).cuda_stream)
@@ -47,7 +47,7 @@ def device_table(values: tuple[int, ...], device: torch.device) -> Tensor:
 @functools.lru_cache(maxsize=4096)
 def _uploaded(values: tuple[int, ...], device: torch.device, stream: int) -> Tensor:
     """The stream is a key because another one would not wait for the copy."""
-    source = torch.tensor(values, dtype=torch.int64, pin_memory=True)
+    source = torch.tensor(values, dtype=torch.int64, device="cpu", pin_memory=True)
     return source.to(device, non_blocking=True)
 
 
