@@ -18,26 +18,33 @@ struct Batch {
 // A block a matrix: the limiter needs all of its channels, and there are only thousands.
 __global__ void __launch_bounds__(kThreads)
     channel_scale_kernel(const __grid_constant__ Batch batch, int64_t channels) {
-  __shared__ double partial[kThreads];
+  __shared__ double partial[2][kThreads];
   __shared__ float limiter_factor;
   const int matrix = blockIdx.x;
   const int thread = threadIdx.x;
   float* factor = batch.factor[matrix];
   double norm_sq = 0.0;
+  double ordinary_sq = 0.0;
   for (int64_t i = thread; i < channels; i += kThreads) {
     const ChannelFactor out = channel_factor(
         batch.direction_sq[matrix][i], batch.projected_sq[matrix][i], batch.residual_sq[matrix][i]);
     factor[i] = out.phi;
     norm_sq += out.scaled_sq;
+    ordinary_sq += out.ordinary_sq;
   }
-  partial[thread] = norm_sq;
+  partial[0][thread] = norm_sq;
+  partial[1][thread] = ordinary_sq;
   for (int half = kThreads / 2; half > 0; half /= 2) {
     __syncthreads();
-    if (thread < half) partial[thread] += partial[thread + half];
+    if (thread < half) {
+      partial[0][thread] += partial[0][thread + half];
+      partial[1][thread] += partial[1][thread + half];
+    }
   }
   if (thread == 0) {
     float* limiter_norm = batch.limiter_norm[matrix];
-    const Limit limiter = limit(static_cast<float>(sqrt(partial[0])), *limiter_norm);
+    const Limit limiter = limit(static_cast<float>(sqrt(partial[0][0])), *limiter_norm,
+                                static_cast<float>(sqrt(partial[1][0])));
     *limiter_norm = limiter.stored_norm;
     limiter_factor = limiter.factor;
   }

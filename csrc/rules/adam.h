@@ -30,11 +30,11 @@ class AdamRule {
         inverse_correction1_(static_cast<float>(1.0 / bias_correction1)),
         inverse_correction2_(static_cast<float>(1.0 / bias_correction2)) {}
 
-  // A non-finite element is dropped rather than stored: one NaN in a moment would stay there for
-  // ever. Selects in place of branches, so that the CPU loop vectorizes.
+  // An element whose square is not finite is dropped rather than stored: one NaN or Inf in a moment
+  // would stay there for ever. Selects in place of branches, so that the CPU loop vectorizes.
   LOWRANK_HOST_DEVICE AdamElement operator()(float projected, float exp_avg,
                                              float exp_avg_sq) const {
-    const bool finite = fabsf(projected) <= FLT_MAX;
+    const bool finite = projected * projected <= FLT_MAX;
     const float r = finite ? projected : 0.0f;
     const float m = beta1_ * exp_avg + one_minus_beta1_ * r;
     const float v = beta2_ * exp_avg_sq + one_minus_beta2_ * (r * r);

@@ -10,6 +10,7 @@ namespace lowrank {
 
 constexpr float kLimiterGrowth = 1.01f;
 constexpr float kNormEps = 1e-8f;
+constexpr float kStorableShare = 0x1p-6f;
 
 // |e|^2 = |g|^2 - share |r|^2 with share = 2 kappa - kappa^2. Rounding can leave a channel in the
 // span a little below 0; NaN stays, for `channel_factor` to leave the channel out.
@@ -18,9 +19,11 @@ LOWRANK_HOST_DEVICE float residual_energy(float grad_sq, float projected_sq, flo
   return energy < 0.0f ? 0.0f : energy;
 }
 
+// `ordinary_sq` is what |phi e|^2 is compared with: |phi r|^2, at least one entry's ordinary step.
 struct ChannelFactor {
   float phi;
   float scaled_sq;
+  float ordinary_sq;
 };
 
 LOWRANK_HOST_DEVICE ChannelFactor channel_factor(float direction_sq, float projected_sq,
@@ -28,7 +31,9 @@ LOWRANK_HOST_DEVICE ChannelFactor channel_factor(float direction_sq, float proje
   const float phi = sqrtf(direction_sq) / (sqrtf(projected_sq) + kNormEps);
   const float scaled_sq = phi * phi * residual_sq;
   const bool finite = fabsf(scaled_sq) <= FLT_MAX;
-  return {finite ? phi : 0.0f, finite ? scaled_sq : 0.0f};
+  const float ordinary_sq = phi * phi * projected_sq;
+  const bool large = finite && ordinary_sq > 1.0f && ordinary_sq <= FLT_MAX;
+  return {finite ? phi : 0.0f, finite ? scaled_sq : 0.0f, large ? ordinary_sq : 1.0f};
 }
 
 struct Limit {
@@ -36,12 +41,13 @@ struct Limit {
   float stored_norm;
 };
 
-LOWRANK_HOST_DEVICE Limit limit(float norm, float previous) {
+LOWRANK_HOST_DEVICE Limit limit(float norm, float previous, float ordinary_norm) {
   const float ratio = norm / (previous + kNormEps);
   const float growth = (ratio > kLimiterGrowth ? ratio : kLimiterGrowth) / kLimiterGrowth;
   const float factor = previous > 0.0f ? 1.0f / growth : 1.0f;
   const float limited = factor * norm;
-  const bool storable = limited > 0.0f && limited <= FLT_MAX;
+  const bool storable =
+      norm > kStorableShare * ordinary_norm && limited > 0.0f && limited <= FLT_MAX;
   return {factor, storable ? limited : previous};
 }
 

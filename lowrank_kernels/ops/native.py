@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from .contract import (
+    MAX_KAPPA_HALF_PRECISION,
     AdamScalars,
     Alike,
     ChannelSums,
@@ -32,12 +33,6 @@ try:
     from .. import _native
 except ImportError as error:
     import_error = str(error)
-
-# Above this kappa |S| is a small difference of large sums when the gradient lies near the span of
-# the basis, and half precision rounds away what is left: of R, or of a basis that was orthonormal.
-# Below it the difference keeps at least a quarter of either, and the error of |S|^2 from one
-# rounding of R stays under 1.2e-2, systematic signs assumed; random ones average out.
-MAX_KAPPA_HALF_PRECISION = 0.5
 
 # A tile, like a group, holds at most this many elements: its product stays in the last cache. Its
 # rows are whole, which the passes like best, unless that left fewer than TILE_ROWS of them: too few

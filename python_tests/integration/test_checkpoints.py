@@ -26,7 +26,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
-from lowrank_kernels import FiraAdamW, param_groups
+from lowrank_kernels import FiraAdamW, Subspace, param_groups
 
 CHECKPOINTS = {
     "nested": StateDictOptions(),
@@ -68,6 +68,39 @@ def test_distributed_checkpoint_resumes_bit_for_bit(options, dtype, method, tmp_
     assert_same_bits((model, optimizer), (twin, resumed))
     train(twin, resumed, range(STOP, STEPS))
     assert_same_bits((twin, resumed), uninterrupted(method, dtype))
+
+
+# Everything that keeps something of its own in the state; half of the energy needs 2 directions.
+SUBSPACES = {
+    "norm": Subspace(criterion="norm", threshold=1e-3, check_gap=2),
+    "relative_norm": Subspace(criterion="relative_norm", threshold=0.9, check_gap=2),
+    "displacement": Subspace(criterion="displacement", threshold=0.9, check_gap=2),
+    "lazy": Subspace(lazy=0.0),
+    "adaptive": Subspace(residual_energy=0.65, moments="carry"),
+    "adaptive displacement": Subspace(
+        residual_energy=0.65, criterion="displacement", threshold=0.9, check_gap=2
+    ),
+}
+
+
+@pytest.mark.parametrize("subspace", SUBSPACES.values(), ids=SUBSPACES)
+@every_checkpoint
+def test_what_a_subspace_keeps_is_in_the_checkpoint(options, subspace, tmp_path):
+    """Enough steps before and after for lazy intervals to grow and for criteria to decide."""
+    stop, steps = 7 * GAP + 1, 11 * GAP
+    run = setup("fira", subspace=subspace, monitor=True)
+    train(*run, range(stop))
+    if subspace.residual_energy:
+        assert run[1].stats()[0]["rank"] < 3
+    dcp.save(distributed_state(*run, options), checkpoint_id=tmp_path, no_dist=True)
+    twin = setup("fira", seed=1, subspace=subspace, monitor=True)
+    template = distributed_state(*twin, options)
+    dcp.load(template, checkpoint_id=tmp_path, no_dist=True)
+    set_distributed_state(*twin, template, options)
+    assert_same_bits(run, twin)
+    train(*run, range(stop, steps))
+    train(*twin, range(stop, steps))
+    assert_same_bits(run, twin)
 
 
 @every_method

@@ -245,10 +245,18 @@ def test_non_finite_elements_are_dropped_and_the_rest_is_computed(hole, rows_are
 
 
 @DEVICES
-def test_largest_finite_element_is_not_dropped(device):
-    problem = Problem(1, 1, True, device)
-    problem["projected"].fill_(torch.finfo(torch.float32).max)
-    assert problem.run()["projected"].item() == torch.finfo(torch.float32).max
+def test_what_cannot_be_squared_is_dropped(device):
+    """One such element would make its second moment infinite for ever."""
+    largest = torch.tensor(torch.finfo(torch.float32).max).sqrt()
+    beyond = torch.nextafter(largest, torch.tensor(float("inf")))
+    for value, kept in ((largest, True), (beyond, False)):
+        problem = Problem(1, 1, True, device)
+        problem["projected"].fill_(value)
+        before = problem["exp_avg_sq"].item()
+        after = problem.run()
+        assert after["projected"].item() == (value if kept else 0.0)
+        assert (after["exp_avg_sq"].item() > before) == kept
+        assert after["exp_avg_sq"].isfinite().all()
 
 
 @DEVICES

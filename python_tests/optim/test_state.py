@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from lowrank_kernels import FiraAdamW, GaLoreAdamW, LowRankAdamW, param_groups
+from lowrank_kernels import FiraAdamW, GaLoreAdamW, LowRankAdamW, Subspace, param_groups
+from lowrank_kernels.ops import notices
 from lowrank_kernels.optim.groups import FORMAT
 
 GAP, STOP, STEPS = 4, 6, 13
@@ -78,6 +79,138 @@ def test_resume_between_two_refreshes_is_bitwise(method, dtype, backend):
     assert_same(half, resumed)
     train(*resumed, range(STOP, STEPS))
     assert_same(whole, resumed)
+
+
+@pytest.mark.parametrize("saved_rank", [2, 3])
+def test_a_smaller_adaptive_rank_is_filled_up_in_the_state_dict_only(saved_rank):
+    """Every state dict of a model has the same shapes; the state itself keeps what it saves."""
+    weight = nn.Parameter(torch.ones(12, 20))
+    group = {"params": [weight], "rank": 3, "update_proj_gap": 1}
+    optimizer = GaLoreAdamW([group], subspace=Subspace(residual_energy=0.01))
+    rng = torch.Generator().manual_seed(0)
+    factors = torch.randn(12, saved_rank, generator=rng), torch.randn(saved_rank, 20, generator=rng)
+    weight.grad = factors[0] @ factors[1]
+    optimizer.step()
+    state, saved = optimizer.state[weight], optimizer.state_dict()["state"][0]
+    assert state["rank"] == state["basis"].shape[1] == saved["rank"] == saved_rank
+    assert (saved["basis"].shape, saved["exp_avg"].shape) == ((12, 3), (3, 20))
+    for key, axis in (("basis", 1), ("exp_avg", 0), ("exp_avg_sq", 0)):
+        assert torch.equal(saved[key].narrow(axis, 0, saved_rank), state[key])
+        assert not saved[key].narrow(axis, saved_rank, 3 - saved_rank).any()
+
+
+def test_a_state_follows_its_weight_to_another_dtype_by_a_round_trip():
+    """Refused in a step, with the parameter's name and nothing changed; loading converts it."""
+    run = setup("fira", torch.float64)
+    train(*run, range(2))
+    module, optimizer = run
+    module.float()
+    before = copy.deepcopy(optimizer.state_dict())
+    with pytest.raises(ValueError, match=r"0\.weight is torch.float32 .* exp_avg as torch.float64"):
+        train(*run, [2])
+    assert str(optimizer.state_dict()) == str(before)
+    optimizer.load_state_dict(optimizer.state_dict())
+    train(*run, [2])
+    dtypes = {v.dtype for s in optimizer.state.values() for v in s.values() if torch.is_tensor(v)}
+    assert dtypes == {torch.float32}
+
+
+@pytest.mark.parametrize("change", ["moments", "weights"])
+def test_a_state_dict_of_other_dtypes_is_converted(change):
+    """Moments cast to bfloat16 by somebody, or float64 weights that go on in float32."""
+    saved_as = torch.float64 if change == "weights" else torch.float32
+    run = setup("fira", saved_as)
+    train(*run, range(3))
+    saved = copy.deepcopy(run[1].state_dict())
+    if change == "moments":
+        for state in saved["state"].values():
+            for key in ("exp_avg", "exp_avg_sq"):
+                state[key] = state[key].bfloat16()
+    twin = setup("fira", torch.float32)
+    twin[1].load_state_dict(saved)
+    state = twin[1].state[next(twin[0].parameters())]
+    assert {state[key].dtype for key in ("exp_avg", "exp_avg_sq", "basis")} == {torch.float32}
+    train(*twin, [3])
+
+
+class Twins(nn.Module):
+    """Two equal layers, registered in an order of one's own."""
+
+    def __init__(self, *names):
+        super().__init__()
+        self.layers = nn.ModuleDict({name: nn.Linear(12, 12) for name in names})
+
+
+def build_twins(names, **options):
+    torch.manual_seed(0)
+    module = Twins(*names)
+    return module, FiraAdamW(param_groups(module, 3, targets="layers"), lr=0.01, **options)
+
+
+def test_layers_in_another_order_are_refused():
+    run, other = build_twins("qk"), build_twins("kq")
+    train(*run, range(2))
+    text = r"place 0 of group 0 holds the state of layers\.q\.weight, and is layers\.k\.weight"
+    with pytest.raises(ValueError, match=text):
+        other[1].load_state_dict(run[1].state_dict())
+    assert not other[1].state
+
+
+def test_renamed_layers_go_by_their_places_and_keep_their_names_and_streams(caplog):
+    notices.notice_once.cache_clear()
+    run, other = build_twins("qk"), build_twins("xy")
+    train(*run, range(2))
+    with caplog.at_level("WARNING", "lowrank_kernels"):
+        other[1].load_state_dict(run[1].state_dict())
+    assert "other names than in the state dict" in caplog.text
+    assert "layers.q.weight -> layers.x.weight and 3 more" in caplog.text
+    assert other[1].param_groups[0]["param_names"] == ["layers.x.weight", "layers.y.weight"]
+    salts = [[state.get("salt") for state in o.state.values()] for _, o in (run, other)]
+    assert salts[0] == salts[1]
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "model."])
+def test_prefixes_of_names_change_nothing(prefix, caplog):
+    run, other = build_twins("qk"), build_twins("qk")
+    train(*run, range(2))
+    saved = copy.deepcopy(run[1].state_dict())
+    for group in saved["param_groups"]:
+        group["param_names"] = [prefix + name for name in group["param_names"]]
+    with caplog.at_level("WARNING", "lowrank_kernels"):
+        other[1].load_state_dict(saved)
+    assert not caplog.records
+
+
+def told(caplog, run, other):
+    notices.notice_once.cache_clear()
+    train(*run, range(2))
+    with caplog.at_level("WARNING", "lowrank_kernels"):
+        other[1].load_state_dict(run[1].state_dict())
+    return caplog.text
+
+
+def test_another_method_is_told(caplog):
+    run = build_twins("qk")
+    other = build_twins("qk", residual="paper", subspace="svd", rounding="stochastic")
+    text = told(caplog, run, other)
+    for part in ("residual=official (here residual=paper)", "range_finder=randomized (here range"):
+        assert part in text
+    assert "rounding=nearest (here rounding=stochastic)" in text
+    assert "moments=" not in text
+    assert "residual=paper" in other[1].param_groups[0]["method"]
+
+
+def test_other_options_of_the_projection_are_told(caplog):
+    run, other = build_twins("qk"), build_twins("qk")
+    other[1].param_groups[0] |= {"rank": 5, "scale": 1.0}
+    text = told(caplog, run, other)
+    assert "group 0 goes on with the options of the state dict: rank 3 (here 5)" in text
+    assert "scale 0.25 (here 1.0)" in text
+    assert other[1].param_groups[0]["rank"] == 3
+
+
+def test_the_same_method_is_told_nothing(caplog):
+    assert not told(caplog, build_twins("qk"), build_twins("qk"))
 
 
 SCRIPT = """

@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..contract import (
+    MAX_KAPPA_HALF_PRECISION,
     AdamScalars,
     Alike,
     ChannelSums,
@@ -25,7 +26,7 @@ from ..contract import (
     rank_axis,
 )
 from ..notices import notice_once
-from ..reference import LIMITER_GROWTH, NORM_EPS
+from ..reference import LIMITER_GROWTH, NORM_EPS, STORABLE_SHARE
 from .config import (
     SCALE_BLOCK,
     SCALE_WARPS,
@@ -41,6 +42,9 @@ from .project import project_kernel
 from .scale import channel_scale_kernel
 from .tuned import LARGEST_TILE, Problem
 from .update import update_kernel
+
+# Of the gradients whose residuals are formed at a time. The number was not measured.
+RESIDUAL_ELEMENTS = 2**23
 
 _LANGUAGE_TYPES = {
     torch.float32: tl.float32,
@@ -99,7 +103,8 @@ def workspace_bytes(alike: Alike, residual: Residual | None) -> int:
     gpu = gpu_of(torch.device(alike.device_type if torch.cuda.is_available() else "cpu"))
     count = min(alike.matrices, group_matrices(alike.shape, alike.rank, alike.dtype, gpu))
     sizes = (alike.side, alike.channels, alike.depth, alike.rank, count)
-    config = project_config(Problem(*sizes, (alike.dtype, alike.dtype)), gpu)
+    problem = Problem(*sizes, (alike.dtype, alike.dtype))
+    config = project_config(problem, gpu)
     tiles_k = triton.cdiv(alike.rank, config.rank)
     tiles = count * triton.cdiv(alike.channels, config.channels) * tiles_k
     pieces = tiles * config.split * config.channels if config.split > 1 else 0
@@ -107,9 +112,12 @@ def workspace_bytes(alike: Alike, residual: Residual | None) -> int:
     scale = 0
     if residual is not None:
         held += 3 * count * tiles_k * alike.channels
-        scale = count * (alike.channels + triton.cdiv(alike.channels, SCALE_BLOCK))
+        scale = count * (alike.channels + 2 * triton.cdiv(alike.channels, SCALE_BLOCK))
+    formed = 0
+    if residual is not None and _forms_residuals(residual, problem):
+        formed = 2 * min(alike.numel, RESIDUAL_ELEMENTS) + alike.depth * alike.rank
     tables = 4 * 8 * count
-    return 4 * (held + max(pieces * (config.rank + 1), scale)) + tables
+    return 4 * (held + max(pieces * (config.rank + 1), scale, formed)) + tables
 
 
 def explain(param: Tensor, grad: Tensor, side: Side, rank: int) -> dict[str, str]:
@@ -179,7 +187,49 @@ def project_moments(
                 num_stages=config.stages,
                 maxnreg=config.registers,
             )
+    if residual and _forms_residuals(residual, problem):
+        _form_residuals(grads, bases, side, projected, residual.kappa, sums[2])
     return Projection(direction, projected, ChannelSums(*sums) if residual else None)
+
+
+def _forms_residuals(residual: Residual, problem: Problem) -> bool:
+    """Whether the kernel's difference is lost in what R and its basis were rounded to."""
+    rounded = min(dtype.itemsize for dtype in problem.dtypes) < 4
+    rounded = rounded or _precision(*problem.dtypes) == "tf32"
+    return rounded and residual.kappa > MAX_KAPPA_HALF_PRECISION
+
+
+def _form_residuals(
+    grads: Sequence[Tensor],
+    bases: Sequence[Tensor],
+    side: Side,
+    projected: Tensor,
+    kappa: float,
+    residual_sq: Tensor,
+) -> None:
+    """|e|^2 of each channel, literally, in the place of the kernel's difference of large sums.
+
+    A block of channels at a time, in float32 by torch: a gradient is read once more and multiplied
+    once more.
+
+    Args:
+        grads: G of each matrix.
+        bases: P of each matrix.
+        side: of the basis.
+        projected: R, stacked.
+        kappa: of the residual G - kappa back(R).
+        residual_sq: B x rank tiles x channels; the first slot gets the sum, the others 0.
+    """
+    axis = 1 - rank_axis(side)
+    at_once = max(1, RESIDUAL_ELEMENTS // max(1, grads[0].shape[1 - axis]))
+    residual_sq.zero_()
+    for grad, basis, low, slots in zip(grads, bases, projected, residual_sq, strict=True):
+        wide = basis.float()
+        blocks = torch.split(grad, at_once, axis), torch.split(low, at_once, axis)
+        for block, part, sums in zip(*blocks, torch.split(slots[0], at_once), strict=True):
+            left, right = (wide, part) if side is Side.LEFT else (part, wide.T)
+            outside = torch.addmm(block.float(), left, right, alpha=-kappa)
+            torch.sum(outside.square_(), 1 - axis, out=sums)
 
 
 def channel_scale(sums: ChannelSums, limiter_norms: Sequence[Tensor]) -> Tensor:
@@ -193,13 +243,14 @@ def channel_scale(sums: ChannelSums, limiter_norms: Sequence[Tensor]) -> Tensor:
             channel_scale_kernel[(matrices * programs,)](
                 *sums,
                 factor,
-                sums.direction.new_empty((matrices, programs)),
+                sums.direction.new_empty((2, matrices, programs)),
                 group(limiter_norms),
                 arrival_counters(matrices, device),
                 channels,
                 slots[0] if slots else 1,
                 LIMITER_GROWTH,
                 NORM_EPS,
+                STORABLE_SHARE,
                 BC=SCALE_BLOCK,
                 num_warps=SCALE_WARPS,
             )

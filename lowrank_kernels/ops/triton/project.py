@@ -24,8 +24,10 @@ from .device import arrives_last, locate, piece, scalar
 
 @triton.jit
 def _adam(low, exp_avg, exp_avg_sq, inside, matrix, adam, DEVICE_SCALARS: tl.constexpr):
-    """M, V and N of R; an element of R that is not finite keeps its moments and moves nothing."""
-    finite = tl.abs(low) < float("inf")
+    """M, V and N of R; an element of R whose square is not finite keeps its moments and moves
+    nothing.
+    """
+    finite = low * low < float("inf")
     low = tl.where(finite, low, 0.0)
     new_avg = adam.beta1 * exp_avg + adam.one_minus_beta1 * low
     new_avg_sq = adam.beta2 * exp_avg_sq + adam.one_minus_beta2 * (low * low)

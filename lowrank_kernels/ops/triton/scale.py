@@ -2,9 +2,11 @@
 
     phi_c = |N_c| / (|R_c| + 1e-8),   nu^2 = sum_c phi_c^2 |e_c|^2,   phi' = lambda phi
 
+It stores nu above a share of sum_c max(|phi_c R_c|^2, 1), see `reference.channel_scale`.
+
 The limiter needs every channel before it scales the first one: the programs of a matrix write phi
-and their shares of nu^2, and the one that arrives last adds those in ascending order and multiplies
-phi by lambda. Bytes a matrix: 12 C for each rank tile of operation 1, and 12 C.
+and their shares of both sums, and the one that arrives last adds those in ascending order and
+multiplies phi by lambda. Bytes a matrix: 12 C for each rank tile of operation 1, and 12 C.
 """
 
 import triton
@@ -29,13 +31,14 @@ def channel_scale_kernel(
     projected_ptr,
     residual_ptr,
     factor_ptr,  # [B, C]
-    share_ptr,  # [B, programs a matrix]
+    share_ptr,  # [2, B, programs a matrix]
     limiter_norms,  # one element a matrix, in place
     arrived_ptr,  # [B]
     channels,
     tiles,
     growth_bound,
     norm_eps,
+    storable_share,
     BC: tl.constexpr,
 ):
     programs = tl.cdiv(channels, BC)
@@ -52,15 +55,22 @@ def channel_scale_kernel(
     residual_sq = tl.where(residual_sq < 0.0, 0.0, residual_sq)
     scaled_sq = phi * phi * residual_sq
     usable = tl.abs(scaled_sq) < float("inf")
+    ordinary_sq = phi * phi * projected_sq
+    large = usable & (ordinary_sq > 1.0) & (ordinary_sq < float("inf"))
+    ordinary_sq = tl.where(large, ordinary_sq, 1.0)
     factor_ptr += tl.cast(matrix, tl.int64) * channels
+    ordinary_ptr = share_ptr + tl.num_programs(0) + tl.cast(matrix, tl.int64) * programs
     share_ptr += tl.cast(matrix, tl.int64) * programs
     tl.store(factor_ptr + channel, tl.where(usable, phi, 0.0), mask=inside)
     tl.store(share_ptr + program, tl.sum(tl.where(usable & inside, scaled_sq, 0.0), axis=0))
+    tl.store(ordinary_ptr + program, tl.sum(tl.where(inside, ordinary_sq, 0.0), axis=0))
 
     if arrives_last(arrived_ptr + matrix, programs):
         total = 0.0
+        ordinary = 0.0
         for other in range(programs):
             total += tl.load(share_ptr + other, cache_modifier=".cg")
+            ordinary += tl.load(ordinary_ptr + other, cache_modifier=".cg")
         norm = tl.sqrt(total)
         limiter_norm_ptr = locate(limiter_norms, matrix)
         previous = tl.load(limiter_norm_ptr)
@@ -68,6 +78,7 @@ def channel_scale_kernel(
         limit = tl.where(previous > 0.0, growth_bound / tl.maximum(growth, growth_bound), 1.0)
         limited = limit * norm
         storable = (limited > 0.0) & (limited < float("inf"))
+        storable = storable & (norm > storable_share * tl.sqrt(ordinary))
         tl.store(limiter_norm_ptr, tl.where(storable, limited, previous))
         for start in range(0, channels, BC):
             channel = start + tl.arange(0, BC)
