@@ -14,11 +14,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..ops import Side, backends
+from ..ops import Side, backends, requested_backend
 from ..ops.dispatch import ENVIRONMENT_VARIABLE, Kind, choose_kind
 from ..optim import FiraAdamW, GaLoreAdamW, LowRankAdamW
 from ..optim.state import new_projected_state
 from ..subspace import Subspace
+from .errors import UserError
 from .text import print_json, table
 
 SUMMARY = "take steps with every available backend and compare them with float64"
@@ -56,7 +57,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Prints a line a case; 1 if one is wrong, else 0."""
+    """Prints a line a case; 1 if one is wrong, else 0.
+
+    Raises:
+        UserError, BackendUnavailable: `LOWRANK_BACKEND` names none that can run, so that every step
+            outside of here would fail.
+    """
+    try:
+        requested_backend("auto")
+    except ValueError as error:
+        raise UserError(str(error)) from None
     with _no_override():
         results = [_result(case) for case in _cases()]
     missing = {name: reason for name, (available, reason) in backends().items() if not available}
@@ -147,16 +157,27 @@ def _distance(value: Tensor, exact: Tensor) -> float:
 def _start(case: Case) -> Start:
     """Numbers that the dtype of the case holds, so that all runs begin at the same ones.
 
-    The weight is small beside the steps: an error of a step is then one of the new weight.
+    The weight is small beside the steps: an error of a step is then one of the new weight. The
+    projected gradients stay away from zero: M / sqrt(V) of an entry that nearly cancels would hang
+    on the rounding of one product, and the error of a case on that entry.
     """
     rng = torch.Generator().manual_seed(sum(case.shape))
-    size = case.shape[0] if case.side is Side.LEFT else case.shape[1]
+    left = case.side is Side.LEFT
+    channels, size = reversed(case.shape) if left else case.shape
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(shape, generator=rng, dtype=torch.float64)
 
     basis = torch.linalg.qr(normal(size, RANK))[0]
-    tensors = (0.1 * normal(*case.shape), basis, *(normal(*case.shape) for _ in range(STEPS)))
+
+    def grad() -> Tensor:
+        low = normal(channels, RANK)
+        low = low + low.sign()
+        full = normal(channels, size)
+        full = full + (low - full @ basis) @ basis.T
+        return full.T if left else full
+
+    tensors = (0.1 * normal(*case.shape), basis, *(grad() for _ in range(STEPS)))
     weight, basis, *grads = (tensor.to(case.dtype).double() for tensor in tensors)
     return Start(weight, basis, grads)
 

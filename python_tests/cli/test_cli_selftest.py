@@ -3,7 +3,8 @@ import os
 import pytest
 import torch
 
-from lowrank_kernels.ops import native
+from lowrank_kernels.cli import selftest
+from lowrank_kernels.ops import Side, native
 
 
 def test_every_available_backend_passes(json_of):
@@ -52,6 +53,23 @@ def test_a_wrong_backend_is_found_although_another_is_asked_for(command, monkeyp
     monkeypatch.setattr(native, "back_project_update", update)
     assert command("selftest")[0] == 1
     assert os.environ["LOWRANK_BACKEND"] == "reference"
+
+
+def test_an_override_that_stops_every_step_stops_the_self_test(refused, monkeypatch):
+    monkeypatch.setenv("LOWRANK_BACKEND", "foo")
+    assert "LOWRANK_BACKEND='foo' is not one of auto" in refused("selftest")
+    monkeypatch.setenv("LOWRANK_BACKEND", "native")
+    monkeypatch.setattr(native, "import_error", "no such file")
+    assert "LOWRANK_BACKEND='native' cannot run here" in refused("selftest")
+
+
+def test_no_projected_gradient_is_near_zero():
+    """Its direction would hang on one rounding, and the error of a case on that direction."""
+    for case in selftest._cases():
+        start = selftest._start(case)
+        for grad in start.grads:
+            low = start.basis.T @ grad if case.side is Side.LEFT else grad @ start.basis
+            assert low.abs().min() > 0.9
 
 
 def test_a_nan_is_wrong(command, monkeypatch):
