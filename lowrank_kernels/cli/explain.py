@@ -1,13 +1,17 @@
 """How each parameter of a model would be trained, and by whom."""
 
 import argparse
+import math
 from typing import Any
 
+from ..optim import LowRankAdamW
 from ..optim.param_groups import collapsed, decide
 from .models import OPTIMIZERS, add_model_arguments, backend_of, build_optimizer, model_of
 from .text import amount, print_json, table
 
-SUMMARY = "say which parameters are projected, on which side, and who computes their step"
+SUMMARY = "say which parameters are projected, at which learning rate, and who computes their step"
+
+Row = dict[str, Any]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -17,46 +21,84 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Prints the rows of `explained`, in text one a kind of parameter."""
-    rows = explained(args)
+    """Prints the facts of `explained`."""
+    facts = explained(args)
     if args.json:
-        print_json({"optimizer": args.optimizer, "device": args.device, "parameters": rows})
+        print_json(facts)
     else:
-        print(as_text(rows))
+        print(as_text(facts))
     return 0
 
 
-def explained(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """The rows of `LowRankAdamW.plan` with backend and reason, of the device that is asked for."""
+def explained(args: argparse.Namespace) -> dict[str, Any]:
+    """The rows of `LowRankAdamW.plan`, each with the factor on the learning rate, the backend and
+    the reason, of the device that is asked for; and totals.
+    """
     choice = backend_of(args)
     model = model_of(args)
     optimizer = build_optimizer(args.optimizer, model, args.backend)
     reasons = {each.name: each.reason for each in decide(model.module, model.rank)}
+    factors = _lr_factors(optimizer)
     rows = []
     for row in optimizer.plan():
         backend, reason = choice if row["projected"] else ("torch", reasons[row["name"]])
         dtype = str(row["dtype"]).removeprefix("torch.")
-        rows.append({**row, "dtype": dtype, "backend": backend, "reason": reason})
-    return rows
+        lr = factors[row["name"]]
+        rows.append({**row, "dtype": dtype, "lr": lr, "backend": backend, "reason": reason})
+    return {
+        "model": model.name,
+        "architecture": model.architecture,
+        "optimizer": args.optimizer,
+        "device": args.device,
+        "elements": sum(map(_elements, rows)),
+        "projected_elements": sum(_elements(row) for row in rows if row["projected"]),
+        "state_bytes": sum(row["state_bytes"] for row in rows),
+        "parameters": rows,
+    }
 
 
-def as_text(rows: list[dict[str, Any]]) -> str:
+def as_text(facts: dict[str, Any]) -> str:
     """A row a kind of parameter: blocks read as one."""
-    kinds: dict[tuple[object, ...], list[dict[str, Any]]] = {}
-    for row in rows:
+    kinds: dict[tuple[object, ...], list[Row]] = {}
+    for row in facts["parameters"]:
         name = collapsed(row["name"])
-        kinds.setdefault((name, row["shape"], row["side"], row["rank"]), []).append(row)
-    header = ("parameter", "shape", "side", "rank", "state", "backend", "reason")
-    return table(header, [_kind(name, alike) for (name, *_), alike in kinds.items()])
+        kinds.setdefault((name, row["shape"], row["side"], row["rank"], row["lr"]), []).append(row)
+    header = ("parameter", "shape", "side", "rank", "lr", "state", "backend", "reason")
+    share = facts["projected_elements"] / facts["elements"]
+    return "\n".join(
+        [
+            f"{facts['model']}: {facts['architecture']}, {facts['elements']:,} parameters,"
+            f" {share:.1%} of them projected; {facts['optimizer']}'s state"
+            f" {amount(facts['state_bytes'])}",
+            "",
+            table(header, [_kind(name, alike) for (name, *_), alike in kinds.items()]),
+            "",
+            "lr: a parameter moves at this many times the optimizer's learning rate.",
+        ]
+    )
 
 
-def _kind(name: object, alike: list[dict[str, Any]]) -> tuple[object, ...]:
+def _lr_factors(optimizer: LowRankAdamW) -> dict[str, float]:
+    """By name, what a group puts on its learning rate."""
+    return {
+        name: group.get("scale", 1.0)
+        for group in optimizer.param_groups
+        for name in group["param_names"]
+    }
+
+
+def _elements(row: Row) -> int:
+    return math.prod(row["shape"])
+
+
+def _kind(name: object, alike: list[Row]) -> tuple[object, ...]:
     first = alike[0]
     return (
         f"{name} x {len(alike)}" if len(alike) > 1 else name,
         " x ".join(map(str, first["shape"])),
         first["side"] or "-",
         first["rank"] or "-",
+        f"{first['lr']:g}",
         amount(sum(row["state_bytes"] for row in alike)),
         first["backend"],
         first["reason"],

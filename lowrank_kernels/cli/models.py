@@ -1,9 +1,8 @@
 """Models without weights: what `plan` and `explain` are asked about."""
 
 import argparse
-import importlib
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -11,8 +10,9 @@ from torch import nn
 from ..ops import Choice, requested_backend
 from ..ops.dispatch import REQUESTS, Kind, choose_kind
 from ..optim import AdaRankGradAdamW, FiraAdamW, GaLoreAdamW, LowRankAdamW, param_groups
+from .building import build, hidden_size, llama_config, read_config
 from .errors import UserError
-from .llama import SHAPES, VOCABULARY, Shape
+from .llama import SHAPES
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 OPTIMIZERS: dict[str, type[LowRankAdamW]] = {
@@ -29,17 +29,22 @@ class Model(NamedTuple):
     module: nn.Module
     rank: int
 
+    @property
+    def architecture(self) -> str:
+        """The class, which for a config of several is not to be guessed."""
+        return type(self.module).__name__
+
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """The model, the rank, the dtype, and who would compute the step where."""
     which = parser.add_mutually_exclusive_group(required=True)
     which.add_argument("--model", metavar="NAME", help=f"LLaMA preset: {', '.join(SHAPES)}")
-    which.add_argument("--config", metavar="FILE", type=Path, help="config.json of transformers")
+    which.add_argument(
+        "--config", metavar="PATH", type=Path, help="config.json of transformers, or its directory"
+    )
     parser.add_argument("--rank", type=int, help="default: the preset's, or hidden size / 4")
     parser.add_argument("--dtype", choices=DTYPES, default="bf16", help="default: %(default)s")
-    parser.add_argument(
-        "--device", choices=("cpu", "cuda"), default="cpu", help="default: %(default)s"
-    )
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default: cpu")
     parser.add_argument("--backend", choices=REQUESTS, default="auto", help="default: auto")
 
 
@@ -51,21 +56,18 @@ def model_of(args: argparse.Namespace) -> Model:
     """
     if args.rank is not None and args.rank < 1:
         raise UserError(f"--rank must be at least 1, got {args.rank}")
-    if args.config is None and args.model not in SHAPES:
-        raise UserError(f"--model {args.model} is not one of {', '.join(SHAPES)}")
-    if args.config is not None and not args.config.is_file():
-        raise UserError(f"--config {args.config}: there is no such file")
-    transformers = _transformers()
-    if args.config is None:
+    if args.config is not None:
+        config = read_config(args.config)
+        name, published = str(args.config), hidden_size(config) // 4
+    elif args.model in SHAPES:
         shape = SHAPES[args.model]
-        name, published, config = args.model, shape.rank, _llama_config(transformers, shape)
+        name, published, config = args.model, shape.rank, llama_config(shape)
     else:
-        config = _read_config(transformers, args.config)
-        name, published = str(args.config), getattr(config, "hidden_size", 0) // 4
+        raise UserError(f"--model {args.model} is not one of {', '.join(SHAPES)}")
     rank = args.rank or published
     if not rank:
         raise UserError(f"--config {args.config}: it has no hidden_size; name a --rank")
-    return Model(name, _on_meta(transformers, config, DTYPES[args.dtype]), rank)
+    return Model(name, build(config, DTYPES[args.dtype]), rank)
 
 
 def build_optimizer(name: str, model: Model, backend: str) -> LowRankAdamW:
@@ -92,41 +94,3 @@ def backend_of(args: argparse.Namespace) -> Choice:
         return choose_kind(requested_backend(args.backend), Kind(args.device, dtype, dtype))
     except ValueError as error:
         raise UserError(str(error)) from None
-
-
-def _transformers() -> Any:
-    try:
-        return importlib.import_module("transformers")
-    except ImportError:
-        raise UserError("models are built with transformers: pip install transformers") from None
-
-
-def _llama_config(transformers: Any, shape: Shape) -> Any:
-    return transformers.LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=shape.hidden,
-        intermediate_size=shape.ffn,
-        num_attention_heads=shape.heads,
-        num_hidden_layers=shape.layers,
-        tie_word_embeddings=False,
-    )
-
-
-def _read_config(transformers: Any, path: Path) -> Any:
-    try:
-        return transformers.AutoConfig.from_pretrained(str(path))
-    except (KeyError, OSError, ValueError) as error:
-        raise UserError(f"--config {path}: {_first_line(error)}") from None
-
-
-def _on_meta(transformers: Any, config: Any, dtype: torch.dtype) -> nn.Module:
-    try:
-        with torch.device("meta"):
-            module: nn.Module = transformers.AutoModelForCausalLM.from_config(config)
-    except (ImportError, ValueError) as error:
-        raise UserError(f"the model cannot be built: {_first_line(error)}") from None
-    return module.to(dtype)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

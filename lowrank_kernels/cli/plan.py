@@ -1,8 +1,13 @@
 """How much memory training takes with each optimizer, told without taking it."""
 
 import argparse
+import textwrap
+from collections import Counter
 from typing import Any
 
+from torch import Tensor
+
+from ..optim.param_groups import collapsed
 from ..optim.workspace import Workspace, planned_workspace
 from .errors import UserError
 from .models import OPTIMIZERS, Model, add_model_arguments, backend_of, build_optimizer, model_of
@@ -12,10 +17,17 @@ SUMMARY = "say what weights, gradients, optimizer state and a step's workspace t
 
 ALL_OPTIMIZERS = ("adamw", *OPTIMIZERS)
 
+Row = dict[str, Any]
+
 # Decimal GB, as data sheets have them.
 CARDS = {
+    "rtx-3060": 12,
+    "rtx-4080": 16,
     "rtx-4090": 24,
+    "rtx-5090": 32,
     "a100-40": 40,
+    "l40s": 48,
+    "a6000": 48,
     "a100-80": 80,
     "h100": 80,
     "h200": 141,
@@ -26,15 +38,23 @@ CARDS = {
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The model, the optimizers and the memory that they should fit into."""
     add_model_arguments(parser)
+    parser.set_defaults(device=None)
     names = ",".join(ALL_OPTIMIZERS)
     parser.add_argument("--optimizers", default=names, metavar="NAMES", help=f"default: {names}")
     memory = parser.add_mutually_exclusive_group()
     memory.add_argument("--memory", type=float, metavar="GB", help="to fit into; 10^9 bytes a GB")
-    memory.add_argument("--card", choices=CARDS, help="whose memory to fit into, in the same GB")
+    memory.add_argument(
+        "--card",
+        choices=CARDS,
+        metavar="CARD",
+        help=f"whose memory to fit into, implies --device cuda: {', '.join(CARDS)}",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
     """Prints the facts of `planned`."""
+    if args.device is None:
+        args.device = "cpu" if args.card is None else "cuda"
     facts = planned(args)
     if args.json:
         print_json(facts)
@@ -52,21 +72,17 @@ def planned(args: argparse.Namespace) -> dict[str, Any]:
     names, memory, backend = _optimizers(args.optimizers), _memory(args), backend_of(args).backend
     model = model_of(args)
     params = list(model.module.parameters())
-    weights = sum(param.numel() * param.element_size() for param in params)
-    gradients = sum(p.numel() * p.element_size() for p in params if p.requires_grad)
-    optimizers = {}
-    for name in names:
-        state, workspace = _needs(name, model, args)
-        total = weights + gradients + state + max(workspace)
-        optimizers[name] = {
-            "state_bytes": state,
-            "step_workspace_bytes": workspace.step,
-            "refresh_workspace_bytes": workspace.refresh,
-            "total_bytes": total,
-            "left_bytes": None if memory is None else memory - total,
-        }
+    weights = sum(map(_bytes, params))
+    gradients = [_bytes(param) for param in params if param.requires_grad]
+    optimizers = {name: _needs(name, model, args) for name in names}
+    for needs in optimizers.values():
+        workspace = max(needs["step_workspace_bytes"], needs["refresh_workspace_bytes"])
+        total = weights + sum(gradients) + needs["state_bytes"] + workspace
+        needs["total_bytes"] = total
+        needs["left_bytes"] = None if memory is None else memory - total
     return {
         "model": model.name,
+        "architecture": model.architecture,
         "parameters": sum(param.numel() for param in params),
         "rank": model.rank,
         "dtype": args.dtype,
@@ -74,7 +90,8 @@ def planned(args: argparse.Namespace) -> dict[str, Any]:
         "backend": backend,
         "memory_bytes": memory,
         "weight_bytes": weights,
-        "gradient_bytes": gradients,
+        "gradient_bytes": sum(gradients),
+        "largest_gradient_bytes": max(gradients, default=0),
         "optimizers": optimizers,
     }
 
@@ -91,19 +108,34 @@ def as_text(facts: dict[str, Any]) -> str:
         header.append(f"in {amount(facts['memory_bytes'])}")
         for row, needs in zip(rows, facts["optimizers"].values(), strict=True):
             row.append(_verdict(needs["left_bytes"]))
-    return "\n".join(
-        [
-            f"{facts['model']}: {facts['parameters']:,} parameters, rank {facts['rank']},"
-            f" {facts['dtype']}, {facts['backend']} backend on {facts['device']}",
-            f"weights {amount(facts['weight_bytes'])},"
-            f" gradients {amount(facts['gradient_bytes'])}; 1 GB is 10^9 bytes",
-            "",
-            table(header, rows),
-            "",
-            "step and refresh: the most that is held for a while; the total counts the larger.",
-            "adamw is torch's, fused; adarankgrad's state is the most it can hold.",
-        ]
-    )
+    notes = [
+        "step and refresh: the most that is held for a while; the total counts the larger.",
+        "adamw is torch's, fused; adarankgrad's state is the most it can hold.",
+        "Stepping in the backward pass, one optimizer a parameter, holds little more than the"
+        f" largest gradient, {amount(facts['largest_gradient_bytes'])}, where each weight is used"
+        " once.",
+        *_remarks(facts["optimizers"]),
+    ]
+    lines = [
+        f"{facts['model']}: {facts['architecture']}, {facts['parameters']:,} parameters,"
+        f" rank {facts['rank']}, {facts['dtype']}, {facts['backend']} backend on {facts['device']}",
+        f"weights {amount(facts['weight_bytes'])},"
+        f" gradients {amount(facts['gradient_bytes'])}; 1 GB is 10^9 bytes",
+        "",
+        table(header, rows),
+        "",
+        *(textwrap.fill(note, 100, break_on_hyphens=False) for note in notes),
+    ]
+    return "\n".join(lines)
+
+
+def _remarks(optimizers: dict[str, dict[str, Any]]) -> list[str]:
+    """Each remark once, after the names of those it is about."""
+    names: dict[str, list[str]] = {}
+    for name, needs in optimizers.items():
+        if needs["remark"]:
+            names.setdefault(needs["remark"], []).append(name)
+    return [f"{', '.join(about)}: {remark}." for remark, about in names.items()]
 
 
 def _verdict(left: int) -> str:
@@ -130,16 +162,60 @@ def _memory(args: argparse.Namespace) -> int | None:
     return round(args.memory * GB)
 
 
-def _needs(name: str, model: Model, args: argparse.Namespace) -> tuple[int, Workspace]:
-    """Bytes of the state, and the workspaces."""
+def _needs(name: str, model: Model, args: argparse.Namespace) -> dict[str, Any]:
+    """Bytes of the state and of the workspaces, and what is to be said of them."""
+    remark = None
     if name == "adamw":
-        return adamw_state_bytes(model), Workspace(0, 0)
-    optimizer = build_optimizer(name, model, args.backend)
-    state = sum(row["state_bytes"] for row in optimizer.plan())
-    return state, planned_workspace(optimizer, args.device)
+        state, workspace = sum(map(_adamw_bytes, model.module.parameters())), Workspace(0, 0)
+    else:
+        optimizer = build_optimizer(name, model, args.backend)
+        rows = optimizer.plan()
+        state, workspace = _state_bytes(rows), planned_workspace(optimizer, args.device)
+        remark = _more_than_adamw(rows, model)
+    return {
+        "state_bytes": state,
+        "step_workspace_bytes": workspace.step,
+        "refresh_workspace_bytes": workspace.refresh,
+        "remark": remark,
+    }
 
 
-def adamw_state_bytes(model: Model) -> int:
-    """Of torch.optim.AdamW: two moments in the weights' dtype and a float32 step."""
-    trained = [param for param in model.module.parameters() if param.requires_grad]
-    return sum(2 * param.numel() * param.element_size() + 4 for param in trained)
+def _more_than_adamw(rows: list[Row], model: Model) -> str | None:
+    """Why an optimizer's state is larger than AdamW's, or None."""
+    params = dict(model.module.named_parameters())
+
+    def compared(rows: list[Row]) -> tuple[int, int]:
+        return _state_bytes(rows), sum(_adamw_bytes(params[row["name"]]) for row in rows)
+
+    ours, adamw = compared(rows)
+    if ours <= adamw:
+        return None
+    reasons = []
+    plain, adamw = compared([row for row in rows if not row["projected"]])
+    if plain > adamw:
+        kinds: Counter[str] = Counter()
+        for row in rows:
+            kinds[collapsed(row["name"])] += row["state_bytes"] * (not row["projected"])
+        reasons.append(
+            f"what is not projected holds float32 moments, {amount(plain)} where adamw's take"
+            f" {amount(adamw)}, the largest part {kinds.most_common(1)[0][0]}"
+        )
+    low, adamw = compared([row for row in rows if row["projected"]])
+    if low > adamw:
+        reasons.append(
+            f"rank {model.rank} takes {amount(low)} for what is projected, adamw {amount(adamw)}"
+        )
+    return f"more state than adamw's: {'; '.join(reasons)}"
+
+
+def _state_bytes(rows: list[Row]) -> int:
+    return sum(row["state_bytes"] for row in rows)
+
+
+def _bytes(param: Tensor) -> int:
+    return param.numel() * param.element_size()
+
+
+def _adamw_bytes(param: Tensor) -> int:
+    """Of torch.optim.AdamW: two moments in the weight's dtype and a float32 step."""
+    return 2 * _bytes(param) + 4 if param.requires_grad else 0

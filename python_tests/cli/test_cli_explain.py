@@ -1,5 +1,7 @@
 import pytest
 
+from lowrank_kernels.cli import explain
+
 KEYS = {
     "name",
     "shape",
@@ -10,6 +12,7 @@ KEYS = {
     "weight_bytes",
     "gradient_bytes",
     "state_bytes",
+    "lr",
     "backend",
     "reason",
 }
@@ -36,6 +39,43 @@ def test_states_are_those_of_the_plan(json_of):
     rows = json_of("explain --model 60m --optimizer fira")["parameters"]
     planned = json_of("plan --model 60m --optimizers fira")["optimizers"]["fira"]
     assert sum(row["state_bytes"] for row in rows) == planned["state_bytes"]
+
+
+def test_totals(command, json_of, tiny_config):
+    path = tiny_config()
+    facts = json_of(f"explain --config {path} --rank 8")
+    projected = 3 * (4 * 64 * 64 + 3 * 64 * 160)
+    elements = projected + 2 * 100 * 64 + 7 * 64
+    assert (facts["elements"], facts["projected_elements"]) == (elements, projected)
+    assert facts["state_bytes"] == sum(row["state_bytes"] for row in facts["parameters"])
+    first = command(f"explain --config {path} --rank 8")[1].splitlines()[0]
+    assert first.startswith(f"{path}: LlamaForCausalLM, {elements:,} parameters,")
+    assert f" {projected / elements:.1%} of them projected; fira's state " in first
+
+
+def test_how_fast_each_parameter_moves(command, json_of, monkeypatch):
+    build = explain.build_optimizer
+
+    def slower_norms(*args):
+        optimizer = build(*args)
+        for group in optimizer.param_groups:
+            if "rank" not in group and "scale" not in group:
+                names, params = group["param_names"], group["params"]
+                group["param_names"], group["params"] = names[:1], params[:1]
+                rest = {"params": list(zip(names[1:], params[1:], strict=True)), "scale": 0.5}
+        optimizer.add_param_group(rest)
+        return optimizer
+
+    monkeypatch.setattr(explain, "build_optimizer", slower_norms)
+    rows = json_of("explain --model nano")["parameters"]
+    lr = {row["name"]: row["lr"] for row in rows}
+    assert lr["model.embed_tokens.weight"] == 1.0
+    assert lr["model.norm.weight"] == 0.5
+    assert lr["model.layers.0.mlp.up_proj.weight"] == 0.25
+    lines = command("explain --model nano")[1].splitlines()
+    (norm,) = (line.split() for line in lines if "model.norm.weight" in line)
+    assert norm[4] == "0.5"
+    assert "learning rate" in lines[-1]
 
 
 def test_the_backend_is_that_of_the_device(json_of):
