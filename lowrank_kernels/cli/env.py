@@ -8,14 +8,17 @@ from typing import Any
 
 import torch
 
-from ..ops import backends
-from ..ops.dispatch import Kind, choose_kind
+from ..ops import BackendUnavailable, backends, requested_backend
+from ..ops.dispatch import ENVIRONMENT_VARIABLE, Kind, choose_kind
 from ..ops.native import build_info
 from .text import amount, print_json, table
 
 SUMMARY = "say what is installed, what it runs on and which backend is chosen"
 
 PACKAGES = ("torch", "lowrank-kernels", "triton", "transformers")
+INTERPRETER = "TRITON_INTERPRET"
+# Those after the first are read by setup.py.
+VARIABLES = (ENVIRONMENT_VARIABLE, "LOWRANK_CUDA", "LOWRANK_CUDA_ARCHITECTURES", "LOWRANK_NATIVE")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -34,7 +37,13 @@ def run(args: argparse.Namespace) -> int:
 
 
 def environment() -> dict[str, Any]:
-    """The facts: versions, devices, threads, native, backends, auto and variables."""
+    """The facts: versions, devices, threads, native, backends, auto, variables and remarks."""
+    variables = {
+        name: value
+        for name, value in sorted(os.environ.items())
+        if name.startswith("LOWRANK_") or name == INTERPRETER
+    }
+    remarks = {name: _remark(name, value) for name, value in variables.items()}
     return {
         "versions": {"python": platform.python_version(), **_packages()},
         "devices": _devices(),
@@ -53,11 +62,8 @@ def environment() -> dict[str, Any]:
             for device in ("cpu", "cuda")
             for name, dtype in DTYPES.items()
         ],
-        "variables": {
-            name: value
-            for name, value in sorted(os.environ.items())
-            if name.startswith("LOWRANK_") or name == "TRITON_INTERPRET"
-        },
+        "variables": variables,
+        "remarks": {name: remark for name, remark in remarks.items() if remark},
     }
 
 
@@ -72,7 +78,8 @@ def as_text(facts: dict[str, Any]) -> str:
         for name, each in facts["backends"].items()
     ]
     native = [(key, _words(value)) for key, value in facts["native"].items()]
-    variables = list(facts["variables"].items()) or [("none", "")]
+    remarks = facts["remarks"]
+    variables = [(name, value, remarks.get(name, "")) for name, value in facts["variables"].items()]
     parts = [
         table(("package", "version"), versions),
         table(("device", "memory", "name"), devices),
@@ -83,9 +90,23 @@ def as_text(facts: dict[str, Any]) -> str:
             ("auto takes on", "for", "backend", "reason"),
             [list(each.values()) for each in facts["auto"]],
         ),
-        table(("variable", "value"), variables),
+        table(("variable", "value", "remark"), variables or [("none", "", "")]),
     ]
     return "\n\n".join(parts)
+
+
+def _remark(name: str, value: str) -> str | None:
+    """What is wrong with a variable, or None."""
+    if name == INTERPRETER:
+        return None if value in ("0", "1") else "neither 1 nor 0: here only 1 counts"
+    if name not in VARIABLES:
+        return f"of no effect: not one of {', '.join(VARIABLES)}"
+    if name == ENVIRONMENT_VARIABLE:
+        try:
+            requested_backend("auto")
+        except (ValueError, BackendUnavailable) as error:
+            return f"every step fails: {error}"
+    return None
 
 
 def _packages() -> dict[str, str | None]:

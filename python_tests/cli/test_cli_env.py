@@ -17,6 +17,7 @@ def test_the_facts(json_of, monkeypatch):
         "backends",
         "auto",
         "variables",
+        "remarks",
     ]
     assert facts["versions"]["python"] == platform.python_version()
     assert list(facts["versions"])[1:] == ["torch", "lowrank_kernels", "triton", "transformers"]
@@ -43,6 +44,31 @@ def test_what_auto_takes(json_of):
 def test_a_package_that_is_missing(json_of, monkeypatch):
     monkeypatch.setattr("lowrank_kernels.cli.env.PACKAGES", ("torch", "no-such-package"))
     assert json_of("env")["versions"]["no_such_package"] is None
+
+
+def test_variables_that_are_wrong(command, json_of, monkeypatch):
+    good = {"LOWRANK_CUDA": "off", "LOWRANK_NATIVE": "on", "TRITON_INTERPRET": "1"}
+    for name, value in {**good, "LOWRANK_BACKEND": "reference"}.items():
+        monkeypatch.setenv(name, value)
+    assert json_of("env")["remarks"] == {}
+
+    wrong = {
+        "LOWRANK_BACKEND": ("foo", "every step fails: LOWRANK_BACKEND='foo' is not one of auto"),
+        "LOWRANK_BAKEND": ("native", "of no effect: not one of LOWRANK_BACKEND, "),
+        "TRITON_INTERPRET": ("true", "here only 1 counts"),
+    }
+    for name, (value, _) in wrong.items():
+        monkeypatch.setenv(name, value)
+    facts = json_of("env")
+    assert set(facts["remarks"]) == set(wrong)
+    out = command("env")[1]
+    for name, (_, remark) in wrong.items():
+        assert remark in facts["remarks"][name]
+        assert remark in out
+
+    monkeypatch.setenv("LOWRANK_BACKEND", "native")
+    monkeypatch.setattr(native, "import_error", "no such file")
+    assert "cannot run here" in json_of("env")["remarks"]["LOWRANK_BACKEND"]
 
 
 def test_the_text_has_every_fact(command, monkeypatch):

@@ -3,10 +3,22 @@ import sys
 
 import pytest
 
+import lowrank_kernels
 
-@pytest.mark.parametrize("line", ["", "nonsense", "env --nonsense", "plan", "plan --model"])
+
+@pytest.mark.parametrize("line", ["nonsense", "env --nonsense", "plan", "plan --model"])
 def test_a_wrong_command_line_is_one_line(refused, line):
-    assert refused(line).startswith("lowrank_kernels")
+    assert refused(line).startswith("python -m lowrank_kernels")
+
+
+def test_a_bare_call_lists_the_commands(command):
+    status, out, err = command("")
+    assert (status, out) == (2, "")
+    assert "\n".join(err) == command("--help")[1].rstrip()
+
+
+def test_the_version(command):
+    assert command("--version") == (0, f"lowrank_kernels {lowrank_kernels.__version__}\n", [])
 
 
 def test_help_names_every_command(command):
@@ -14,6 +26,8 @@ def test_help_names_every_command(command):
     assert status == 0
     for name in ("env", "selftest", "plan", "explain"):
         assert f"\n    {name} " in out
+    for line in out[out.index("examples:") :].splitlines()[1:-1]:
+        assert line.startswith("  python -m lowrank_kernels ")
 
 
 def test_the_package_runs_as_a_module():
