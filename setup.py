@@ -1,6 +1,8 @@
 """Builds lowrank_kernels._native with CMake. The rest of the packaging is in pyproject.toml.
 
 Environment:
+    LOWRANK_NATIVE: `on` (default) builds the module, `off` leaves it out: no compiler is needed,
+        and the backends are the reference and Triton.
     LOWRANK_CUDA: `auto` (default) builds the CUDA half when nvcc is found, `on` requires it, `off`
         leaves it out.
     LOWRANK_CUDA_ARCHITECTURES: such as `90` or `80;90`; PTX of the last is embedded too.
@@ -20,10 +22,33 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
+COMPILERS = ("c++", "g++", "clang++")
 
 
 class BuildError(SystemExit):
     """Ends the build with a message and no traceback."""
+
+
+def extensions() -> list[Extension]:
+    """What there is to compile; see LOWRANK_NATIVE above."""
+    choice = os.environ.get("LOWRANK_NATIVE", "on").lower()
+    if choice not in ("on", "off"):
+        raise BuildError(f"LOWRANK_NATIVE must be on or off, got {choice!r}")
+    return [Extension("lowrank_kernels._native", sources=[])] if choice == "on" else []
+
+
+def check_compiler() -> None:
+    """Says in a line what CMake would say in a page, unless CMake was told where to look."""
+    settings = [os.environ.get("CMAKE_ARGS", ""), *os.environ]
+    if any("CMAKE_CXX_COMPILER" in text or "CMAKE_TOOLCHAIN_FILE" in text for text in settings):
+        return
+    named = shlex.split(os.environ.get("CXX", ""))[:1]
+    if not any(map(shutil.which, named or COMPILERS)):
+        missing = f"CXX={named[0]}" if named else ", ".join(COMPILERS)
+        raise BuildError(
+            f"there is no C++ compiler on PATH ({missing}): install one, such as g++, or set"
+            " LOWRANK_NATIVE=off to install without the compiled backend"
+        )
 
 
 def find_nvcc() -> str | None:
@@ -80,11 +105,21 @@ def find_tool(name: str) -> str:
     return tool
 
 
+def run(command: list[str]) -> None:
+    """Ends the build if a command fails, whose own output says why."""
+    if status := subprocess.run(command, check=False).returncode:
+        raise BuildError(
+            f"{' '.join(command[:2])} failed with status {status}, see above; LOWRANK_NATIVE=off"
+            " installs without the compiled backend"
+        )
+
+
 class BuildNative(build_ext):
     """Hands the extension to CMake."""
 
     def build_extension(self, ext: Extension) -> None:
         nvcc = choose_nvcc()
+        check_compiler()
         import pybind11
 
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
@@ -111,15 +146,15 @@ class BuildNative(build_ext):
             configure.append(f"-DCMAKE_CUDA_COMPILER={nvcc}")
             configure.append(f"-DLOWRANK_CUDA_ARCHITECTURES={cuda_architectures()}")
         configure += shlex.split(os.environ.get("CMAKE_ARGS", ""))
-        subprocess.run(configure, check=True)
-        subprocess.run([cmake, "--build", str(build), "--parallel", str(jobs())], check=True)
-        subprocess.run([cmake, "--install", str(build)], check=True)
+        run(configure)
+        run([cmake, "--build", str(build), "--parallel", str(jobs())])
+        run([cmake, "--install", str(build)])
         if not target.is_file():
             raise BuildError(f"CMake finished without writing {target}")
 
 
 if __name__ == "__main__":
     setup(
-        ext_modules=[Extension("lowrank_kernels._native", sources=[])],
+        ext_modules=extensions(),
         cmdclass={"build_ext": BuildNative},
     )

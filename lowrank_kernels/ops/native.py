@@ -5,6 +5,7 @@ goes to a small buffer, and one pass reads it with W and G and writes W. So W is
 rounded once, and nothing of W's size is allocated.
 """
 
+import importlib.util
 import itertools
 from collections.abc import Sequence
 from typing import Any
@@ -32,7 +33,10 @@ import_error: str | None = None
 try:
     from .. import _native
 except ImportError as error:
+    # Python would take a module that is not there for one that is imported in a circle.
     import_error = str(error)
+    if importlib.util.find_spec("lowrank_kernels._native") is None:
+        import_error = "it was not built, as with LOWRANK_NATIVE=off"
 
 # A tile, like a group, holds at most this many elements: its product stays in the last cache. Its
 # rows are whole, which the passes like best, unless that left fewer than TILE_ROWS of them: too few

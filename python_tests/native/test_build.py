@@ -3,6 +3,7 @@
 import importlib.util
 import os
 import re
+import shutil
 import subprocess
 import sys
 from importlib.metadata import version
@@ -19,8 +20,9 @@ ROOT = Path(__file__).parents[2]
 @pytest.fixture
 def build(monkeypatch, tmp_path) -> ModuleType:
     """setup.py as a module, on a machine without nvcc and without settings."""
-    for name in ("CUDA_HOME", "LOWRANK_CUDA", "LOWRANK_CUDA_ARCHITECTURES", "MAX_JOBS"):
-        monkeypatch.delenv(name, raising=False)
+    for name in os.environ:
+        if name.startswith(("CUDA", "CXX", "CMAKE", "LOWRANK", "MAX_JOBS")):
+            monkeypatch.delenv(name)
     monkeypatch.setenv("PATH", str(tmp_path))
     spec = importlib.util.spec_from_file_location("lowrank_setup", ROOT / "setup.py")
     module = importlib.util.module_from_spec(spec)
@@ -66,19 +68,97 @@ def test_cuda_is_left_out_where_there_is_no_nvcc(build):
     assert build.choose_nvcc() is None
 
 
-def test_required_cuda_without_nvcc_says_what_is_missing_and_how_to_go_on(tmp_path):
+@pytest.mark.parametrize(
+    ("cuda", "parts"),
+    [
+        ("on", ("no nvcc on PATH or in $CUDA_HOME/bin", "Install the CUDA", "LOWRANK_CUDA=off")),
+        ("off", ("no C++ compiler on PATH", "g++", "LOWRANK_NATIVE=off")),
+    ],
+)
+def test_a_missing_compiler_is_one_line_with_the_way_out(cuda, parts, tmp_path):
     run = subprocess.run(
         [sys.executable, "setup.py", "build_ext", f"-t{tmp_path}", f"-b{tmp_path}"],
         cwd=ROOT,
-        env={"PATH": str(tmp_path), "LOWRANK_CUDA": "on"},
+        env={"PATH": str(tmp_path), "LOWRANK_CUDA": cuda},
         capture_output=True,
         text=True,
         check=False,
     )
     assert run.returncode != 0
-    assert "Traceback" not in run.stderr
-    for part in ("no nvcc on PATH or in $CUDA_HOME/bin", "Install the CUDA", "LOWRANK_CUDA=off"):
-        assert part in run.stderr
+    (line,) = run.stderr.splitlines()
+    for part in parts:
+        assert part in line
+
+
+def test_compilers_that_will_do(build, monkeypatch, tmp_path):
+    compiler = tmp_path / "g++"
+    for name, value in (("CXX", "/nowhere/icpx -g"), ("CXX", "clang++")):
+        monkeypatch.setenv(name, value)
+        with pytest.raises(SystemExit, match=re.escape(f"CXX={value.split()[0]}")):
+            build.check_compiler()
+    monkeypatch.setenv("CMAKE_ARGS", f"-DCMAKE_CXX_COMPILER={compiler}")
+    build.check_compiler()
+    monkeypatch.delenv("CMAKE_ARGS")
+    compiler.touch(mode=0o755)
+    monkeypatch.setenv("CXX", "g++ -m64")
+    build.check_compiler()
+    monkeypatch.delenv("CXX")
+    build.check_compiler()
+
+
+def test_a_command_that_fails_ends_the_build_without_a_traceback(build):
+    build.run([sys.executable, "-c", "pass"])
+    with pytest.raises(SystemExit, match="failed with status 3, see above; LOWRANK_NATIVE=off"):
+        build.run([sys.executable, "-c", "raise SystemExit(3)"])
+
+
+def test_an_unknown_choice_of_the_module_is_an_error(build, monkeypatch):
+    assert len(build.extensions()) == 1
+    monkeypatch.setenv("LOWRANK_NATIVE", "no")
+    with pytest.raises(SystemExit, match="LOWRANK_NATIVE must be on or off, got 'no'"):
+        build.extensions()
+
+
+# Without the finder of an editable install, which would bring its own module.
+WITHOUT_NATIVE = """
+import sys
+sys.meta_path = [finder for finder in sys.meta_path if "ditable" not in repr(finder)]
+import lowrank_kernels
+assert lowrank_kernels.__file__.startswith(sys.argv[1]), lowrank_kernels.__file__
+for name, status in lowrank_kernels.backends().items():
+    print(name, *status)
+"""
+
+
+def test_a_wheel_without_the_module_needs_no_compiler(tmp_path):
+    source, wheels, unpacked = (tmp_path / name for name in ("source", "wheels", "unpacked"))
+    shutil.copytree(
+        ROOT / "lowrank_kernels",
+        source / "lowrank_kernels",
+        ignore=shutil.ignore_patterns("*.so", "__pycache__"),
+    )
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    subprocess.run(
+        [sys.executable, "setup.py", "-q", "bdist_wheel", "-d", wheels],
+        cwd=source,
+        env={"PATH": str(tmp_path), "LOWRANK_NATIVE": "off"},
+        check=True,
+    )
+    (wheel,) = wheels.iterdir()
+    assert wheel.name.endswith("-py3-none-any.whl")
+    shutil.unpack_archive(wheel, unpacked, "zip")
+    run = subprocess.run(
+        [sys.executable, "-c", WITHOUT_NATIVE, unpacked],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(unpacked)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr
+    assert "reference True" in run.stdout
+    assert "native False the compiled module does not load: it was not built" in run.stdout
 
 
 @pytest.mark.parametrize("choice", ["auto", "on", "ON", "off"])
