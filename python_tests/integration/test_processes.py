@@ -1,18 +1,18 @@
 """DDP, ZeRO 1 and FSDP2, on one and on two gloo processes."""
 
 import copy
-from contextlib import contextmanager
 
 import pytest
 import torch
-import torch.distributed as dist
 from integration.tiny_runs import (
     GAP,
     METHODS,
     STEPS,
     STOP,
+    assert_same_result,
     every_method,
     loss_of,
+    process_group,
     setup,
     tiny_model,
     train,
@@ -29,17 +29,6 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from lowrank_kernels import FiraAdamW, param_groups
-
-
-@contextmanager
-def process_group(rank, world, store):
-    dist.init_process_group(
-        "gloo", store=dist.FileStore(str(store), world), rank=rank, world_size=world
-    )
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
 
 
 @pytest.fixture
@@ -135,19 +124,6 @@ def two_ranks(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
     torch.multiprocessing.spawn(worker, (2, folder), nprocs=2)
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
-
-
-def assert_same_result(result, expected):
-    """(weights, states) of two runs, in bits and dtypes."""
-    (weights, states), (expected_weights, expected_states) = result, expected
-    for name, value in weights.items():
-        assert torch.equal(value, expected_weights[name]), name
-    for state, other in zip(states, expected_states, strict=True):
-        assert state.keys() == other.keys()
-        for key, value in state.items():
-            value, expected_value = torch.as_tensor(value), torch.as_tensor(other[key])
-            assert value.dtype is expected_value.dtype, key
-            assert torch.equal(value, expected_value), key
 
 
 def test_ddp_ranks_agree_in_every_bit(two_ranks):

@@ -1,7 +1,10 @@
 """A tiny model, its runs, and what it means that two of them are the same."""
 
+from contextlib import contextmanager
+
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from lowrank_kernels import FiraAdamW, GaLoreAdamW, param_groups
@@ -58,6 +61,19 @@ def assert_same_bits(first, second):
                 assert other[key] == value, (name, key)
 
 
+def assert_same_result(result, expected):
+    """(weights, states) of two runs, in bits and dtypes."""
+    (weights, states), (expected_weights, expected_states) = result, expected
+    for name, value in weights.items():
+        assert torch.equal(value, expected_weights[name]), name
+    for state, other in zip(states, expected_states, strict=True):
+        assert state.keys() == other.keys()
+        for key, value in state.items():
+            value, expected_value = torch.as_tensor(value), torch.as_tensor(other[key])
+            assert value.dtype is expected_value.dtype, key
+            assert torch.equal(value, expected_value), key
+
+
 def uninterrupted(method, dtype=torch.float32, **options):
     model, optimizer = setup(method, dtype, **options)
     train(model, optimizer, range(STEPS))
@@ -67,3 +83,14 @@ def uninterrupted(method, dtype=torch.float32, **options):
 def loss_of(model, seed, factor=1.0):
     rng = torch.Generator().manual_seed(seed)
     return factor * model(torch.randn(4, 12, generator=rng)).square().mean()
+
+
+@contextmanager
+def process_group(rank, world, store):
+    dist.init_process_group(
+        "gloo", store=dist.FileStore(str(store), world), rank=rank, world_size=world
+    )
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
