@@ -156,7 +156,7 @@ class Noise(NamedTuple):
 
         mix(mix(key + c) + d),   key = mix(salt + mix(step)),   in 32-bit unsigned arithmetic,
 
-    add up to 2^16 or more. Salts below 2^31, one a matrix, keep equal matrices apart; a tensor
+    add up to 2^16 or more. Salts below 2^32, one a matrix, keep equal matrices apart; a tensor
     `step` has one value a matrix, int32.
     """
 

@@ -323,7 +323,7 @@ def test_stochastic_rounding_is_the_references_bit_for_bit(side, on_device):
     exact, rounded = (half_weights(made(2, side=side)) for _ in "ab")
     for run in exact:
         run.weight = run.weight.float()
-    salts, step = (7, 2**31 - 1), 70000
+    salts, step = (7, 2**32 - 1), 70000
     steps = torch.tensor([step, step + 1], dtype=torch.int32)
     noise = Noise(salts, steps if on_device else step)
     with small_tiles():

@@ -155,6 +155,19 @@ def nan_range_finder(request):
     return found._replace(bases=found.bases * float("nan"))
 
 
+def test_parameters_whose_basis_was_not_renewed_are_named_once(caplog):
+    notices.notice_once.cache_clear()
+    weights = [nn.Parameter(torch.ones(24, 12)) for _ in range(3)]
+    optimizer = GaLoreAdamW([{"params": list(zip("abc", weights, strict=True)), "rank": 3}])
+    for weight, value in zip(weights, (1.0, float("nan"), float("nan")), strict=True):
+        weight.grad = torch.full((24, 12), value)
+    with caplog.at_level(logging.WARNING, "lowrank_kernels"):
+        optimizer.step()
+        optimizer.step()
+    told = [r.getMessage() for r in caplog.records if "renewed" in r.getMessage()]
+    assert told == ["a basis was not renewed: its gradient is not finite: b and 1 more"]
+
+
 @pytest.mark.parametrize("broken", [failing_range_finder, nan_range_finder])
 def test_failed_factorization_keeps_the_old_basis_and_tries_again(broken, monkeypatch, caplog):
     notices.notice_once.cache_clear()
