@@ -12,7 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from ops.test_operations import Run, assert_limiter_norm, error
+from ops.test_operations import Run, assert_as_accurate
 
 from lowrank_kernels import FiraAdamW, GaLoreAdamW
 from lowrank_kernels.ops import Noise, Side, notices
@@ -32,7 +32,7 @@ SHAPES_AND_RANKS = [((37, 61), 13), ((50, 34), 34), ((16, 131), 7)]
 STATE = ("weight", "exp_avg", "exp_avg_sq", "limiter_norm")
 ROLES = ("weight", "basis", "exp_avg", "exp_avg_sq", "limiter_norm")
 
-# The interpreter pays for each program: few large ones for large matrices.
+# The interpreter pays for each program: few large ones for larger matrices.
 WHOLE = {
     "project": ProjectConfig(256, 64, 256, split=1, cuts=0, warps=8, stages=1),
     "update": UpdateConfig(256, 256, 64, cuts=0, warps=8, stages=1),
@@ -57,12 +57,11 @@ def poisoned_workspaces():
 
 def made(count, shape=(37, 61), rank=13, side=Side.RIGHT, form="official"):
     """Equal problems whose gradients, weights and bases differ."""
-    runs = [Run("triton", torch.float32, shape, rank, side, form) for _ in range(count)]
-    for factor, run in enumerate(runs, start=1):
-        run.grads = [factor * grad for grad in run.grads]
-        run.weight = run.weight * factor
-        run.basis = run.basis.roll(factor, 0).contiguous()
-        run.limiter_norm = torch.tensor(float(factor - 1))
+    runs = [
+        Run("triton", torch.float32, shape, rank, side, form, seed=seed) for seed in range(count)
+    ]
+    for seed, run in enumerate(runs):
+        run.limiter_norm = torch.tensor(float(seed))
     return runs
 
 
@@ -107,40 +106,30 @@ def assert_equal(runs, others):
             assert torch.equal(getattr(run, name), getattr(other, name)), name
 
 
-def assert_twice_of_torch(run):
-    for name, value, plain, exact in run.outputs():
-        rounding = torch.finfo(value.dtype).eps * float(torch.linalg.norm(exact))
-        assert error(value, exact) <= 2 * max(error(plain, exact), rounding), name
-    if run.form:
-        assert_limiter_norm(run, torch.float32)
-
-
-LARGE = [
-    ((1, 1), 1),
-    ((37, 61), 1),
-    ((211, 307), 13),
-    ((211, 307), 64),
-    ((307, 211), "full"),
-    ((512, 1376), 128),
-    ((2048, 5461), 64),
+# One tile or several, whole and overhanging; a basis that spans everything; up to three programs a
+# matrix for the channel factors.
+LARGER = [
+    ((1, 1), 1, Side.RIGHT, "paper"),
+    ((37, 61), 1, Side.LEFT, "official"),
+    ((37, 61), 1, Side.RIGHT, "paper"),
+    ((211, 307), 13, Side.RIGHT, "official"),
+    ((211, 307), 64, Side.LEFT, "paper"),
+    ((307, 211), 211, Side.RIGHT, None),
+    ((307, 211), 307, Side.LEFT, "official"),
+    ((307, 211), 211, Side.RIGHT, "paper"),
+    ((24, 700), 16, Side.LEFT, "official"),
+    ((700, 24), 16, Side.RIGHT, "paper"),
+    ((512, 256), 128, Side.RIGHT, "official"),
 ]
 
 
-@pytest.mark.parametrize(("shape", "rank"), LARGE, ids=str)
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("side", list(Side))
-def test_large_shapes_against_oracle(side, form, shape, rank):
-    """One step; `test_operations` takes small shapes through several.
-
-    The first direction is R / (|R| + eps): with a small eps, one R near 0 in a million decides.
-    """
-    if rank == "full":
-        rank = shape[0] if side is Side.LEFT else shape[1]
+@pytest.mark.parametrize(("shape", "rank", "side", "form"), LARGER, ids=str)
+def test_larger_shapes_against_oracle(shape, rank, side, form):
+    """One step; `test_operations` takes small shapes through several."""
     run = Run("triton", torch.float32, shape, rank, side, form)
-    run.options["eps"] = 1e-3
     with forced(**WHOLE):
         run.step(0)
-    assert_twice_of_torch(run)
+    assert_as_accurate(run)
 
 
 @pytest.mark.parametrize("rows_cols", [(0, 5), (5, 0), (0, 0)])
@@ -153,17 +142,23 @@ def test_empty_groups(side, rows_cols):
         assert float(run.limiter_norm) == 0
 
 
-@pytest.mark.parametrize("shape_rank", SHAPES_AND_RANKS, ids=str)
-@pytest.mark.parametrize("parts", [1, 2, 7])
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("side", list(Side))
-def test_split_sums_and_many_tiles(side, form, parts, shape_rank, poisoned_workspaces):
+@pytest.mark.parametrize(
+    ("shape_rank", "parts", "side", "form"),
+    [
+        (shape_rank, parts, side, FORMS[(i + j + side) % 3])
+        for i, shape_rank in enumerate(SHAPES_AND_RANKS)
+        for j, parts in enumerate((1, 2, 7))
+        for side in Side
+    ],
+    ids=str,
+)
+def test_split_sums_and_many_tiles(shape_rank, parts, side, form, poisoned_workspaces):
     """More parts than blocks of the reduction leave some of them empty."""
     run = Run("triton", torch.float32, *shape_rank, side, form)
     with small_tiles(parts):
         run.step(0)
         run.step(1)
-    assert_twice_of_torch(run)
+    assert_as_accurate(run)
     assert not groups.arrival_counters(1, torch.device("cpu")).any()
 
 
@@ -175,7 +170,7 @@ def test_a_tile_that_overhangs_adds_nothing_without_eps(side, rank):
     run.options["eps"] = 0.0
     with small_tiles():
         run.step(0)
-    assert_twice_of_torch(run)
+    assert_as_accurate(run)
 
 
 def scattered(runs, gap, backwards):
@@ -200,9 +195,9 @@ def scattered(runs, gap, backwards):
 
 
 @pytest.mark.parametrize(
-    ("gap", "unit", "backwards"), [(4096, 16, False), (4096, 16, True), (4099, 1, True)]
+    ("count", "gap", "unit", "backwards"),
+    [(1, 4096, 16, False), (2, 4096, 16, False), (3, 4096, 16, True), (2, 4099, 1, True)],
 )
-@pytest.mark.parametrize("count", [1, 2, 5])
 @pytest.mark.parametrize(("side", "form"), [(Side.LEFT, "paper"), (Side.RIGHT, "official")])
 def test_a_group_is_its_matrices_one_by_one(
     side, form, count, gap, unit, backwards, poisoned_workspaces
@@ -210,7 +205,7 @@ def test_a_group_is_its_matrices_one_by_one(
     """Bit for bit, wherever they lie, and nothing outside of them is read or written."""
     alone, together = (made(count, rank=35, side=side, form=form) for _ in "ab")
     buffers = scattered(together, gap, backwards)
-    assert groups.group([run.weight for run in together]).unit == (16 if count == 1 else unit)
+    assert groups.group([run.weight for run in together]).unit == unit
     with small_tiles(3 if backwards else 1):
         for run in alone:
             launch([run])
@@ -239,22 +234,21 @@ def test_nothing_is_touched_outside_the_tensors(side, shape_rank, poisoned_works
         assert buffer[outside].isnan().all()
 
 
-@pytest.mark.parametrize("parts", [5, 9])
-@pytest.mark.parametrize("form", FORMS)
-def test_split_groups_leave_no_count_behind(form, parts):
+@pytest.mark.parametrize(("parts", "form"), [(5, "official"), (9, None)])
+def test_split_groups_leave_no_count_behind(parts, form):
     """A second launch would wait for arrivals that the first one counted."""
-    split, whole = (made(2, (18, 90), 34, Side.RIGHT, form) for _ in "ab")
+    runs = made(2, (18, 90), 34, Side.RIGHT, form)
+    for run in runs:
+        run.limiter_norm.zero_()
     with small_tiles(parts):
-        launch(split)
-        for counters in groups._counters.values():
-            assert not counters.any()
-        launch(split, 1)
-    with small_tiles():
-        launch(whole)
-        launch(whole, 1)
-    for run, other in zip(split, whole, strict=True):
-        for name in ("weight", "exp_avg", "exp_avg_sq"):
-            torch.testing.assert_close(getattr(run, name), getattr(other, name))
+        for index in range(2):
+            launch(runs, index)
+            for run in runs:
+                run.literal_step(index)
+            for counters in groups._counters.values():
+                assert not counters.any()
+    for run in runs:
+        assert_as_accurate(run)
 
 
 @pytest.mark.parametrize("parts", [1, 3])
@@ -333,28 +327,6 @@ def test_stochastic_rounding_is_the_references_bit_for_bit(side, on_device):
         expected = stochastically_rounded(run.weight, side, noise, index)
         assert torch.equal(other.weight.float(), expected)
         assert not torch.equal(expected, run.weight)
-
-
-def test_stochastic_rounding_is_unbiased_and_reproducible():
-    """The mean over many steps lies within 5 standard errors of the float32 result."""
-
-    def weight_at(step):
-        (run,) = half_weights(made(1, (16, 16), 4))
-        launch([run], noise=Noise((3,), step))
-        return run.weight.double()
-
-    (exact,) = half_weights(made(1, (16, 16), 4))
-    exact.weight = exact.weight.float()
-    launch([exact])
-    value = exact.weight.double()
-    draws = torch.stack([weight_at(step) for step in range(100)])
-    assert torch.equal(draws[5], weight_at(5))
-    below, above = draws.min(0).values, draws.max(0).values
-    spread = (above - below).clamp(min=1e-9)
-    share = ((value - below) / spread).clamp(0, 1)
-    deviation = (spread.square() * share * (1 - share) / len(draws)).sum().sqrt()
-    assert (draws.mean(0) - value).sum().abs() <= 5 * deviation
-    assert (spread > 1e-6).float().mean() > 0.8
 
 
 def test_stochastic_rounding_keeps_inf_and_nan():
@@ -659,8 +631,8 @@ class FakeCuda(SimpleNamespace):
             current_stream=lambda _: SimpleNamespace(cuda_stream=self.stream),
         )
 
-    def tensor(self, values, dtype, pin_memory):
-        assert pin_memory
+    def tensor(self, values, dtype, device, pin_memory):
+        assert (device, pin_memory) == ("cpu", True)
         self.pinned.append(SimpleNamespace(to=lambda device, non_blocking: (values, non_blocking)))
         return self.pinned[-1]
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 @dataclass
 class Matrix:
-    """One weight and its state; `moments` is the dtype of M and V."""
+    """One weight and its state; `moments` is the dtype of M and V, `factor` the last step's phi."""
 
     weight: Tensor
     basis: Tensor
@@ -23,6 +23,7 @@ class Matrix:
     exp_avg: Tensor = field(init=False)
     exp_avg_sq: Tensor = field(init=False)
     limiter_norm: Tensor | None = None
+    factor: Tensor | None = None
     step: int = 0
 
     def __post_init__(self):
@@ -76,7 +77,8 @@ def literal_step(
 def _scaled_residual(m: Matrix, direction: Tensor, low: Tensor, residual: Tensor) -> Tensor:
     rank_dim = 0 if m.left else 1
     norms = [torch.linalg.vector_norm(x, dim=rank_dim, keepdim=True) for x in (direction, low)]
-    scaled = (norms[0] / (norms[1] + 1e-8)).to(residual.dtype) * residual
+    m.factor = norms[0] / (norms[1] + 1e-8)
+    scaled = m.factor.to(residual.dtype) * residual
     norm = torch.linalg.vector_norm(scaled)
     if m.limiter_norm is None:
         m.limiter_norm = norm
@@ -94,6 +96,43 @@ def low_rank_gradient(rows: int, cols: int, generator: torch.Generator) -> Tenso
     decay = torch.arange(1, inner + 1, dtype=torch.float64) ** -1.0
     noise = torch.randn(rows, cols, generator=generator, dtype=torch.float64)
     return (left * decay) @ right + 0.3 * noise
+
+
+def balanced_gradients(
+    shape: tuple[int, int],
+    basis: Tensor,
+    left: bool,
+    steps: int,
+    generator: torch.Generator,
+    outside: float = 1.0,
+) -> list[Tensor]:
+    """Gradients whose step has a small condition number at any rank; float64.
+
+    N and phi divide by R: where a sum of large terms nearly cancels, its rounding decides on all
+    that follows. So entries of R keep their signs from step to step and are nowhere near 0, and a
+    channel is `outside` times as long outside of the basis as in it.
+    """
+
+    def down(full: Tensor) -> Tensor:
+        return basis.T @ full if left else full @ basis
+
+    def back(low: Tensor) -> Tensor:
+        return basis @ low if left else low @ basis.T
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    rank_dim, (size, rank) = 0 if left else 1, basis.shape
+    low_shape = (rank, shape[1]) if left else (shape[0], rank)
+    signs = normal(*low_shape).sign()
+    grads = []
+    for _ in range(steps):
+        low = signs * (0.5 + torch.rand(low_shape, generator=generator, dtype=torch.float64))
+        noise = normal(*shape)
+        beyond = (noise - back(down(noise))) * (rank < size)
+        within_norm, norm = (x.norm(dim=rank_dim, keepdim=True) for x in (low, beyond))
+        grads.append(back(low) + beyond * outside * within_norm / norm.clamp(min=1e-9))
+    return grads
 
 
 def orthonormal(size: int, rank: int, generator: torch.Generator) -> Tensor:
