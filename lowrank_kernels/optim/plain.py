@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 from torch.optim.adamw import adamw
 
 from ..ops.contract import moment_dtype
@@ -86,6 +87,10 @@ def step_plain(
             _adamw([wide], group, capturable, fused=False)
     if fused:
         _adamw(fused, group, capturable, fused=True)
+        for work in fused:
+            # torch's fused kernels leave that to nobody, and a stale graph would go backward.
+            if not work.param.is_inference():
+                increment_version(work.param)
     if widened:
         _step_widened(widened, group, capturable)
 

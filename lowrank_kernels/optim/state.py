@@ -177,7 +177,7 @@ def padded(states: State, groups: list[Group]) -> State:
     result = dict(states)
     for group in filter(is_projected, groups):
         for key in group["params"]:
-            if key in states:
+            if "basis" in states.get(key, ()):
                 result[key] = _resized(states[key], group["rank"], grow=True)
     return result
 
@@ -185,7 +185,8 @@ def padded(states: State, groups: list[Group]) -> State:
 def cut(states: State) -> State:
     """The states with moments and bases of their own rank again."""
     return {
-        key: _resized(state, state["rank"], grow=False) if "rank" in state else state
+        # Users may keep other things beside the parameters' states.
+        key: _resized(state, state["rank"], grow=False) if _has_a_rank(state) else state
         for key, state in states.items()
     }
 
@@ -228,8 +229,6 @@ def _placed(entry: str, value: Tensor, param: Tensor, projected: bool) -> Tensor
 
 def _resized(state: State, rank: int, *, grow: bool) -> State:
     """A state of which M, V and P have this rank; the state itself if they have."""
-    if "basis" not in state:
-        return state
     found = state["basis"].shape[1]
     rank = min(rank, *_full_shape(state)) if grow else rank
     if (found >= rank) if grow else (found <= rank):
@@ -246,6 +245,10 @@ def _resized(state: State, rank: int, *, grow: bool) -> State:
         else:
             result[key] = value.narrow(axis, 0, rank).clone(memory_format=torch.contiguous_format)
     return result
+
+
+def _has_a_rank(state: object) -> bool:
+    return isinstance(state, dict) and "basis" in state and "rank" in state
 
 
 def _full_shape(state: State) -> tuple[int, int]:
