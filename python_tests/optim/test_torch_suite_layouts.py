@@ -120,14 +120,31 @@ def test_layouts_change_no_value_in_float32(param_layout, grad_layout, kind):
     assert_close(dense.weights(), run.weights())
 
 
+def between(tensor):
+    """The elements that `with_holes` has left to others."""
+    return tensor.detach().as_strided(tensor.shape, tensor.stride(), 1)
+
+
 @every_kind
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("grad_layout", [with_holes, contiguous])
 def test_what_lies_between_the_elements_is_left_alone(grad_layout, dtype, kind):
     run = Run(kind, with_holes, dtype).train(range(STEPS), layout=grad_layout)
     for name, param in zip(SHAPES, run.params, strict=True):
-        between = param.detach().as_strided(param.shape, param.stride(), 1)
-        assert torch.equal(between, torch.full_like(between, 7.0)), name
+        assert (between(param) == 7).all(), name
+
+
+@every_kind
+def test_what_lies_between_the_elements_of_moments_is_left_alone(kind):
+    """All strides are equal then, and yet memory is not to be walked along."""
+    run = Run(kind, with_holes).train([0], layout=with_holes)
+    state = run.optimizer.state[run.params[2]]
+    for key in ("exp_avg", "exp_avg_sq"):
+        state[key] = with_holes(state[key])
+    run.train(range(1, STEPS), layout=with_holes)
+    assert_close(Run(kind).train(range(STEPS)).weights(), run.weights())
+    assert all((between(state[key]) == 7).all() for key in ("exp_avg", "exp_avg_sq"))
+    assert (between(run.params[2]) == 7).all()
 
 
 @every_kind
