@@ -31,19 +31,19 @@ def run(args: argparse.Namespace) -> int:
 
 
 def explained(args: argparse.Namespace) -> dict[str, Any]:
-    """The rows of `LowRankAdamW.plan`, each with the factor on the learning rate, the backend and
-    the reason, of the device that is asked for; and totals.
+    """The rows of `LowRankAdamW.plan` in the order of the model, each with the factor on its
+    learning rate, and the backend and the reason of the device that is asked for; and totals.
     """
     choice = backend_of(args)
     model = model_of(args)
     optimizer = build_optimizer(args.optimizer, model, args.backend)
-    reasons = {each.name: each.reason for each in decide(model.module, model.rank)}
+    planned = {row["name"]: row for row in optimizer.plan()}
     factors = _lr_factors(optimizer)
     rows = []
-    for row in optimizer.plan():
-        backend, reason = choice if row["projected"] else ("torch", reasons[row["name"]])
-        dtype = str(row["dtype"]).removeprefix("torch.")
-        lr = factors[row["name"]]
+    for decision in decide(model.module, model.rank):
+        backend, reason = choice if decision.projected else ("torch", decision.reason)
+        row = planned[decision.name]
+        dtype, lr = str(row["dtype"]).removeprefix("torch."), factors[decision.name]
         rows.append({**row, "dtype": dtype, "lr": lr, "backend": backend, "reason": reason})
     return {
         "model": model.name,

@@ -1,7 +1,5 @@
 import pytest
 
-from lowrank_kernels.cli import explain
-
 KEYS = {
     "name",
     "shape",
@@ -23,6 +21,8 @@ def test_every_parameter(json_of):
     assert (facts["optimizer"], facts["device"]) == ("galore", "cpu")
     rows = {row["name"]: row for row in facts["parameters"]}
     assert len(rows) == 4 * 9 + 3
+    first, *_, last = rows
+    assert (first, last) == ("model.embed_tokens.weight", "lm_head.weight")
     assert all(set(row) == KEYS for row in rows.values())
     down = rows["model.layers.3.mlp.down_proj.weight"]
     assert (down["side"], down["rank"], down["shape"]) == ("left", 32, [128, 352])
@@ -53,28 +53,16 @@ def test_totals(command, json_of, tiny_config):
     assert f" {projected / elements:.1%} of them projected; fira's state " in first
 
 
-def test_how_fast_each_parameter_moves(command, json_of, monkeypatch):
-    build = explain.build_optimizer
-
-    def slower_norms(*args):
-        optimizer = build(*args)
-        for group in optimizer.param_groups:
-            if "rank" not in group and "scale" not in group:
-                names, params = group["param_names"], group["params"]
-                group["param_names"], group["params"] = names[:1], params[:1]
-                rest = {"params": list(zip(names[1:], params[1:], strict=True)), "scale": 0.5}
-        optimizer.add_param_group(rest)
-        return optimizer
-
-    monkeypatch.setattr(explain, "build_optimizer", slower_norms)
-    rows = json_of("explain --model nano")["parameters"]
-    lr = {row["name"]: row["lr"] for row in rows}
-    assert lr["model.embed_tokens.weight"] == 1.0
-    assert lr["model.norm.weight"] == 0.5
-    assert lr["model.layers.0.mlp.up_proj.weight"] == 0.25
-    lines = command("explain --model nano")[1].splitlines()
-    (norm,) = (line.split() for line in lines if "model.norm.weight" in line)
-    assert norm[4] == "0.5"
+def test_how_fast_each_parameter_moves(command, json_of, tiny_config):
+    path = tiny_config(num_key_value_heads=1)
+    rows = json_of(f"explain --config {path} --rank 16")["parameters"]
+    assert not next(row for row in rows if row["name"].endswith("k_proj.weight"))["projected"]
+    lr = {row["name"].rpartition("0.")[2]: row["lr"] for row in rows}
+    assert lr["model.embed_tokens.weight"] == lr["input_layernorm.weight"] == 1.0
+    assert lr["self_attn.k_proj.weight"] == lr["mlp.up_proj.weight"] == 0.25
+    lines = command(f"explain --config {path} --rank 16")[1].splitlines()
+    (k_proj,) = (line for line in lines if "k_proj" in line)
+    assert " 0.25 " in k_proj
     assert "learning rate" in lines[-1]
 
 

@@ -136,6 +136,7 @@ def test_more_state_than_adamw_is_explained(command, json_of, tiny_config):
 def test_a_rank_that_costs_more_than_adamw_is_named(json_of, tiny_config):
     facts = json_of(f"plan --config {tiny_config()} --rank 40 --optimizers fira")
     remark = facts["optimizers"]["fira"]["remark"]
+    assert "the largest part model.embed_tokens.weight; " in remark
     low = 3 * (4 * 40 * (2 * 64 + 8 * 64) + 3 * 40 * (2 * 64 + 8 * 160) + 7 * 8)
     adamw = 3 * (4 * 64 * 64 * 4 + 3 * 64 * 160 * 4 + 7 * 4)
     assert (
