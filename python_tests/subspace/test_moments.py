@@ -117,6 +117,15 @@ def test_ldadam_follows_its_printed_formula(rng):
             assert math.isclose(float(new.exp_avg_sq[i, j]), expected, rel_tol=1e-12)
 
 
+def test_ldadam_takes_the_absolute_value_where_the_difference_is_negative():
+    """After a gradient that has grown V < M^2, and a direction that M does not have gets -0.15."""
+    turn = torch.tensor([[1.0, -1.0], [1.0, 1.0]], dtype=torch.float64) / math.sqrt(2)
+    old = Moments(*(torch.full((2, 1), value, dtype=torch.float64) for value in (0.5, 0.1)))
+    new = moved("carry_ldadam", old, turn, Side.LEFT, Corrections(1.0, 1.0))
+    expected = torch.tensor([[0.15], [0.35]], dtype=torch.float64)
+    torch.testing.assert_close(new.exp_avg_sq, expected)
+
+
 def test_the_carried_variance_is_that_of_independent_entries(rng):
     """(C o C) V: the mean square of C x, x with mean squares V, drawn."""
     overlap = basis(12, 4, rng).T @ basis(12, 4, rng)

@@ -94,6 +94,27 @@ def test_a_warm_start_goes_on_from_the_previous_basis(rng):
     assert shares[-1] > 0.99 * best > shares[0]
 
 
+def test_a_warm_start_takes_the_leading_columns_of_a_basis_that_is_wider_than_the_sketch(rng):
+    """As after the largest rank was lowered. Iterations cannot leave a span without them."""
+    values = torch.arange(1, 65).double() ** -0.5
+    matrix = spectrum_matrix(values, 64, 150, rng, torch.float32)
+    previous = torch.linalg.svd(matrix)[0][:, :40]
+    basis = RANGE_FINDERS["power"](request(matrix, rank=4, previous=[previous])).bases[0]
+    best = float(values[:4].square().sum() / values.square().sum())
+    assert captured(matrix, basis) > 0.999 * best
+
+
+@pytest.mark.parametrize("name", ["randomized", "power"])
+def test_the_columns_beside_a_large_basis_grow_with_it(name, rng):
+    """A sketch as wide as the rank of the matrix finds its whole range: what an SVD would."""
+    rank, true_rank = 256, 268
+    values = torch.linspace(1, 0.5, true_rank, dtype=torch.float64)
+    matrix = spectrum_matrix(values, 280, 300, rng)
+    basis = RANGE_FINDERS[name](request(matrix, rank=rank)).bases[0]
+    best = float(values[:rank].square().sum() / values.square().sum())
+    assert captured(matrix, basis) == pytest.approx(best, rel=1e-9)
+
+
 def test_a_warm_start_finds_what_the_previous_basis_misses(rng):
     """The random columns beside it: without them the span of an invariant basis never changes."""
     matrix = torch.diag(torch.tensor([1.0, 1.0, 1.0, 5.0, 0.5, 0.5, 0.5, 0.5]))
