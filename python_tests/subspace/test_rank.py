@@ -3,7 +3,9 @@
 import pytest
 import torch
 from subspace.test_range_finders import request, spectrum_matrix
+from torch import nn
 
+from lowrank_kernels import GaLoreAdamW, Subspace
 from lowrank_kernels.subspace.range_finders import RANGE_FINDERS
 from lowrank_kernels.subspace.rank import adaptive_rank
 
@@ -41,6 +43,31 @@ def test_a_sketch_at_a_smaller_largest_rank_finds_it_too(spectrum, rng):
     matrix = spectrum_matrix(values, 64, 150, rng, torch.float32)
     energies = RANGE_FINDERS["randomized"](request(matrix, rank=20)).energies[0].tolist()
     assert abs(adaptive_rank(energies, 0.1, 1, 1) - exact_rank(values, 0.1)) <= 1
+
+
+STEEP = {
+    "halves": 0.5 ** torch.arange(64).double(),
+    "steep power": torch.arange(1, 65).double() ** -1.5,
+    "of rank 5": torch.linspace(1.0, 0.2, 5, dtype=torch.float64),
+}
+
+
+@pytest.mark.parametrize("bfloat16", [False, True])
+@pytest.mark.parametrize("share", [1e-2, 1e-3, 1e-4, 1e-5])
+@pytest.mark.parametrize("spectrum", STEEP)
+@pytest.mark.parametrize("name", ["svd", "randomized", "power"])
+def test_small_tails_are_resolved_whatever_the_hardware_multiplies_fastest(
+    name, spectrum, share, bfloat16, rng, monkeypatch
+):
+    """A product in bfloat16 has errors of 2^-9, of which the squares look like such a tail."""
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: bfloat16)
+    param = nn.Parameter(torch.zeros(64, 150))
+    param.grad = spectrum_matrix(STEEP[spectrum], 64, 150, rng, torch.float32)
+    subspace = Subspace(name, residual_energy=share)
+    optimizer = GaLoreAdamW([{"params": [param], "rank": 48}], subspace=subspace)
+    optimizer.step()
+    expected = min(48, exact_rank(STEEP[spectrum], share))
+    assert abs(optimizer.stats()[0]["rank"] - expected) <= 1
 
 
 def test_bounds_and_multiples():
