@@ -11,9 +11,11 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
 from .. import ops
-from ..ops import Choice, Side
+from ..ops import Choice
 from ..ops.notices import notice_once
 from ..subspace import Readback, Subspace, is_due
+from . import report
+from .checkpoints import check_loadable, cut, padded, restore
 from .groups import (
     FORMAT,
     PROJECTION_DEFAULTS,
@@ -25,7 +27,6 @@ from .groups import (
     check_options,
     check_params,
     is_projected,
-    learning_rate,
     named_params,
     normalized,
     salts,
@@ -36,17 +37,11 @@ from .projected import Matrix, Method, phase_of, step_projected
 from .schedule import RESIDUAL_FORMS, ResidualForm
 from .state import (
     State,
-    check_loadable,
     check_shapes,
     check_storage,
     complete,
-    cut,
     new_plain_state,
     new_projected_state,
-    padded,
-    restore,
-    state_bytes,
-    subspace_stats,
 )
 
 Rounding = Literal["nearest", "stochastic"]
@@ -262,15 +257,7 @@ class LowRankAdamW(Optimizer):
             lr, how fast it moves (lr * scale of a group with a scale), and state_bytes, what its
             state holds now (0 before its first step).
         """
-        rows = []
-        for index, group in enumerate(self.param_groups):
-            for name, param in named_params(group, index):
-                row = {"name": name, "shape": tuple(param.shape), "dtype": param.dtype}
-                row |= self._explain_one(group, param)
-                row["lr"] = learning_rate(group)
-                row["state_bytes"] = state_bytes(self.state.get(param, {}))
-                rows.append(row)
-        return rows
+        return report.explain(self)
 
     def plan(self) -> list[dict[str, Any]]:
         """Says what each parameter takes in memory, without allocating it.
@@ -283,11 +270,7 @@ class LowRankAdamW(Optimizer):
             parameter), weight_bytes, gradient_bytes and state_bytes (both 0 if it does not require
             a gradient).
         """
-        rows = []
-        for index, group in enumerate(self.param_groups):
-            for name, param in named_params(group, index):
-                rows.append(self._plan_one(name, group, param))
-        return rows
+        return report.plan(self)
 
     def stats(self) -> list[dict[str, Any]]:
         """Says what each projected parameter's subspace is doing; no factorization, no gradient.
@@ -304,14 +287,7 @@ class LowRankAdamW(Optimizer):
             basis), gap_factor; and with `monitor` nonfinite (gradients) and limited (steps held
             back by Fira's limiter), else None.
         """
-        rows = []
-        for index, group in enumerate(self.param_groups):
-            if not is_projected(group):
-                continue
-            for name, param in named_params(group, index):
-                if self.state.get(param):
-                    rows.append({"name": name, **subspace_stats(self.state[param])})
-        return rows
+        return report.stats(self)
 
     def state_dict(self) -> State:
         """As `torch.optim.Optimizer.state_dict`; states of a smaller, adaptive rank are filled up
@@ -412,7 +388,7 @@ class LowRankAdamW(Optimizer):
                     check_matrix(name, param)
                     check_memory(name, param)
                     _check_owner(owners, name, param, grad)
-                    backend = self._choice(request, param, grad).backend
+                    backend = self.choice(request, param, grad).backend
                 if state := self.state.get(param):
                     check_shapes(name, param, state, is_projected(group))
                     check_storage(name, param, state)
@@ -445,7 +421,7 @@ class LowRankAdamW(Optimizer):
     def _state_of(self, group: Group, item: _Work) -> State:
         state = self.state[item.param]
         if not state:
-            state.update(self._new_state(group, item.param, item.salt))
+            state.update(self.new_state(group, item.param, item.salt))
         elif is_projected(group):
             complete(state, item.salt, self.subspace, *self._counts)
         return state
@@ -456,7 +432,8 @@ class LowRankAdamW(Optimizer):
         limiter = ("limiter_norm",) if self.residual is not None else ()
         return limiter + (("nonfinite", "limited") if self.monitor else ())
 
-    def _new_state(self, group: Group, param: Tensor, salt: int = 0) -> State:
+    def new_state(self, group: Group, param: Tensor, salt: int = 0) -> State:
+        """The state of a parameter before its first step, on its device."""
         if is_projected(group):
             rows, cols = param.shape
             rank = _cut_rank(group["rank"], rows, cols)
@@ -467,24 +444,6 @@ class LowRankAdamW(Optimizer):
         if self.capturable:
             state["step"] = state["step"].to(param.device)
         return state
-
-    def _plan_one(self, name: str, group: Group, param: Tensor) -> dict[str, Any]:
-        projected, size = is_projected(group), param.numel() * param.element_size()
-        side = side_of(group["proj_type"], *param.shape) if projected else None
-        return {
-            "name": name,
-            "shape": tuple(param.shape),
-            "dtype": param.dtype,
-            "projected": projected,
-            "side": None if side is None else side.name.lower(),
-            "rank": min(group["rank"], *param.shape) if projected else None,
-            "weight_bytes": size,
-            "gradient_bytes": size if param.requires_grad else 0,
-            "state_bytes": self._planned_bytes(group, param) if param.requires_grad else 0,
-        }
-
-    def _planned_bytes(self, group: Group, param: Tensor) -> int:
-        return state_bytes(self._new_state(group, torch.empty_like(param, device="meta")))
 
     def _step_projected(self, group: Group, items: list[_Work], states: list[State]) -> None:
         by_device: dict[torch.device, list[Matrix]] = {}
@@ -520,23 +479,9 @@ class LowRankAdamW(Optimizer):
             self._counted[matrix.param] = count + 1
         return counts
 
-    def _choice(self, request: str, param: Tensor, grad: Tensor | None) -> Choice:
+    def choice(self, request: str, param: Tensor, grad: Tensor | None) -> Choice:
+        """Who computes a projected parameter's step, and why."""
         return ops.choose(request, param, grad, capturable=self.capturable)
-
-    def _explain_one(self, group: Group, param: Tensor) -> dict[str, Any]:
-        if not is_projected(group):
-            at = " at lr * scale" if "scale" in group else ""
-            plain = Choice("torch", f"AdamW{at}: no rank in its group")
-            return {"projected": False, "side": None, "rank": None, **plain._asdict()}
-        rows, cols = param.shape
-        side, rank = side_of(group["proj_type"], rows, cols), min(group["rank"], rows, cols)
-        if state := self.state.get(param):
-            side, rank = Side(state["side"]), state["basis"].shape[1]
-        choice = self._choice(ops.requested_backend(self.backend), param, param.grad)
-        tiles = ops.tiles(param, side, rank, backend=choice.backend)
-        reason = f"{choice.reason}; {tiles}" if tiles else choice.reason
-        row = {"projected": True, "side": side.name.lower(), "rank": rank}
-        return {**row, "backend": choice.backend, "reason": reason}
 
 
 def _check_subspace(subspace: Subspace, residual: ResidualForm | None, capturable: bool) -> None:

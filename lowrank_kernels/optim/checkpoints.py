@@ -1,0 +1,211 @@
+"""What goes into a state dict and comes out of one: shapes, dtypes, names, and what is refused."""
+
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..ops.contract import moment_dtype
+from ..ops.notices import notice_once
+from .groups import FORMAT, PROJECTION_DEFAULTS, Group, is_projected, named_params, unwrapped
+from .state import State, check_shapes
+
+# The axis of length r of each is axis 1 of a basis and `rank_axis` of the moments' side.
+RANKED = ("exp_avg", "exp_avg_sq", "first_direction", "basis")
+ON_THE_HOST = ("overlaps",)
+
+
+def check_loadable(groups: list[Group], state_dict: State) -> None:
+    """Raises ValueError if a state dict cannot be loaded into these groups; changes nothing.
+
+    What differs and can be loaded is said.
+    """
+    saved_groups = state_dict["param_groups"]
+    for index, (group, saved) in enumerate(zip(groups, saved_groups, strict=False)):
+        _check_format(saved, index)
+        if is_projected(saved) != is_projected(group):
+            kinds = ["an AdamW group", "a projected group"]
+            raise ValueError(
+                f"group {index} is {kinds[is_projected(group)]} here and"
+                f" {kinds[is_projected(saved)]} in the state dict"
+            )
+    _check_order(groups, saved_groups)
+    for name, param, projected, key in _saved_params(groups, saved_groups):
+        if key in state_dict["state"]:
+            check_shapes(name, param, state_dict["state"][key], projected)
+    for index, (group, saved) in enumerate(zip(groups, saved_groups, strict=False)):
+        _tell_differences(group, saved, index)
+
+
+def padded(states: State, groups: list[Group]) -> State:
+    """A state dict's states with moments and bases of the group's full rank, filled with zeros.
+
+    An adaptive rank is smaller, and another one in each matrix and at each refresh; checkpoint
+    libraries load into tensors of the shapes that a fresh optimizer has.
+    """
+    result = dict(states)
+    for group in filter(is_projected, groups):
+        for key in group["params"]:
+            if "basis" in states.get(key, ()):
+                result[key] = _resized(states[key], group["rank"], grow=True)
+    return result
+
+
+def cut(states: State) -> State:
+    """The states with moments and bases of their own rank again."""
+    return {
+        # Users may keep other things beside the parameters' states.
+        key: _resized(state, state["rank"], grow=False) if _has_a_rank(state) else state
+        for key, state in states.items()
+    }
+
+
+def restore(states: Any, groups: list[Group], state_dict: State, capturable: bool) -> None:
+    """Puts the saved values back in their own dtypes.
+
+    `Optimizer.load_state_dict` casts every floating-point tensor but `step` to the dtype of the
+    parameter: float32 moments of bf16 weights would come back as bf16.
+
+    Args:
+        states: of the optimizer, by parameter, as torch loaded them.
+        groups: of the optimizer.
+        state_dict: what was loaded.
+        capturable: steps are counted beside the weights.
+    """
+    for _, param, projected, key in _saved_params(groups, state_dict["param_groups"]):
+        for entry, value in state_dict["state"].get(key, {}).items():
+            if entry == "step":
+                # It may be a Python float in old files, and on a GPU after a mapped load.
+                device = param.device if capturable else torch.device("cpu")
+                value = torch.as_tensor(value, dtype=torch.float32, device=device).clone()
+            elif isinstance(value, Tensor):
+                value = _placed(entry, value, param, projected)
+            states[param][entry] = value
+
+
+def _placed(entry: str, value: Tensor, param: Tensor, projected: bool) -> Tensor:
+    """A copy of a state tensor where, and in the dtype that, the parameter's step expects it."""
+    if entry in ON_THE_HOST:
+        return value.to("cpu", copy=True)
+    if not value.is_floating_point():
+        return value.to(param.device, copy=True)
+    dtype = param.dtype if entry == "basis" else moment_dtype(param.dtype)
+    if not projected and value.shape == param.shape:
+        # Laid out like the weight, as torch's fused kernels need it, whatever was saved.
+        return torch.empty_like(param, dtype=dtype).copy_(value)
+    return value.to(param.device, dtype, copy=True).contiguous()
+
+
+def _resized(state: State, rank: int, *, grow: bool) -> State:
+    """A state of which M, V and P have this rank; the state itself if they have."""
+    found = state["basis"].shape[1]
+    rank = min(rank, *_full_shape(state)) if grow else rank
+    if (found >= rank) if grow else (found <= rank):
+        return state
+    result = dict(state)
+    for key in RANKED:
+        if key not in state:
+            continue
+        value, axis = state[key], 1 if key == "basis" else int(state["side"])
+        if grow:
+            size = list(value.shape)
+            size[axis] = rank - found
+            result[key] = torch.cat([value, value.new_zeros(size)], dim=axis)
+        else:
+            result[key] = value.narrow(axis, 0, rank).clone(memory_format=torch.contiguous_format)
+    return result
+
+
+def _has_a_rank(state: object) -> bool:
+    return isinstance(state, dict) and "basis" in state and "rank" in state
+
+
+def _full_shape(state: State) -> tuple[int, int]:
+    """Sizes of the weight: of the basis' long axis, and of the moments'."""
+    return state["basis"].shape[0], state["exp_avg"].shape[1 - int(state["side"])]
+
+
+def _saved_params(
+    groups: list[Group], saved_groups: list[Group]
+) -> Iterator[tuple[str, Tensor, bool, Any]]:
+    """(name, parameter, projected, key in the saved state) for every parameter.
+
+    Lengths may differ: torch raises for that, after our checks and before it changes anything.
+    """
+    for index, (group, saved) in enumerate(zip(groups, saved_groups, strict=False)):
+        named = named_params(group, index)
+        for (name, param), key in zip(named, saved["params"], strict=False):
+            yield name, param, is_projected(group), key
+
+
+def _check_format(saved: Group, index: int) -> None:
+    version = saved.get("format")
+    if not isinstance(version, int):
+        raise ValueError(
+            f"group {index} of the state dict has no format number: it was not saved by"
+            " lowrank_kernels, and its projections cannot be taken over"
+        )
+    if version > FORMAT:
+        raise ValueError(
+            f"group {index} of the state dict has format {version}, this version of"
+            f" lowrank_kernels reads up to {FORMAT}: upgrade it"
+        )
+
+
+def _check_order(groups: list[Group], saved_groups: list[Group]) -> None:
+    """Raises ValueError if a state would go to another parameter than the one that it is of.
+
+    torch goes by places. A name that is unknown here is a renamed parameter, which is only told.
+    """
+    ours = [unwrapped(name) for group in groups for name in group.get("param_names", ())]
+    renamed = []
+    for index, (group, saved) in enumerate(zip(groups, saved_groups, strict=False)):
+        pairs = zip(group.get("param_names", ()), saved.get("param_names", ()), strict=False)
+        for place, (here, there) in enumerate(pairs):
+            here, there = unwrapped(here), unwrapped(there)
+            if _same(here, there):
+                continue
+            if any(_same(name, there) for name in ours):
+                raise ValueError(
+                    f"place {place} of group {index} holds the state of {there}, and is {here}"
+                    " here: the layers were registered, or the groups built, in another order;"
+                    " build them as they were when the state was saved"
+                )
+            renamed.append(f"{there} -> {here}")
+    if renamed:
+        notice_once(
+            logging.WARNING,
+            f"parameters have other names than in the state dict, and go by their places:"
+            f" {renamed[0]} and {len(renamed) - 1} more",
+        )
+
+
+def _same(one: str, other: str) -> bool:
+    """Whether two names mean one parameter: either may have a prefix."""
+    return one == other or one.endswith("." + other) or other.endswith("." + one)
+
+
+def _tell_differences(group: Group, saved: Group, index: int) -> None:
+    """What was made in another way; the saved options are taken, as torch does."""
+    differences = [
+        f"{key} {saved[key]} (here {group[key]})"
+        for key in ("rank", *PROJECTION_DEFAULTS)
+        if key in saved and key in group and saved[key] != group[key]
+    ]
+    if differences:
+        notice_once(
+            logging.WARNING,
+            f"group {index} goes on with the options of the state dict: {', '.join(differences)};"
+            " to change them, write to optimizer.param_groups after loading",
+        )
+    theirs, ours = saved.get("method"), group["method"]
+    if theirs is not None and theirs != ours:
+        parts = zip(theirs.split(", "), ours.split(", "), strict=False)
+        changed = ", ".join(f"{was} (here {now})" for was, now in parts if was != now)
+        notice_once(
+            logging.WARNING,
+            f"group {index} was trained by another method, and goes on with this optimizer's:"
+            f" {changed}",
+        )
