@@ -45,29 +45,19 @@ def test_a_sketch_at_a_smaller_largest_rank_finds_it_too(spectrum, rng):
     assert abs(adaptive_rank(energies, 0.1, 1, 1) - exact_rank(values, 0.1)) <= 1
 
 
-STEEP = {
-    "halves": 0.5 ** torch.arange(64).double(),
-    "steep power": torch.arange(1, 65).double() ** -1.5,
-    "of rank 5": torch.linspace(1.0, 0.2, 5, dtype=torch.float64),
-}
-
-
-@pytest.mark.parametrize("bfloat16", [False, True])
-@pytest.mark.parametrize("share", [1e-2, 1e-3, 1e-4, 1e-5])
-@pytest.mark.parametrize("spectrum", STEEP)
-@pytest.mark.parametrize("name", ["svd", "randomized", "power"])
-def test_small_tails_are_resolved_whatever_the_hardware_multiplies_fastest(
-    name, spectrum, share, bfloat16, rng, monkeypatch
+@pytest.mark.parametrize("name", ["randomized", "power"])
+def test_an_optimizer_resolves_a_small_tail_where_products_in_bfloat16_are_fast(
+    name, rng, monkeypatch
 ):
-    """A product in bfloat16 has errors of 2^-9, of which the squares look like such a tail."""
-    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: bfloat16)
+    """Their errors of 2^-9 look like such a tail."""
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    values = torch.arange(1, 65).double() ** -1.5
     param = nn.Parameter(torch.zeros(64, 150))
-    param.grad = spectrum_matrix(STEEP[spectrum], 64, 150, rng, torch.float32)
-    subspace = Subspace(name, residual_energy=share)
+    param.grad = spectrum_matrix(values, 64, 150, rng, torch.float32)
+    subspace = Subspace(name, residual_energy=1e-3)
     optimizer = GaLoreAdamW([{"params": [param], "rank": 48}], subspace=subspace)
     optimizer.step()
-    expected = min(48, exact_rank(STEEP[spectrum], share))
-    assert abs(optimizer.stats()[0]["rank"] - expected) <= 1
+    assert abs(optimizer.stats()[0]["rank"] - exact_rank(values, 1e-3)) <= 1
 
 
 def test_bounds_and_multiples():

@@ -91,22 +91,7 @@ def test_no_variance_is_negative_after_a_gradient_that_has_grown(moments):
     assert param.isfinite().all()
 
 
-# What makes a matrix differ from its equals.
-
-
-@pytest.mark.parametrize("count", [2, 300])
-def test_unnamed_matrices_draw_different_bases_in_one_group_and_in_two(count):
-    groups = [
-        {"params": [nn.Parameter(torch.zeros(8, 12)) for _ in range(count)], "rank": 2}
-        for _ in range(2)
-    ]
-    optimizer = GaLoreAdamW(groups, subspace="random")
-    params = [param for group in groups for param in group["params"]]
-    for param in params:
-        param.grad = torch.ones(8, 12)
-    optimizer.step()
-    draws = {tuple(optimizer.state[param]["basis"].flatten().tolist()) for param in params}
-    assert len(draws) == 2 * count
+# The steps.
 
 
 def test_turns_are_spread_over_the_whole_interval():
@@ -122,9 +107,6 @@ def test_turns_are_spread_over_the_whole_interval():
     assert max(ages) < gap, "each has taken its turn"
     quarters = [sum(age * 4 // gap == quarter for age in ages) for quarter in range(4)]
     assert min(quarters) >= 4, "of 8 in the mean"
-
-
-# Lazy refreshes.
 
 
 def refreshes(param, optimizer, steps, directions=lambda step: (0, 4)):
