@@ -1,6 +1,7 @@
 """Steps and options, as torch tests its own optimizers; see `test_torch_suite_names.py`."""
 
 import copy
+import functools
 
 import pytest
 import torch
@@ -96,26 +97,33 @@ def test_every_scheduler_of_torch_is_in_the_table():
     assert set(SCHEDULERS) == {"SWALR", *lr_scheduler.__all__} - {"LRScheduler"}
 
 
+@functools.cache
+def set_for_torch(name):
+    return options_and_losses(TORCH, name)[0]
+
+
+def options_and_losses(kind, name):
+    """What a float and a tensor, each of a group of its own, are at each step; the losses."""
+    params, loss = linear_problem()
+    own = {"params": params[1:], "lr": torch.tensor(0.01)}
+    optimizer = kind([{"params": params[:1]}, own], lr=0.005)
+    scheduler, options = SCHEDULERS[name](optimizer), []
+
+    def note(*_):
+        groups = optimizer.param_groups
+        options.append([(float(group["lr"]), *map(float, group["betas"])) for group in groups])
+
+    optimizer.register_step_post_hook(note)
+    return options, first_and_last_loss(optimizer, loss, scheduler)
+
+
 @every_kind
 @pytest.mark.parametrize("name", SCHEDULERS)
 def test_a_scheduler_sets_what_it_sets_for_torch(name, kind):
-    """A float and a tensor, each of a group of its own; the loss falls."""
-    seen = []
-    for each in (TORCH, kind):
-        params, loss = linear_problem()
-        own = {"params": params[1:], "lr": torch.tensor(0.01)}
-        optimizer = each([{"params": params[:1]}, own], lr=0.005)
-        scheduler, options = SCHEDULERS[name](optimizer), []
-        optimizer.register_step_post_hook(lambda o, *_, seen=options: seen.append(scheduled(o)))
-        first, last = first_and_last_loss(optimizer, loss, scheduler)
-        assert last < first
-        seen.append(options)
-    assert seen[0] == seen[1]
-    assert any(options != seen[1][0] for options in seen[1])
-
-
-def scheduled(optimizer):
-    return [(float(g["lr"]), *map(float, g["betas"])) for g in optimizer.param_groups]
+    options, (first, last) = options_and_losses(kind, name)
+    assert options == set_for_torch(name)
+    assert any(later != options[0] for later in options)
+    assert last < first
 
 
 # Options
