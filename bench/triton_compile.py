@@ -98,6 +98,8 @@ OPTIONS = {
     "scattered": Options(scattered=True),
 }
 
+FIRA = Residual(0.25, 1.0)
+
 # An argument that is 1 becomes a constant, which is not a tensor: a kernel has to compile then too.
 DEGENERATE = [((1, 1), 1), ((1, 17), 1), ((17, 1), 1), ((61, 37), 13)]
 
@@ -175,41 +177,55 @@ class Record:
         )
 
 
-def cases(quick: bool) -> Iterator[Case]:
+def cases() -> Iterator[Case]:
     """The layers of the models at the ranks of the papers, alone and in groups.
 
-    Dtypes other than bf16 and float32, and options, are compiled for two models; if quick, for the
-    matrix of one whose rows begin at odd distances from 16 bytes.
+    Dtypes other than bf16 and float32, and options, are compiled for two models.
     """
-    for name in ("nano", "1b", "7b") if quick else PRESETS:
-        preset = PRESETS[name]
+    for name, preset in PRESETS.items():
         hidden, ffn = preset.hidden, preset.ffn
         ranks = (64, preset.rank) if name == "7b" else (preset.rank,)
         shapes = ((hidden, hidden), (ffn, hidden), (hidden, ffn))
-        for rank, shape, residual in product(ranks, shapes, (None, Residual(0.25, 1.0))):
+        for rank, shape, residual in product(ranks, shapes, (None, FIRA)):
             case = Case(name, shape, rank, preset.layers, "bf16", "", residual)
-            some = shape == (2048, 5461) and residual is not None
-            many = some if quick else name in ("1b", "7b")
-            for dtypes in DTYPES if many else ("bf16",) if quick else ("bf16", "fp32"):
+            many = name in ("1b", "7b")
+            for dtypes in DTYPES if many else ("bf16", "fp32"):
                 yield case._replace(dtypes=dtypes)
-                if not quick or (rank == 64 and residual):  # small R: split sums
-                    yield case._replace(dtypes=dtypes, matrices=1)
+                yield case._replace(dtypes=dtypes, matrices=1)
             for options in OPTIONS if many else ():
                 yield case._replace(options=options)
             if many:
                 yield case._replace(dtypes="fp32", options="scattered")
     for shape, rank in DEGENERATE:
         for dtypes, options in product(("bf16", "fp32"), ("", "capturable")):
-            yield Case("degenerate", shape, rank, 1, dtypes, options, Residual(0.25, 1.0))
+            yield Case("degenerate", shape, rank, 1, dtypes, options, FIRA)
+
+
+def quick_cases(target: Target) -> Iterator[Case]:
+    """What the test compiles: each kind of rows and of tiles for every target, the rest for one."""
+    odd = Case("1b", (2048, 5461), 512, 24, "bf16", "", FIRA)
+    aligned = odd._replace(shape=(5461, 2048))
+    split = Case("7b", (4096, 4096), 64, 1, "bf16", "", FIRA)
+    nano = PRESETS["nano"]
+    small = Case("nano", (nano.hidden, nano.hidden), nano.rank, nano.layers, "bf16", "", FIRA)
+    yield from (odd, odd._replace(dtypes="fp32"), odd._replace(options="scattered"))
+    yield from (aligned, split, small)
+    some = [odd._replace(dtypes=dtypes) for dtypes in DTYPES if dtypes not in ("bf16", "fp32")]
+    some += [
+        odd._replace(options=options) for options in OPTIONS if options not in ("", "scattered")
+    ]
+    some += [aligned._replace(dtypes="fp32"), aligned._replace(residual=None)]
+    for shape, rank in DEGENERATE:
+        for dtypes, options in (("bf16", "capturable"), ("fp32", "")):
+            some.append(Case("degenerate", shape, rank, 1, dtypes, options, FIRA))
+    yield from some[TARGETS.index(target) :: len(TARGETS)]
 
 
 def variants(quick: bool, candidates: bool) -> list[Variant]:
     """Everything that the launchers would launch, once each."""
     found: dict[str, Variant] = {}
     for target in TARGETS:
-        for case in cases(quick):
-            if quick and case.name == "degenerate" and target is not TARGETS[0]:
-                continue
+        for case in quick_cases(target) if quick else cases():
             for project, update in _configurations(case, target) if candidates else [(None, None)]:
                 with config.forced(project=project, update=update):
                     _add(found, target, case)

@@ -17,6 +17,9 @@ pytest.importorskip("triton")
 sys.path.insert(0, str(Path(__file__).parents[2]))
 from bench.triton_compile import DTYPES, OPTIONS, TARGETS, Record
 
+# Compiling takes as long as the machine's other work makes it.
+pytestmark = pytest.mark.timeout(0)
+
 ROOT = Path(__file__).parents[2]
 PRODUCTS = {80: "mma", 90: "wgmma", 100: "tcgen05"}
 PRODUCT_KERNELS = ("project_kernel", "update_kernel")
