@@ -127,7 +127,7 @@ def test_at_most_twice_the_error_of_torch(shape, scalars, rows_are_channels, dev
 
 
 @DEVICES
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     rows=st.integers(0, 70),
     cols=st.integers(0, 70),

@@ -16,6 +16,7 @@ from guarded import (
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pairs import pairwise
 
 from lowrank_kernels import _native
 from lowrank_kernels.ops import ChannelSums
@@ -73,9 +74,7 @@ class ResidualSums:
 
 @DEVICES
 @SIDES
-@pytest.mark.parametrize("gap", [0, 3])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize(("shape", "dtype", "gap"), pairwise(SHAPES, DTYPES, (0, 3)), ids=str)
 def test_residual_sums(shape, dtype, gap, rows_are_channels, device):
     problem = ResidualSums(2, *shape, dtype, gap, rows_are_channels, device)
     exact, torch32 = problem.expected(torch.float64), problem.expected(torch.float32)
@@ -83,7 +82,7 @@ def test_residual_sums(shape, dtype, gap, rows_are_channels, device):
         assert_as_accurate(got[0], plain, value)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(dtype=st.sampled_from(DTYPES), kappa=st.floats(0, 1), **ANY)
 def test_residual_sums_of_any_shape(kappa, **problem):
     problem = ResidualSums(**problem)
@@ -240,10 +239,9 @@ class Combine:
 
 @DEVICES
 @SIDES
-@pytest.mark.parametrize("fira", [True, False], ids=["fira", "galore"])
-@pytest.mark.parametrize("gap", [0, 3])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize(
+    ("shape", "dtype", "gap", "fira"), pairwise(SHAPES, DTYPES, (0, 3), (True, False)), ids=str
+)
 def test_combine(shape, dtype, gap, fira, rows_are_channels, device):
     problem = Combine(2, *shape, dtype, gap, rows_are_channels, fira, device)
     exact, torch32 = problem.expected(torch.float64), problem.expected(torch.float32)
@@ -251,7 +249,7 @@ def test_combine(shape, dtype, gap, fira, rows_are_channels, device):
         assert_as_accurate(got, plain, value)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(dtype=st.sampled_from(DTYPES), fira=st.booleans(), **ANY)
 def test_combine_any_shape(**problem):
     problem = Combine(**problem)
@@ -320,11 +318,11 @@ class Update:
 
 @DEVICES
 @SIDES
-@pytest.mark.parametrize("fira", [True, False], ids=["fira", "galore"])
-@pytest.mark.parametrize("gap", [0, 3])
-@pytest.mark.parametrize("grad_dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", [(1, 1), (37, 61), (3, 5000), (130, 1376)], ids=str)
+@pytest.mark.parametrize(
+    ("shape", "dtype", "grad_dtype", "gap", "fira"),
+    pairwise([(1, 1), (37, 61), (3, 5000), (130, 1376)], DTYPES, DTYPES, (0, 3), (True, False)),
+    ids=str,
+)
 def test_update(shape, dtype, grad_dtype, gap, fira, rows_are_channels, device):
     problem = Update(2, *shape, dtype, grad_dtype, gap, rows_are_channels, fira, device)
     exact, torch32 = problem.expected(torch.float64), problem.expected(torch.float32)
@@ -340,7 +338,7 @@ def assert_rounded_once(got, exact):
     assert (error <= 0.5 * unit * exact.abs() + 2**-20).all()
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     dtype=st.sampled_from(DTYPES),
     grad_dtype=st.sampled_from(DTYPES),

@@ -150,7 +150,7 @@ def test_rounding_of_random_bits_is_that_of_torch(dtype, device, rng):
 
 @DEVICES
 @SIDES
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(
     rows=st.integers(1, 40),
     cols=st.integers(1, 70),
