@@ -16,16 +16,12 @@ from optim.torch_suite import (
     set_grads,
     snapshot,
     train,
+    with_holes,
 )
 from torch import nn
 from torch.optim import lr_scheduler, swa_utils
 
 # Direction
-
-
-def with_holes(tensor):
-    """Every other element of twice the memory; what lies between belongs to somebody else."""
-    return torch.stack([tensor, torch.full_like(tensor, 7.0)], dim=-1)[..., 0]
 
 
 def linear_problem(layout=torch.clone):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from optim.torch_suite import KINDS, Kind, assert_close, every_kind, over, set_grads
+from optim.torch_suite import KINDS, Kind, assert_close, every_kind, over, set_grads, with_holes
 from torch import nn
 
 from lowrank_kernels import FiraAdamW
@@ -14,11 +14,6 @@ STEPS = 4
 
 def contiguous(tensor):
     return tensor.clone(memory_format=torch.contiguous_format)
-
-
-def with_holes(tensor):
-    """Every other element of twice the memory; what lies between belongs to somebody else."""
-    return torch.stack([tensor, torch.full_like(tensor, 7.0)], dim=-1)[..., 0]
 
 
 def transposed(tensor):
