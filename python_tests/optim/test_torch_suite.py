@@ -45,7 +45,7 @@ def closure_of(optimizer, loss):
 
 def first_and_last_loss(optimizer, loss, scheduler=None):
     values = []
-    for _ in range(12):
+    for _ in range(8):
         values.append(optimizer.step(closure_of(optimizer, loss)).detach())
         if isinstance(scheduler, lr_scheduler.ReduceLROnPlateau):
             scheduler.step(values[-1])
@@ -126,7 +126,7 @@ def test_a_scheduler_sets_what_it_sets_for_torch(name, kind):
 
 
 @every_kind
-@pytest.mark.parametrize("dims", [0, 1, 2])
+@pytest.mark.parametrize("dims", [0, 2])
 def test_a_tensor_lr_and_tensor_betas_are_their_floats(dims, kind):
     def tensor(value):
         return torch.tensor(value, dtype=torch.float64).reshape([1] * dims)
@@ -178,7 +178,7 @@ def test_two_groups_are_two_optimizers(option, first, second, kind):
     groups = kind([{"params": early, option: first}, {"params": late, option: second}])
     early, late = halves(two)
     pair = [kind(early, **{option: first}), kind(late, **{option: second})]
-    seeds = range(2 * GAP)
+    seeds = range(GAP + 1)
     result = stepped(one, [groups], seeds)
     assert_same(result, stepped(two, pair, seeds))
     equal = stepped(same, [kind(same.named_parameters(), **{option: first})], seeds)
@@ -196,7 +196,9 @@ def test_a_group_that_is_added_later_is_an_optimizer_that_starts_later(kind):
     for group in kind.divided({"params": late, "lr": 0.01}):
         optimizer.add_param_group(group)
     pair.append(kind(halves(other)[1], lr=0.01))
-    assert_same(stepped(one, [optimizer], range(2, 8)), stepped(other, pair, range(2, 8)))
+    assert_same(
+        stepped(one, [optimizer], range(2, 3 + GAP)), stepped(other, pair, range(2, 3 + GAP))
+    )
 
 
 # Gradients that are missing or zero, layers that are frozen
@@ -331,7 +333,7 @@ def test_the_default_dtype_changes_nothing(dtype, kind):
         optimizer = kind(module.parameters(), lr=0.01)
         torch.set_default_dtype(default)
         try:
-            train(module, optimizer, range(2 * GAP))
+            train(module, optimizer, range(GAP + 1))
         finally:
             torch.set_default_dtype(torch.float32)
         # torch counts steps in the default dtype if that is float64.
