@@ -165,9 +165,10 @@ def _check_order(groups: list[Group], saved_groups: list[Group]) -> None:
         pairs = zip(group.get("param_names", ()), saved.get("param_names", ()), strict=False)
         for place, (here, there) in enumerate(pairs):
             here, there = unwrapped(here), unwrapped(there)
-            if _same(here, there):
+            meant = here if here == there else _counterpart(there, ours)
+            if meant == here:
                 continue
-            if any(_same(name, there) for name in ours):
+            if meant is not None:
                 raise ValueError(
                     f"place {place} of group {index} holds the state of {there}, and is {here}"
                     " here: the layers were registered, or the groups built, in another order;"
@@ -182,9 +183,10 @@ def _check_order(groups: list[Group], saved_groups: list[Group]) -> None:
         )
 
 
-def _same(one: str, other: str) -> bool:
-    """Whether two names mean one parameter: either may have a prefix."""
-    return one == other or one.endswith("." + other) or other.endswith("." + one)
+def _counterpart(name: str, names: list[str]) -> str | None:
+    """The one of the names that means the same parameter; either may have a prefix."""
+    alike = [n for n in names if f".{n}".endswith(f".{name}") or f".{name}".endswith(f".{n}")]
+    return min(alike, key=lambda other: abs(len(other) - len(name)), default=None)
 
 
 def _tell_differences(group: Group, saved: Group, index: int) -> None:

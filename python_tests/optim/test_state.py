@@ -156,6 +156,24 @@ def test_layers_in_another_order_are_refused():
     assert not other[1].state
 
 
+@pytest.mark.parametrize("prefix", ["", "m.", "a.b."])
+@pytest.mark.parametrize("prefixed", ["saved", "loaded"])
+def test_a_name_that_ends_like_another_is_not_taken_for_it(prefix, prefixed):
+    def build(names, start):
+        weights = [nn.Parameter(torch.ones(4, 3)) for _ in names]
+        named = [(start + name, weight) for name, weight in zip(names, weights, strict=True)]
+        return weights, GaLoreAdamW([{"params": named, "rank": 2}])
+
+    starts = (prefix, "") if prefixed == "saved" else ("", prefix)
+    weights, optimizer = build(["weight", "norm.weight"], starts[0])
+    for weight in weights:
+        weight.grad = torch.ones(4, 3)
+    optimizer.step()
+    build(["weight", "norm.weight"], starts[1])[1].load_state_dict(optimizer.state_dict())
+    with pytest.raises(ValueError, match="another order"):
+        build(["norm.weight", "weight"], starts[1])[1].load_state_dict(optimizer.state_dict())
+
+
 def test_renamed_layers_go_by_their_places_and_keep_their_names_and_streams(caplog):
     notices.notice_once.cache_clear()
     run, other = build_twins("qk"), build_twins("xy")
