@@ -179,7 +179,7 @@ class LowRankAdamW(Optimizer):
             "method": self._method,
         }
         super().__init__(params, defaults)
-        self._judge(param for group in self.param_groups for param in group["params"])
+        self._judge(self._params())
 
     def add_param_group(self, param_group: Group) -> None:
         """Adds a group, as `torch.optim.Optimizer.add_param_group`; checked before it is added."""
