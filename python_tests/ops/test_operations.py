@@ -9,6 +9,7 @@ import math
 import pytest
 import torch
 from oracles.low_rank import Matrix, balanced_gradients, literal_step, orthonormal
+from pairs import pairwise
 
 from lowrank_kernels.ops import (
     AdamScalars,
@@ -170,18 +171,14 @@ def unit(dtype):
     return 1e-13 if dtype is torch.float64 else torch.finfo(dtype).eps
 
 
-# Each shape with every form, and with both sides; scale 1 leaves nothing of what a basis spans.
-ROWS = [
-    (shape, rank, Side((index + turn) % 2), form, (1.0, 0.25)[(index + turn // 2) % 2])
-    for index, (shape, rank) in enumerate(SHAPES_AND_RANKS)
-    for turn, form in enumerate(FORMS)
-]
+# Scale 1 leaves nothing of what a basis spans.
+ROWS = pairwise(SHAPES_AND_RANKS, Side, FORMS, (1.0, 0.25))
 
 
-@pytest.mark.parametrize(("shape", "rank", "side", "form", "scale"), ROWS, ids=str)
+@pytest.mark.parametrize(("shape_rank", "side", "form", "scale"), ROWS, ids=str)
 @pytest.mark.parametrize(("backend", "dtype"), BACKEND_DTYPES)
-def test_against_oracle(backend, dtype, shape, rank, side, form, scale):
-    assert_as_accurate(steps_through(backend, dtype, shape, rank, side, form, scale=scale))
+def test_against_oracle(backend, dtype, shape_rank, side, form, scale):
+    assert_as_accurate(steps_through(backend, dtype, *shape_rank, side, form, scale=scale))
 
 
 @pytest.mark.parametrize(("scale", "outside"), [(1.0, 0.1), (1.0, 0.001), (0.25, 0.001)])
@@ -219,14 +216,7 @@ LAYOUTS = {
 }
 
 
-STRIDED = [
-    (layout, form, Side((i + j) % 2))
-    for i, layout in enumerate(LAYOUTS)
-    for j, form in enumerate(FORMS)
-]
-
-
-@pytest.mark.parametrize(("layout", "form", "side"), STRIDED)
+@pytest.mark.parametrize(("layout", "form", "side"), pairwise(LAYOUTS, FORMS, Side), ids=str)
 @pytest.mark.parametrize(("backend", "dtype"), BACKEND_DTYPES)
 def test_strided_weights_and_gradients(backend, dtype, side, layout, form):
     def strided(matrix):
@@ -251,12 +241,7 @@ def test_empty(backend, dtype, side, rows_cols):
 
 
 @pytest.mark.parametrize(
-    ("side", "form", "bad"),
-    [
-        (side, form, (math.nan, math.inf, -math.inf)[(side + index) % 3])
-        for side in Side
-        for index, form in enumerate(FORMS)
-    ],
+    ("bad", "form", "side"), pairwise((math.nan, math.inf, -math.inf), FORMS, Side), ids=str
 )
 @pytest.mark.parametrize(("backend", "dtype"), BACKEND_DTYPES)
 def test_channel_with_a_non_finite_gradient_is_left_out(backend, dtype, side, form, bad):
