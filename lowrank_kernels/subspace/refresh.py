@@ -95,7 +95,12 @@ def _batches(due: Sequence[Due]) -> Iterator[list[Due]]:
     alike: dict[Hashable, list[Due]] = {}
     for item in due:
         grad = item.grad
-        kind = grad.shape, grad.stride(), grad.dtype, grad.device, item.state["side"], item.rank
+        layout = grad.shape, grad.stride(), grad.dtype, grad.device
+        previous = _previous(item)
+        # A warm start takes as many columns from each of a batch, and its result must not depend on
+        # who else is there.
+        known = 0 if previous is None else previous.shape[1]
+        kind = *layout, item.state["side"], item.rank, known
         alike.setdefault(kind, []).append(item)
     for equal in alike.values():
         size = _batch_size(equal[0].grad.numel())

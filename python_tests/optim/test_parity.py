@@ -12,7 +12,7 @@ from lowrank_kernels.subspace import RANGE_FINDERS, Subspace
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 
-STEPS, GAP, RANK = 30, 12, 7
+STEPS, GAP, RANK = 50, 20, 7
 SHAPES = {"wide": (24, 61), "tall": (61, 24), "square": (32, 32), "odd": (37, 41)}
 METHODS = {"galore": (OfficialGaLore, GaLoreAdamW), "fira": (OfficialFira, FiraAdamW)}
 SCALES, DECAYS = (1.0, 0.25), (0.0, 0.1)

@@ -163,3 +163,27 @@ def test_a_lazy_interval_goes_on_after_a_resume():
         runs.append((found, other.detach()))
     assert runs[0][0] == runs[1][0] == [0, 4, 8, 12, 16, 20, 28, 44]
     assert torch.equal(runs[0][1], runs[1][1])
+
+
+# Company.
+
+
+@pytest.mark.parametrize("finder", ["randomized", "power"])
+def test_a_matrix_of_another_rank_beside_it_changes_no_basis(finder):
+    """Batches of equal matrices start from as many directions as all of them had."""
+
+    def captured(mates):
+        params = [nn.Parameter(torch.zeros(24, 40)) for _ in range(1 + mates)]
+        subspace = together(range_finder=finder, residual_energy=0.3)
+        named = list(zip("abc", params, strict=False))
+        optimizer = start(named, rank=20, gap=1, subspace=subspace)
+        for step in range(3):
+            for index, param in enumerate(params):
+                param.grad = random_gradient((24, 40), step)
+                if index:
+                    param.grad = flat_gradient((24, 40), 0, 2)
+            optimizer.step()
+        assert len({row["rank"] for row in optimizer.stats()}) == 1 + mates
+        return optimizer.stats()[0]["captured"]
+
+    assert captured(1) == pytest.approx(captured(0), rel=1e-6)
