@@ -11,6 +11,7 @@ namespace lowrank {
 constexpr float kLimiterGrowth = 1.01f;
 constexpr float kNormEps = 1e-8f;
 constexpr float kStorableShare = 0x1p-6f;
+constexpr float kNothingStored = -1.0f;
 
 // |e|^2 = |g|^2 - share |r|^2 with share = 2 kappa - kappa^2. Rounding can leave a channel in the
 // span a little below 0; NaN stays, for `channel_factor` to leave the channel out.
@@ -19,7 +20,8 @@ LOWRANK_HOST_DEVICE float residual_energy(float grad_sq, float projected_sq, flo
   return energy < 0.0f ? 0.0f : energy;
 }
 
-// `ordinary_sq` is what |phi e|^2 is compared with: |phi r|^2, at least one entry's ordinary step.
+// `ordinary_sq` is what |phi e|^2 is compared with: |phi r|^2, at least one entry's ordinary step;
+// 0 of a channel that does not move.
 struct ChannelFactor {
   float phi;
   float scaled_sq;
@@ -31,9 +33,10 @@ LOWRANK_HOST_DEVICE ChannelFactor channel_factor(float direction_sq, float proje
   const float phi = sqrtf(direction_sq) / (sqrtf(projected_sq) + kNormEps);
   const float scaled_sq = phi * phi * residual_sq;
   const bool finite = fabsf(scaled_sq) <= FLT_MAX;
-  const float ordinary_sq = phi * phi * projected_sq;
-  const bool large = finite && ordinary_sq > 1.0f && ordinary_sq <= FLT_MAX;
-  return {finite ? phi : 0.0f, finite ? scaled_sq : 0.0f, large ? ordinary_sq : 1.0f};
+  const float moved_sq = phi * phi * projected_sq;
+  const float ordinary_sq = moved_sq > 1.0f && moved_sq <= FLT_MAX ? moved_sq : 1.0f;
+  const bool moves = finite && phi > 0.0f;
+  return {finite ? phi : 0.0f, finite ? scaled_sq : 0.0f, moves ? ordinary_sq : 0.0f};
 }
 
 struct Limit {
@@ -44,11 +47,13 @@ struct Limit {
 LOWRANK_HOST_DEVICE Limit limit(float norm, float previous, float ordinary_norm) {
   const float ratio = norm / (previous + kNormEps);
   const float growth = (ratio > kLimiterGrowth ? ratio : kLimiterGrowth) / kLimiterGrowth;
-  const float factor = previous > 0.0f ? 1.0f / growth : 1.0f;
+  const float bounded = norm > ordinary_norm ? ordinary_norm / norm : 1.0f;
+  const float factor = previous > 0.0f ? 1.0f / growth : previous < 0.0f ? bounded : 1.0f;
   const float limited = factor * norm;
   const bool storable =
       norm > kStorableShare * ordinary_norm && limited > 0.0f && limited <= FLT_MAX;
-  return {factor, storable ? limited : previous};
+  const float kept = previous == 0.0f && ordinary_norm > 0.0f ? kNothingStored : previous;
+  return {factor, storable ? limited : kept};
 }
 
 }  // namespace lowrank

@@ -129,7 +129,8 @@ def channel_scale(
 
     Args:
         sums: the channel sums of operation 1.
-        limiter_norms: 0-d each, the norm that the limiter stored last, 0 for none; in place.
+        limiter_norms: 0-d each, the norm that the limiter stored last, 0 or -1 for none (see
+            `reference.channel_scale`); in place.
         backend: who computes it.
 
     Returns:

@@ -34,6 +34,8 @@ NORM_EPS = 1e-8
 # Of an ordinary step's norm. Of a gradient in the span of its basis, rounding leaves a residual of
 # 0.006 of it in bfloat16, and of 0.0004 in float32.
 STORABLE_SHARE = 2**-6
+# In the place of a norm after a step that had none worth storing.
+NOTHING_STORED = -1.0
 
 
 def group_size(param: Tensor, grad: Tensor, rank: int) -> int:
@@ -131,14 +133,18 @@ def channel_scale(sums: ChannelSums, limiter_norms: Sequence[Tensor]) -> Tensor:
         nu    = |S| = |phi (x) E|
         L     = max(nu / (nu_prev + 1e-8), 1.01) / 1.01,   lambda = 1 / L,   nu_prev <- lambda nu
 
-    `limiter_norms` hold nu_prev; 0 means that none was stored yet, and then lambda = 1. Stored is
-    nu only if it is finite and more than rounding errors or a vanishing gradient leave:
+    `limiter_norms` hold nu_prev. Stored is lambda nu only if it is finite and more than rounding
+    errors or a vanishing gradient leave, nu > STORABLE_SHARE nu_ordinary:
 
-        nu^2 > STORABLE_SHARE^2 sum_j max(|phi_j R_j|^2, 1)
+        nu_ordinary^2 = sum_j max(|phi_j R_j|^2, 1) over the channels that move
 
     where phi_j R_j is as long as N_j, and 1 the ordinary step of an entry. After a stored zero the
     official limiter needs over 1,300 steps to let an ordinary residual through again, and after one
     of 1e-8 hardly fewer; a stored NaN stays for ever.
+
+    0 means that no step was taken, and then lambda = 1. `NOTHING_STORED` means that there were
+    steps, but no norm to remember: then phi may divide what momentum has left in N by an R of
+    almost nothing, and lambda = min(1, nu_ordinary / nu).
     """
     direction_sq, projected_sq, residual_sq = (x.sum(1) if x.dim() == 3 else x for x in sums)
     phi = direction_sq.sqrt() / (projected_sq.sqrt() + NORM_EPS)
@@ -148,14 +154,16 @@ def channel_scale(sums: ChannelSums, limiter_norms: Sequence[Tensor]) -> Tensor:
     norm = scaled_sq.where(finite, 0.0).sum(1).sqrt()
     ordinary_sq = phi.square() * projected_sq
     large = ordinary_sq.isfinite() & (ordinary_sq > 1)
-    ordinary_norm = ordinary_sq.where(large, 1.0).sum(1).sqrt()
+    ordinary_norm = ordinary_sq.where(large, 1.0).where(phi > 0, 0.0).sum(1).sqrt()
 
     previous = torch.stack(list(limiter_norms))
     growth = (norm / (previous + NORM_EPS)).clamp(min=LIMITER_GROWTH) / LIMITER_GROWTH
-    limit = torch.where(previous > 0, 1 / growth, 1.0)
+    bounded = torch.where(norm > ordinary_norm, ordinary_norm / norm, 1.0)
+    limit = torch.where(previous > 0, 1 / growth, bounded.where(previous < 0, 1.0))
     limited = limit * norm
     storable = limited.isfinite() & (limited > 0) & (norm > STORABLE_SHARE * ordinary_norm)
-    for limiter_norm, value in zip(limiter_norms, limited.where(storable, previous), strict=True):
+    kept = previous.masked_fill((previous == 0) & (ordinary_norm > 0), NOTHING_STORED)
+    for limiter_norm, value in zip(limiter_norms, limited.where(storable, kept), strict=True):
         limiter_norm.copy_(value)
     return limit.unsqueeze(1) * phi
 

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from ..ops.contract import moment_dtype
-from ..ops.notices import notice_once
 from .groups import FORMAT, PROJECTION_DEFAULTS, Group, is_projected, named_params, unwrapped
-from .state import State, check_shapes
+from .state import State, check_counts, check_shapes
+
+logger = logging.getLogger("lowrank_kernels")
 
 # The axis of length r of each is axis 1 of a basis and `rank_axis` of the moments' side.
 RANKED = ("exp_avg", "exp_avg_sq", "first_direction", "basis")
@@ -31,10 +32,18 @@ def check_loadable(groups: list[Group], state_dict: State) -> None:
                 f"group {index} is {kinds[is_projected(group)]} here and"
                 f" {kinds[is_projected(saved)]} in the state dict"
             )
-    _check_order(groups, saved_groups)
+    renamed = _renamed(groups, saved_groups)
     for name, param, projected, key in _saved_params(groups, saved_groups):
         if key in state_dict["state"]:
             check_shapes(name, param, state_dict["state"][key], projected)
+            check_counts(name, state_dict["state"][key], projected)
+    if renamed:
+        logger.warning(
+            "parameters have other names than in the state dict, and go by their places: %s and %d"
+            " more",
+            renamed[0],
+            len(renamed) - 1,
+        )
     for index, (group, saved) in enumerate(zip(groups, saved_groups, strict=False)):
         _tell_differences(group, saved, index)
 
@@ -53,12 +62,21 @@ def padded(states: State, groups: list[Group]) -> State:
     return result
 
 
-def cut(states: State) -> State:
-    """The states with moments and bases of their own rank again."""
+def unpadded(states: State) -> State:
+    """The states with moments and bases of their own rank again.
+
+    `torch.distributed.checkpoint`, loading into a plain state dict, leaves what is no tensor under
+    the keys' names as text: that belongs to the states of the keys themselves.
+    """
+    texts = {str(key): key for key in states if isinstance(key, int)}
+    folded = {key: state for key, state in states.items() if key not in texts}
+    for text, key in texts.items():
+        if isinstance(states.get(text), dict):
+            folded[key] = {**states[key], **states[text]}
     return {
         # Users may keep other things beside the parameters' states.
         key: _resized(state, state["rank"], grow=False) if _has_a_rank(state) else state
-        for key, state in states.items()
+        for key, state in folded.items()
     }
 
 
@@ -154,10 +172,12 @@ def _check_format(saved: Group, index: int) -> None:
         )
 
 
-def _check_order(groups: list[Group], saved_groups: list[Group]) -> None:
-    """Raises ValueError if a state would go to another parameter than the one that it is of.
+def _renamed(groups: list[Group], saved_groups: list[Group]) -> list[str]:
+    """Old and new names of parameters that are unknown here by their old ones.
 
-    torch goes by places. A name that is unknown here is a renamed parameter, which is only told.
+    Raises:
+        ValueError: a state would go to another parameter than the one that it is of; torch goes by
+            places.
     """
     ours = [unwrapped(name) for group in groups for name in group.get("param_names", ())]
     renamed = []
@@ -175,12 +195,7 @@ def _check_order(groups: list[Group], saved_groups: list[Group]) -> None:
                     " build them as they were when the state was saved"
                 )
             renamed.append(f"{there} -> {here}")
-    if renamed:
-        notice_once(
-            logging.WARNING,
-            f"parameters have other names than in the state dict, and go by their places:"
-            f" {renamed[0]} and {len(renamed) - 1} more",
-        )
+    return renamed
 
 
 def _counterpart(name: str, names: list[str]) -> str | None:
@@ -197,17 +212,18 @@ def _tell_differences(group: Group, saved: Group, index: int) -> None:
         if key in saved and key in group and saved[key] != group[key]
     ]
     if differences:
-        notice_once(
-            logging.WARNING,
-            f"group {index} goes on with the options of the state dict: {', '.join(differences)};"
-            " to change them, write to optimizer.param_groups after loading",
+        logger.warning(
+            "group %d goes on with the options of the state dict: %s; to change them, write to"
+            " optimizer.param_groups after loading",
+            index,
+            ", ".join(differences),
         )
     theirs, ours = saved.get("method"), group["method"]
     if theirs is not None and theirs != ours:
         parts = zip(theirs.split(", "), ours.split(", "), strict=False)
         changed = ", ".join(f"{was} (here {now})" for was, now in parts if was != now)
-        notice_once(
-            logging.WARNING,
-            f"group {index} was trained by another method, and goes on with this optimizer's:"
-            f" {changed}",
+        logger.warning(
+            "group %d was trained by another method, and goes on with this optimizer's: %s",
+            index,
+            changed,
         )

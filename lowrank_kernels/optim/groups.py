@@ -109,11 +109,14 @@ def check_options(group: Group, index: int) -> None:
     device than the CPU are not read: the host would wait for them.
     """
     name = f"group {index}: "
+    _check_complete(group, index)
     for key in ("lr", "eps", "weight_decay"):
         _check_number(group[key], name + key)
-    betas = tuple(group["betas"])
-    if len(betas) != 2:
+    betas = group["betas"]
+    if not isinstance(betas, (tuple, list)) or len(betas) != 2:
         raise ValueError(f"{name}betas must be two values in [0, 1), got {betas}")
+    if not isinstance(group["maximize"], bool):
+        raise TypeError(f"{name}maximize must be True or False, got {group['maximize']!r}")
     for beta in betas:
         _check_number(beta, name + "betas", below=1.0)
     if "scale" in group:
@@ -185,7 +188,15 @@ def check_memory(name: str, param: Tensor) -> None:
 
 
 def check_grad(name: str, param: Tensor, grad: Tensor) -> None:
-    """Raises if a gradient cannot be used."""
+    """Raises if a gradient cannot be used.
+
+    torch compares shapes and devices where a gradient is assigned, but both may change after that.
+    """
+    if grad.shape != param.shape or grad.device != param.device:
+        raise RuntimeError(
+            f"{name} has shape {tuple(param.shape)} on {param.device}, and its gradient"
+            f" {tuple(grad.shape)} on {grad.device}: call zero_grad() after a change of a weight"
+        )
     if grad.layout != torch.strided:
         raise RuntimeError(
             f"{name} has a sparse gradient ({grad.layout}); use sparse=False in its embedding or"
@@ -226,6 +237,18 @@ def _check_keys(group: Group, defaults: Group, index: int) -> None:
         notice_once(
             logging.WARNING, f"group {index}: of no effect here: {', '.join(map(str, unknown))}"
         )
+
+
+def _check_complete(group: Group, index: int) -> None:
+    """Options that were taken out of a group, or the name of one that is kept under another."""
+    needed = ["lr", "betas", "eps", "weight_decay", "maximize"]
+    if is_projected(group):
+        needed += PROJECTION_DEFAULTS
+    missing = [key for key in needed if key not in group]
+    if missing:
+        raise ValueError(f"group {index} has no {', '.join(missing)}")
+    if "alpha" in group:
+        raise ValueError(f"group {index}: alpha is kept as 'scale': write to group['scale']")
 
 
 def _check_number(value: object, name: str, below: float = math.inf) -> None:

@@ -15,7 +15,7 @@ from ..ops import Choice
 from ..ops.notices import notice_once
 from ..subspace import Readback, Subspace, is_due
 from . import report
-from .checkpoints import check_loadable, cut, padded, restore
+from .checkpoints import check_loadable, padded, restore, unpadded
 from .groups import (
     FORMAT,
     PROJECTION_DEFAULTS,
@@ -32,7 +32,7 @@ from .groups import (
     salts,
     side_of,
 )
-from .plain import step_plain
+from .plain import is_dense, step_plain
 from .projected import Matrix, Method, phase_of, step_projected
 from .schedule import RESIDUAL_FORMS, ResidualForm
 from .state import (
@@ -320,7 +320,7 @@ class LowRankAdamW(Optimizer):
         names = [group.get("param_names") for group in self.param_groups]
 
         def inspect(_: Optimizer, candidate: State) -> State:
-            candidate = {**candidate, "state": cut(candidate["state"])}
+            candidate = {**candidate, "state": unpadded(candidate["state"])}
             check_loadable(self.param_groups, candidate)
             incoming.update(candidate)
             return candidate
@@ -372,7 +372,7 @@ class LowRankAdamW(Optimizer):
     def _checked_work(self) -> Iterator[tuple[Group, list[_Work]]]:
         """Each group with its parameters that have a gradient, all checked."""
         request, first = ops.requested_backend(self.backend), 0
-        owners: dict[int, str] = {}
+        memory: list[_Memory] = []
         for index, group in enumerate(self.param_groups):
             check_options(group, index)
             check_lr(group, index, self.capturable)
@@ -384,16 +384,17 @@ class LowRankAdamW(Optimizer):
                     continue
                 check_grad(name, param, param.grad)
                 grad, backend = _resolved(param.grad), None
+                memory += _memory_of(name, group, param, grad)
                 if is_projected(group):
                     check_matrix(name, param)
                     check_memory(name, param)
-                    _check_owner(owners, name, param, grad)
                     backend = self.choice(request, param, grad).backend
                 if state := self.state.get(param):
                     check_shapes(name, param, state, is_projected(group))
                     check_storage(name, param, state)
                 items.append(_Work(name, param, grad, salt, backend))
             yield group, items
+        _check_shared(memory)
 
     def _check_capture(self, work: list[tuple[Group, list[_Work]]]) -> None:
         """Raises RuntimeError if a CUDA graph cannot hold this step; nothing was changed."""
@@ -507,18 +508,41 @@ def _resolved(grad: Tensor) -> Tensor:
     return grad
 
 
-def _check_owner(owners: dict[int, str], name: str, param: Tensor, grad: Tensor) -> None:
-    """Raises ValueError if what a step writes to is also another weight, or the gradient."""
-    address = param.data_ptr()
-    if not address:  # empty, or on the meta device
-        return
-    other = owners.setdefault(address, name)
-    if other != name or grad.data_ptr() == address:
-        whose = other if other != name else "its gradient"
-        raise ValueError(
-            f"{name} ({tuple(param.shape)}, {param.dtype}) shares its memory with {whose}: tie"
-            " weights by using one parameter in both places, and give gradients memory of their own"
-        )
+class _Memory(NamedTuple):
+    """Where a dense weight or gradient lies, and whose it is."""
+
+    begin: int
+    end: int
+    owner: str
+    projected: bool
+    written: bool
+
+
+def _memory_of(name: str, group: Group, param: Tensor, grad: Tensor) -> Iterator[_Memory]:
+    """Of those that fill their memory: others may lie between the elements of a strided one."""
+    for tensor, owner in ((param, name), (grad, f"the gradient of {name}")):
+        begin = tensor.data_ptr()
+        if begin and tensor.numel() and is_dense(tensor):
+            end = begin + tensor.numel() * tensor.element_size()
+            yield _Memory(begin, end, owner, is_projected(group), tensor is param)
+
+
+def _check_shared(memory: list[_Memory]) -> None:
+    """Raises ValueError if what a projected weight's step writes or reads is another weight's."""
+    reach: _Memory | None = None
+    for item in sorted(memory):
+        if (
+            reach is not None
+            and item.begin < reach.end
+            and (item.written or reach.written)
+            and (item.projected or reach.projected)
+        ):
+            raise ValueError(
+                f"{item.owner} shares its memory with {reach.owner}: tie weights by using one"
+                " parameter in both places, and give gradients memory of their own"
+            )
+        if reach is None or item.end > reach.end:
+            reach = item
 
 
 def _cut_rank(rank: int, rows: int, cols: int) -> int:

@@ -42,11 +42,13 @@ class Work(NamedTuple):
         if all(tensor.is_contiguous() for tensor in self[:4]):
             return True
         strides = {tensor.stride() for tensor in self[:4]}
-        return len(strides) == 1 and len(self.dtypes) == 1 and _is_dense(self.param)
+        return len(strides) == 1 and len(self.dtypes) == 1 and is_dense(self.param)
 
 
-def _is_dense(tensor: Tensor) -> bool:
+def is_dense(tensor: Tensor) -> bool:
     """Whether its elements fill its memory without gaps, in whatever order."""
+    if tensor.is_contiguous():
+        return True
     expected = 1
     for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
         if size > 1 and stride != expected:

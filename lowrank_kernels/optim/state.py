@@ -10,7 +10,8 @@ optimizer's state. Projected parameter:
     side          int, a value of `ops.Side`
     rank          int, r; a saved state has M, V and P filled up to the group's rank with zeros
     salt          int, what its random numbers and its turn to refresh depend on
-    limiter_norm  0-d, the last norm that Fira's limiter stored, 0 for none yet (Fira only)
+    limiter_norm  0-d, the last norm that Fira's limiter stored, 0 before the first step, -1 if no
+                  step had a norm worth storing (Fira only)
     ints and floats that tell of its bases: see `subspace.refresh.new_record`
     what a criterion or lazy refreshes keep: see `subspace.when.new_measures`
     nonfinite, limited   0-d counters, with `monitor`
@@ -24,6 +25,7 @@ import torch
 from torch import Tensor
 
 from ..ops.contract import Side, basis_shape, moment_dtype, projected_shape
+from ..ops.reference import NOTHING_STORED
 from ..subspace import Subspace, new_measures, new_record
 
 State = dict[str, Any]
@@ -73,6 +75,9 @@ def complete(state: State, salt: int, subspace: Subspace, *counted: str) -> None
     }
     for name in counted:
         expected[name] = state["exp_avg"].new_zeros(())
+    if "limiter_norm" in counted and state.get("basis_step", -1) >= 0:
+        # Of another method's steps: there is momentum, and no norm of it.
+        expected["limiter_norm"] = state["exp_avg"].new_full((), NOTHING_STORED)
     for key, value in expected.items():
         state.setdefault(key, value)
 
@@ -109,10 +114,16 @@ def check_shapes(name: str, param: Tensor, state: State, projected: bool) -> Non
         exp_avg, exp_avg_sq = state["exp_avg"], state["exp_avg_sq"]
         expected = tuple(param.shape)
         if projected:
-            basis, side = state["basis"], Side(state["side"])
+            basis, side = state["basis"], state["side"]
+            if side not in tuple(Side):
+                raise ValueError(f"the state of {name} has side {side!r}, which is neither 0 nor 1")
             rank, shape = basis.shape[1], (param.shape[0], param.shape[1])
-            expected = projected_shape(shape, side, rank)
-            _check_shape(name, param, "basis", basis, basis_shape(shape, side, rank))
+            expected = projected_shape(shape, Side(side), rank)
+            _check_shape(name, param, "basis", basis, basis_shape(shape, Side(side), rank))
+            if "limiter_norm" in state:
+                _check_shape(name, param, "limiter_norm", state["limiter_norm"], ())
+        elif "basis" in state:
+            raise ValueError(f"{name} has the state of a projected parameter, in an AdamW group")
     except KeyError as missing:
         raise ValueError(
             f"the state of {name} has no {missing}; it was not saved by this optimizer for"
@@ -120,6 +131,19 @@ def check_shapes(name: str, param: Tensor, state: State, projected: bool) -> Non
         ) from None
     _check_shape(name, param, "exp_avg", exp_avg, expected)
     _check_shape(name, param, "exp_avg_sq", exp_avg_sq, expected)
+
+
+def check_counts(name: str, state: State, projected: bool) -> None:
+    """Raises ValueError if the numbers of a state cannot be what a run has left."""
+    step = float(state.get("step", 0))
+    fits = step >= 0
+    if projected:
+        record = {**new_record(), **state}
+        fits = fits and -1 <= record["basis_step"] <= step and 0 <= record["moments_step"] <= step
+        fits = fits and 0 <= record.get("salt", 0) < 2**32 and record["gap_factor"] >= 1
+    if not fits:
+        numbers = {key: value for key, value in state.items() if isinstance(value, (int, float))}
+        raise ValueError(f"the state of {name} was not left by a run: step {step}, {numbers}")
 
 
 def check_storage(name: str, param: Tensor, state: State) -> None:
@@ -141,6 +165,8 @@ def check_storage(name: str, param: Tensor, state: State) -> None:
 def _check_shape(
     name: str, param: Tensor, key: str, value: Tensor, expected: tuple[int, ...]
 ) -> None:
+    if not isinstance(value, Tensor):
+        raise ValueError(f"the state of {name} has {key} as {value!r}, which is no tensor")
     if tuple(value.shape) != expected:
         raise ValueError(
             f"the state of {name} does not fit its shape {tuple(param.shape)}: {key} has shape"

@@ -27,7 +27,7 @@ def left_singular(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, bool]:
     wide = matrix.to(torch.promote_types(matrix.dtype, torch.float32))
     # A gradient of the right side comes transposed: factored as it lies, like the official code
     # does, it gets the same signs, on which moments that are kept depend.
-    lies_transposed = matrix.stride(1) != 1
+    lies_transposed = matrix.stride(1) != 1 or matrix.stride(0) < matrix.shape[1]
     try:
         left, values, right = torch.linalg.svd(wide.mT if lies_transposed else wide, False)
     except torch.linalg.LinAlgError:

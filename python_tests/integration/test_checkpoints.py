@@ -103,6 +103,23 @@ def test_what_a_subspace_keeps_is_in_the_checkpoint(options, subspace, tmp_path)
     assert_same_bits(run, twin)
 
 
+@pytest.mark.parametrize("subspace", SUBSPACES.values(), ids=SUBSPACES)
+def test_a_plain_state_dict_loaded_in_place(subspace, tmp_path):
+    """Without torch's helpers, into an optimizer that has stepped: texts are keys of the numbers."""
+    run = setup("fira", subspace=subspace)
+    train(*run, range(2 * GAP + 1))
+    state = {"model": run[0].state_dict(), "optimizer": run[1].state_dict()}
+    dcp.save(state, checkpoint_id=tmp_path, no_dist=True)
+    twin = setup("fira", seed=1, subspace=subspace)
+    train(*twin, range(1))
+    state = {"model": twin[0].state_dict(), "optimizer": twin[1].state_dict()}
+    dcp.load(state, checkpoint_id=tmp_path, no_dist=True)
+    twin[0].load_state_dict(state["model"])
+    twin[1].load_state_dict(state["optimizer"])
+    assert_same_bits(run, twin)
+    assert set(twin[1].state) == set(twin[0].parameters())
+
+
 @every_method
 @every_checkpoint
 def test_state_set_on_a_fresh_optimizer(options, method):

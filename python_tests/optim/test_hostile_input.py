@@ -125,18 +125,54 @@ def test_a_zero_that_was_never_written_is_a_zero_gradient():
     assert param.isfinite().all()
 
 
-@pytest.mark.parametrize("tied", [True, False], ids=["weights", "gradient"])
-def test_shared_memory_is_refused_before_anything_changes(tied):
+SHARED = {
+    "one weight twice": lambda whole: (whole[:10], whole[:10], None),
+    "windows": lambda whole: (whole[:10], whole[5:15], None),
+    "a gradient": lambda whole: (whole[:10], None, whole[:10]),
+    "a part of a gradient": lambda whole: (whole[:10], None, whole[5:15]),
+}
+
+
+@pytest.mark.parametrize("other", [{"rank": 4}, {}], ids=["projected", "plain"])
+@pytest.mark.parametrize("backend", ["native", "reference"])
+@pytest.mark.parametrize("shared", SHARED)
+def test_shared_memory_is_refused_before_anything_changes(shared, backend, other):
     """Two parameters of one storage would be stepped twice, a gradient be overwritten."""
-    first = nn.Parameter(torch.ones(10, 12))
-    second = nn.Parameter(first.data if tied else torch.ones(10, 12))
-    optimizer = GaLoreAdamW([{"params": [first, second], "rank": 4}], lr=LR)
-    first.grad = torch.ones(10, 12)
-    second.grad = torch.ones(10, 12) if tied else second.data
-    with pytest.raises(ValueError, match=r"parameter 1 of group 0 .* shares its memory with"):
+    whole = torch.ones(20, 12)
+    first, second, grad = SHARED[shared](whole)
+    params = [nn.Parameter(first), nn.Parameter(torch.ones(10, 12) if second is None else second)]
+    groups = [{"params": [("a", params[0])], "rank": 4}, {"params": [("b", params[1])], **other}]
+    optimizer = GaLoreAdamW(groups, lr=LR, backend=backend)
+    params[0].grad = torch.ones(10, 12) if grad is None else grad
+    params[1].grad = torch.ones(10, 12)
+    with pytest.raises(ValueError, match="shares its memory with"):
         optimizer.step()
     assert not optimizer.state
-    assert torch.equal(first, torch.ones(10, 12))
+    assert torch.equal(whole, torch.ones(20, 12))
+
+
+def test_weights_between_each_others_elements_share_nothing():
+    whole = torch.ones(10, 24)
+    params = [nn.Parameter(whole[:, start::2]) for start in range(2)]
+    optimizer = GaLoreAdamW([{"params": params, "rank": 4}], lr=LR)
+    for param in params:
+        param.grad = torch.ones(10, 12)
+    optimizer.step()
+    assert not (whole == 1).any()
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_a_gradient_of_another_shape_is_refused_before_anything_changes(group):
+    """torch compares them when a gradient is assigned, but both may be changed after that."""
+    params = [nn.Parameter(torch.ones(10, 12)) for _ in range(2)]
+    optimizer = FiraAdamW([{"params": params, **GROUPS[group]}], lr=LR)
+    for param in params:
+        param.grad = torch.ones(10, 12)
+    params[1].data = torch.ones(40, 12)
+    with pytest.raises(RuntimeError, match=r"parameter 1 of group 0 has shape \(40, 12\)"):
+        optimizer.step()
+    assert not optimizer.state
+    assert all((param == 1).all() for param in params)
 
 
 FINDERS = ("randomized", "power", "random", "svd")
@@ -202,7 +238,9 @@ def test_a_default_device_changes_no_bit(subspace):
 
 def test_a_default_device_does_not_get_the_step_count():
     param = nn.Parameter(torch.ones(4, 4))
-    optimizer = GaLoreAdamW([{"params": [param], "rank": 2}, {"params": [nn.Parameter(param[0])]}])
+    optimizer = GaLoreAdamW(
+        [{"params": [param], "rank": 2}, {"params": [nn.Parameter(torch.ones(4))]}]
+    )
     for group in optimizer.param_groups:
         group["params"][0].grad = torch.ones_like(group["params"][0])
     with torch.device("meta"):
@@ -237,6 +275,8 @@ BAD_VALUES = [
     ("update_proj_gap", 0, ValueError),
     ("scale", float("nan"), ValueError),
     ("proj_type", "full", ValueError),
+    ("betas", 0.9, ValueError),
+    ("maximize", "no", TypeError),
 ]
 
 
@@ -289,3 +329,52 @@ def test_keys_of_other_low_rank_optimizers_are_told(caplog):
     with caplog.at_level("WARNING", "lowrank_kernels"):
         GaLoreAdamW([group])
     assert "group 0: of no effect here: scale_type" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "key", ["lr", "betas", "maximize", "scale", "update_proj_gap", "proj_type"]
+)
+def test_an_option_that_was_taken_out_is_missed_before_anything_changes(key):
+    weights = [nn.Parameter(torch.ones(4, 4)) for _ in range(2)]
+    optimizer = FiraAdamW([{"params": [weight], "rank": 2} for weight in weights])
+    for weight in weights:
+        weight.grad = torch.ones(4, 4)
+    del optimizer.param_groups[1][key]
+    with pytest.raises(ValueError, match=f"group 1 has no {key}"):
+        optimizer.step()
+    assert not optimizer.state
+
+
+def test_a_rank_given_to_a_plain_group_needs_its_other_options():
+    param = nn.Parameter(torch.ones(4, 4))
+    optimizer = FiraAdamW([param])
+    param.grad = torch.ones(4, 4)
+    optimizer.param_groups[0]["rank"] = 2
+    with pytest.raises(ValueError, match="group 0 has no update_proj_gap, scale, proj_type"):
+        optimizer.step()
+
+
+def test_alpha_is_not_written_in_vain():
+    param = nn.Parameter(torch.ones(4, 4))
+    optimizer = FiraAdamW([{"params": [param], "rank": 2, "alpha": 1.0}])
+    param.grad = torch.ones(4, 4)
+    optimizer.param_groups[0]["alpha"] = 0.5
+    with pytest.raises(ValueError, match=r"write to group\['scale'\]"):
+        optimizer.step()
+
+
+@pytest.mark.parametrize("shape", [(9, 1), (1, 9)], ids=str)
+@pytest.mark.parametrize("proj_type", ["left", "right"])
+def test_an_exact_basis_of_a_vector_has_the_sign_of_the_svd(shape, proj_type):
+    """The official packages factor the gradient as it lies; a vector lies either way."""
+    for seed in range(4):
+        param = nn.Parameter(torch.zeros(shape))
+        group = {"params": [param], "rank": 1, "proj_type": proj_type}
+        optimizer = GaLoreAdamW([group], subspace="svd")
+        rng = torch.Generator().manual_seed(seed)
+        param.grad = torch.randn(shape, generator=rng)
+        optimizer.step()
+        left, _, right = torch.linalg.svd(param.grad, full_matrices=False)
+        expected = left if proj_type == "left" else right.mT
+        basis = optimizer.state[param]["basis"]
+        assert torch.equal(basis.sign(), expected.sign())

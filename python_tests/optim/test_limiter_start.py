@@ -55,11 +55,47 @@ FIRST_GRADIENTS = {
     [*((name, torch.float32) for name in BACKENDS), ("native", torch.bfloat16)],
 )
 def test_a_vanishing_start_does_not_hold_the_limiter_back(backend, dtype, residual, scale, first):
-    """The norm is an ordinary one as soon as the gradients are, or was never stored."""
+    """No norm of it is stored, and the next one is as large as a step's, not more."""
     run = start(backend, residual, scale, dtype)
-    assert float(step(run, FIRST_GRADIENTS[first]())["limiter_norm"]) == 0
+    assert float(step(run, FIRST_GRADIENTS[first]())["limiter_norm"]) == -1
     norms = [float(step(run, random(seed))["limiter_norm"]) for seed in range(10, 14)]
     assert min(norms) > 1
+    # Uncorrected, the entries of N are about 3 at the first steps.
+    assert max(norms) < 8 * (SHAPE[0] * RANK) ** 0.5
+
+
+def spikes(form, scale):
+    """Gradients that the basis of the first one does not see, while its momentum is left."""
+    for position in range(4):
+        grad = torch.zeros(SHAPE)
+        grad[:, 4 * position : 4 * position + 4] = random(position, SHAPE[0], 4)
+        yield grad if position or (form, scale) != ("official", 0.25) else 1e-8 * grad
+
+
+@pytest.mark.parametrize("form", [("official", 0.25), ("official", 1.0), ("paper", 0.25)])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_momentum_over_a_projected_gradient_of_nothing_makes_no_spike(backend, form):
+    """phi is 1e5 to 1e8 there, and nothing that was stored holds the residual back."""
+    run = start(backend, *form)
+    moved = []
+    for grad in spikes(*form):
+        before = run[0].detach().clone()
+        step(run, grad)
+        moved.append(float((run[0] - before).norm().detach()))
+    ordinary = 1e-3 * (SHAPE[0] * RANK) ** 0.5
+    assert max(moved) < 4 * ordinary
+
+
+def test_the_first_step_of_a_limiter_after_another_methods_is_bounded():
+    """GaLore's momentum, taken over by Fira, is divided by an R of nothing."""
+    weight, galore = start("native", method=GaLoreAdamW)
+    first, *others = spikes("paper", 1.0)
+    step((weight, galore), first)
+    fira = FiraAdamW([{"params": [weight], "rank": RANK, "update_proj_gap": 1000}], lr=1e-3)
+    fira.load_state_dict(galore.state_dict())
+    before = weight.detach().clone()
+    step((weight, fira), others[0])
+    assert float((weight - before).norm().detach()) < 4e-3 * (SHAPE[0] * RANK) ** 0.5
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -10,7 +10,6 @@ import torch
 from torch import nn
 
 from lowrank_kernels import FiraAdamW, GaLoreAdamW, LowRankAdamW, Subspace, param_groups
-from lowrank_kernels.ops import notices
 from lowrank_kernels.optim.groups import FORMAT
 
 GAP, STOP, STEPS = 4, 6, 13
@@ -133,6 +132,49 @@ def test_a_state_dict_of_other_dtypes_is_converted(change):
     train(*twin, [3])
 
 
+WRONG_VALUES = {
+    "step": torch.tensor(-3.0),
+    "basis_step": 10**9,
+    "moments_step": 77,
+    "gap_factor": 0,
+    "salt": 2**40,
+    "side": 7,
+    "limiter_norm": torch.zeros(1),
+    "limiter_norm ": 1.0,
+}
+
+
+@pytest.mark.parametrize("key", WRONG_VALUES)
+def test_values_that_no_run_leaves_are_refused_with_the_parameters_name(key):
+    run, other = setup("fira", torch.float32), setup("fira", torch.float32)
+    train(*run, range(2))
+    saved = copy.deepcopy(run[1].state_dict())
+    saved["state"][0][key.strip()] = WRONG_VALUES[key]
+    with pytest.raises(ValueError, match=r"0\.weight"):
+        other[1].load_state_dict(saved)
+    assert not other[1].state
+
+
+def test_a_limiter_of_another_dtype_is_refused_in_a_step():
+    run = setup("fira", torch.float32)
+    train(*run, range(1))
+    state = run[1].state[next(run[0].parameters())]
+    state["limiter_norm"] = state["limiter_norm"].double()
+    with pytest.raises(ValueError, match=r"0\.weight is torch.float32 .* limiter_norm as"):
+        train(*run, [1])
+
+
+def test_a_projected_state_in_an_adamw_group_is_refused():
+    """Moments of a full rank have the weight's shape, in the coordinates of a basis."""
+    weight = nn.Parameter(torch.ones(8, 8))
+    optimizer = GaLoreAdamW([{"params": [weight], "rank": 8}])
+    weight.grad = torch.ones(8, 8)
+    optimizer.step()
+    del optimizer.param_groups[0]["rank"]
+    with pytest.raises(ValueError, match="has the state of a projected parameter"):
+        optimizer.step()
+
+
 class Twins(nn.Module):
     """Two equal layers, registered in an order of one's own."""
 
@@ -175,7 +217,6 @@ def test_a_name_that_ends_like_another_is_not_taken_for_it(prefix, prefixed):
 
 
 def test_renamed_layers_go_by_their_places_and_keep_their_names_and_streams(caplog):
-    notices.notice_once.cache_clear()
     run, other = build_twins("qk"), build_twins("xy")
     train(*run, range(2))
     with caplog.at_level("WARNING", "lowrank_kernels"):
@@ -200,8 +241,10 @@ def test_prefixes_of_names_change_nothing(prefix, caplog):
 
 
 def told(caplog, run, other):
-    notices.notice_once.cache_clear()
+    """By the second of two loads: another one in the same process may be of another run."""
     train(*run, range(2))
+    copy.deepcopy(other[1]).load_state_dict(run[1].state_dict())
+    caplog.clear()
     with caplog.at_level("WARNING", "lowrank_kernels"):
         other[1].load_state_dict(run[1].state_dict())
     return caplog.text

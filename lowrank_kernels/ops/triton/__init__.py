@@ -26,7 +26,7 @@ from ..contract import (
     rank_axis,
 )
 from ..notices import notice_once
-from ..reference import LIMITER_GROWTH, NORM_EPS, STORABLE_SHARE
+from ..reference import LIMITER_GROWTH, NORM_EPS, NOTHING_STORED, STORABLE_SHARE
 from .config import (
     SCALE_BLOCK,
     SCALE_WARPS,
@@ -251,6 +251,7 @@ def channel_scale(sums: ChannelSums, limiter_norms: Sequence[Tensor]) -> Tensor:
                 LIMITER_GROWTH,
                 NORM_EPS,
                 STORABLE_SHARE,
+                NOTHING_STORED,
                 BC=SCALE_BLOCK,
                 num_warps=SCALE_WARPS,
             )

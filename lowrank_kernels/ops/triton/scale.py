@@ -2,7 +2,8 @@
 
     phi_c = |N_c| / (|R_c| + 1e-8),   nu^2 = sum_c phi_c^2 |e_c|^2,   phi' = lambda phi
 
-It stores nu above a share of sum_c max(|phi_c R_c|^2, 1), see `reference.channel_scale`.
+What is stored, and the bound where nothing is, take sum_c max(|phi_c R_c|^2, 1): see
+`reference.channel_scale`.
 
 The limiter needs every channel before it scales the first one: the programs of a matrix write phi
 and their shares of both sums, and the one that arrives last adds those in ascending order and
@@ -39,6 +40,7 @@ def channel_scale_kernel(
     growth_bound,
     norm_eps,
     storable_share,
+    nothing_stored,
     BC: tl.constexpr,
 ):
     programs = tl.cdiv(channels, BC)
@@ -56,8 +58,8 @@ def channel_scale_kernel(
     scaled_sq = phi * phi * residual_sq
     usable = tl.abs(scaled_sq) < float("inf")
     ordinary_sq = phi * phi * projected_sq
-    large = usable & (ordinary_sq > 1.0) & (ordinary_sq < float("inf"))
-    ordinary_sq = tl.where(large, ordinary_sq, 1.0)
+    large = (ordinary_sq > 1.0) & (ordinary_sq < float("inf"))
+    ordinary_sq = tl.where(usable & (phi > 0.0), tl.where(large, ordinary_sq, 1.0), 0.0)
     factor_ptr += tl.cast(matrix, tl.int64) * channels
     ordinary_ptr = share_ptr + tl.num_programs(0) + tl.cast(matrix, tl.int64) * programs
     share_ptr += tl.cast(matrix, tl.int64) * programs
@@ -75,11 +77,15 @@ def channel_scale_kernel(
         limiter_norm_ptr = locate(limiter_norms, matrix)
         previous = tl.load(limiter_norm_ptr)
         growth = norm / (previous + norm_eps)
-        limit = tl.where(previous > 0.0, growth_bound / tl.maximum(growth, growth_bound), 1.0)
+        ordinary = tl.sqrt(ordinary)
+        bounded = tl.where(norm > ordinary, ordinary / norm, 1.0)
+        limit = growth_bound / tl.maximum(growth, growth_bound)
+        limit = tl.where(previous > 0.0, limit, tl.where(previous < 0.0, bounded, 1.0))
         limited = limit * norm
         storable = (limited > 0.0) & (limited < float("inf"))
-        storable = storable & (norm > storable_share * tl.sqrt(ordinary))
-        tl.store(limiter_norm_ptr, tl.where(storable, limited, previous))
+        storable = storable & (norm > storable_share * ordinary)
+        kept = tl.where((previous == 0.0) & (ordinary > 0.0), nothing_stored, previous)
+        tl.store(limiter_norm_ptr, tl.where(storable, limited, kept))
         for start in range(0, channels, BC):
             channel = start + tl.arange(0, BC)
             inside = channel < channels
