@@ -93,7 +93,10 @@ class Inputs(NamedTuple):
 
 
 def make_inputs(case: Case, device: torch.device, seed: int) -> Inputs:
-    """Gradients of decaying spectrum plus noise, as real ones are; state as in mid-training."""
+    """Gradients of decaying spectrum plus noise, as real ones are; state as in mid-training.
+
+    There V is not far below M^2: one huge quotient would drown all other errors of the direction.
+    """
     rng = torch.Generator(device).manual_seed(seed)
     dtype, shape = DTYPES[case.dtype], (case.rows, case.cols)
 
@@ -116,7 +119,7 @@ def make_inputs(case: Case, device: torch.device, seed: int) -> Inputs:
         ),
         bases=each(lambda: torch.linalg.qr(normal(tall, wide))[0].to(dtype)),
         exp_avgs=each(lambda: 0.1 * normal(*low)),
-        exp_avg_sqs=each(lambda: 0.01 * normal(*low).square()),
+        exp_avg_sqs=each(lambda: 0.01 * (1 + normal(*low).square())),
         limiter_norms=each(lambda: torch.ones((), device=device)),
     )
 

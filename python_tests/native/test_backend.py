@@ -112,7 +112,10 @@ def problem(
 
 
 def assert_right(made):
-    """Against the reference in float64; "plain" is the reference in float32, rounded once."""
+    """Against the reference in float64; "plain" is the reference in float32, rounded once.
+
+    It may be lucky in a single number: eight roundings of the largest are allowed.
+    """
     exact, plain = made.to(torch.float64).step(reference), made.to(torch.float32).step(reference)
     dtypes = [tensor.dtype for tensor in made.tensors()]
     made.step()
@@ -123,7 +126,8 @@ def assert_right(made):
         if dtype is torch.float32 and got.shape == made.params[0].shape:
             coarse = made.grads[0].dtype
         error = (torch32.double() - value).norm() + torch.finfo(coarse).eps * value.norm()
-        assert (got.double() - value).norm() <= 2 * error
+        roundings = 8 * torch.finfo(torch.float32).eps * value.abs().max()
+        assert (got.double() - value).norm() <= 2 * error + roundings
 
 
 LAYOUTS = {

@@ -42,7 +42,7 @@ def run_both(method, shape, proj_type, scale, weight_decay, dtype, **ours):
         ]
         for w in weights
     ]
-    options = {"lr": 0.02, "weight_decay": weight_decay}
+    options = {"lr": 0.05, "weight_decay": weight_decay}
     official = official_class(groups[0], no_deprecation_warning=True, **options)
     optimizer = our_class(groups[1], **options, **ours)
     worst = 0.0
