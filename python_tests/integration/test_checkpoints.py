@@ -105,7 +105,7 @@ def test_what_a_subspace_keeps_is_in_the_checkpoint(options, subspace, tmp_path)
 
 @pytest.mark.parametrize("subspace", SUBSPACES.values(), ids=SUBSPACES)
 def test_a_plain_state_dict_loaded_in_place(subspace, tmp_path):
-    """Without torch's helpers, into an optimizer that has stepped: texts are keys of the numbers."""
+    """Without torch's helpers, into an optimizer that has stepped: numbers lie under texts."""
     run = setup("fira", subspace=subspace)
     train(*run, range(2 * GAP + 1))
     state = {"model": run[0].state_dict(), "optimizer": run[1].state_dict()}
