@@ -13,6 +13,9 @@ from hypothesis import settings
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
+# Of the processes that tests start; of this one, see `few_threads`.
+os.environ["OMP_NUM_THREADS"] = "1"
+
 sys.path.insert(0, str(Path(__file__).parent))
 
 # The same examples in every run: no draw of one run decides.

@@ -4,19 +4,21 @@ import os
 import shutil
 import subprocess
 import sys
-import venv
 import zipfile
-from importlib.metadata import version
+from importlib.metadata import Distribution, distribution, distributions, version
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parents[1]
 GENERATED = shutil.ignore_patterns(
     *(".*", "build", "demo", "dist", "*.so", "*.egg-info", "__pycache__")
 )
 MEGABYTE = 2**20
-CPU_INDEX = "https://download.pytorch.org/whl/cpu"
+
+# Building takes as long as the machine's other work makes it.
+pytestmark = pytest.mark.timeout(0)
 
 TRAIN = """
 import importlib.util, shutil
@@ -63,16 +65,19 @@ def run(*command: str | Path, **options) -> str:
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory) -> Path:
-    """Built in isolation, that is without torch, from a tree without anything built before."""
+    """Built in isolation, that is without torch, from a tree without anything built before.
+
+    Where there is an nvcc, for one architecture.
+    """
     source = tmp_path_factory.mktemp("tree") / "source"
     shutil.copytree(ROOT, source, ignore=GENERATED)
     folder = tmp_path_factory.mktemp("wheel")
-    run(sys.executable, "-m", "pip", "wheel", source, "--no-deps", "-w", folder)
+    build = (sys.executable, "-m", "pip", "wheel", source, "--no-deps", "-w", folder)
+    run(*build, env={**os.environ, "LOWRANK_CUDA_ARCHITECTURES": "90"})
     (wheel,) = folder.glob("*.whl")
     return wheel
 
 
-@pytest.mark.timeout(900)
 def test_wheel_holds_the_package_and_nothing_else(wheel):
     assert wheel.stat().st_size < 20 * MEGABYTE
     with zipfile.ZipFile(wheel) as archive:
@@ -92,7 +97,6 @@ def test_wheel_holds_the_package_and_nothing_else(wheel):
 SYSTEM_LIBRARIES = {"libstdc++", "libgcc_s", "libc", "libm", "libpthread", "libdl", "librt"}
 
 
-@pytest.mark.timeout(900)
 @pytest.mark.skipif(shutil.which("readelf") is None, reason="needs readelf")
 def test_wheel_needs_nothing_that_manylinux_lacks(wheel, tmp_path):
     with zipfile.ZipFile(wheel) as archive:
@@ -103,22 +107,31 @@ def test_wheel_needs_nothing_that_manylinux_lacks(wheel, tmp_path):
     assert {name for name in needed if not name.startswith("ld-linux")} <= SYSTEM_LIBRARIES
 
 
-@pytest.mark.timeout(900)
+def required(dist: Distribution) -> set[str]:
+    """Names of what pip installs with a distribution; extras are left out."""
+    needed = [Requirement(line) for line in dist.requires or ()]
+    return {each.name for each in needed if not each.marker or each.marker.evaluate({"extra": ""})}
+
+
 def test_wheel_trains_beside_torch_alone(wheel, tmp_path):
-    home = tmp_path / "venv"
-    venv.create(home, with_pip=True)
-    python = home / "bin" / "python"
-    install = [python, "-m", "pip", "install", "-q", f"torch=={version('torch')}", wheel]
-    try:
-        run(*install)
-    except AssertionError:
-        run(*install, "--extra-index-url", CPU_INDEX)
+    """Without `site` Python sees no other packages than those of this folder."""
+    folder = tmp_path / "packages"
+    run(sys.executable, "-m", "pip", "install", "-q", "--no-deps", "-t", folder, wheel)
+    (package,) = distributions(path=[str(folder)])
+    assert required(package) == {"torch"}
+    found, missing = set(), {"torch"}
+    while missing:
+        found.add(name := missing.pop())
+        missing |= required(distribution(name)) - found
+    places = {
+        file.parts[0]: dist.locate_file(file.parts[0])
+        for dist in map(distribution, found)
+        for file in dist.files or ()
+        if file.parts[0] not in ("..", "__pycache__")
+    }
+    for name, place in places.items():
+        (folder / name).symlink_to(place)
     script = tmp_path / "train.py"
     script.write_text(TRAIN)
-    clean = {
-        name: value
-        for name, value in os.environ.items()
-        if not name.startswith(("PYTHON", "LOWRANK", "CUDA", "LD_"))
-    }
-    output = run(python, script, cwd=tmp_path, env=clean | {"PATH": str(home / "bin")})
-    assert str(home) in output
+    output = run(sys.executable, "-S", script, env={"PYTHONPATH": str(folder)}, cwd=tmp_path)
+    assert str(folder) in output

@@ -3,16 +3,17 @@
 import json
 import math
 import re
+import shutil
 import signal
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
+from bench import pretrain
 from bench.data import prepare
 from bench.optimizers import METHODS
 from bench.picture import Comparison, draw, smooth
@@ -150,21 +151,35 @@ def test_best_rate_is_the_best_mean_and_never_a_diverged_one(setting, tmp_path):
     draw(Comparison(records[4:], few, data, "a device"), tmp_path / "picture.png")
 
 
-def pretrain(arguments: list[str], **kwargs) -> subprocess.Popen:
-    command = [sys.executable, "-m", "bench.pretrain", "--optimizers", "adamw,fira"]
-    command += ["--lr", "1e-2", *arguments]
-    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, **kwargs)
-
-
 def records_of(out: Path) -> list[dict]:
     return [measured(run) for run in json.loads((out / "pretrain.json").read_text())["runs"]]
 
 
-def test_comparison_end_to_end_whole_and_killed(tiny, tmp_path):
+# The first run of a comparison, as its process is killed in the middle.
+KILLED = """
+import os, signal, sys
+from bench import pretrain, train
+
+def advance_until_killed(run, advance=train.Run.advance):
+    if run.step == 11:
+        os.kill(os.getpid(), signal.SIGKILL)
+    advance(run)
+
+train.Run.advance = advance_until_killed
+command = pretrain.parse(sys.argv[1:])
+data = pretrain.start(command)
+job = pretrain.plan(command.settings.lrs, command.settings.seeds)[0]
+folder = command.out / "work" / "runs" / job.name
+pretrain._train(command, job, command.out / "work" / "data", data.vocab_size, folder)
+"""
+
+
+def test_comparison_end_to_end_whole_and_killed(tiny, tmp_path, capfd):
+    """The killed one has its second run from the whole one: what is finished is not run again."""
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    process = pretrain([*tiny, "--out", str(whole)])
-    output = process.communicate(timeout=120)[0]
-    assert process.returncode == 0
+    arguments = ["--optimizers", "adamw,fira", "--lr", "1e-2", *tiny, "--out"]
+    command = [sys.executable, "-m", "bench.pretrain", *arguments, str(whole)]
+    output = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     for line in ("training: 5 files", "adamw-lr0.01-seed0 6/12", "perplexity"):
         assert line in output
     assert re.search(r"│ fira +│ +0.01 │ +\d", output)
@@ -175,16 +190,15 @@ def test_comparison_end_to_end_whole_and_killed(tiny, tmp_path):
     assert [len(run["train_loss"]) for run in saved["runs"]] == [12, 12]
     assert all(run["peak_bytes"] > run["weight_bytes"] for run in saved["runs"])
 
-    process = pretrain([*tiny, "--out", str(parts)])
-    checkpoint = parts / "work" / "runs" / "adamw-lr0.01-seed0" / "checkpoint.pt"
-    deadline = time.monotonic() + 60
-    while not checkpoint.exists() and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    # Ends when the orphaned run, which holds the pipe too, has ended.
-    process.communicate(timeout=60)
-    assert not (parts / "pretrain.json").exists()
-    process = pretrain([*tiny, "--out", str(parts), "--resume"])
-    process.communicate(timeout=120)
-    assert process.returncode == 0
+    killed = subprocess.run([sys.executable, "-c", KILLED, *arguments, str(parts)], cwd=ROOT)
+    assert killed.returncode == -signal.SIGKILL
+    adamw, fira = (f"work/runs/{name}-lr0.01-seed0" for name in ("adamw", "fira"))
+    assert torch.load(parts / adamw / "checkpoint.pt", weights_only=True)
+    shutil.copytree(whole / fira, parts / fira)
+    capfd.readouterr()
+    pretrain.main([*arguments, str(parts), "--resume"])
+    output = capfd.readouterr().out
+    assert "adamw-lr0.01-seed0 12/12" in output
+    assert "adamw-lr0.01-seed0 6/12" not in output
+    assert "fira-lr0.01-seed0 12/12" not in output
     assert records_of(parts) == records_of(whole)
