@@ -3,6 +3,7 @@
 import pytest
 import torch
 from ops.test_operations import Run
+from pairs import pairwise
 
 from lowrank_kernels.ops import (
     Noise,
@@ -47,10 +48,9 @@ def project_arguments(runs, scalars):
     )
 
 
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("side", list(Side))
-@pytest.mark.parametrize(("backend", "dtype"), CASES)
-def test_opcheck(backend, dtype, side, form):
+@pytest.mark.parametrize(("case", "form", "side"), pairwise(CASES, FORMS, Side), ids=str)
+def test_opcheck(case, form, side):
+    backend, dtype = case
     if backend == "triton":
         pytest.importorskip("triton")
     runs, scalars = arguments(backend, dtype, side, form)
@@ -111,10 +111,13 @@ def whole_step(weights, grads, bases, exp_avgs, exp_avg_sqs, norms, side, scalar
     )
 
 
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("side", list(Side))
-@pytest.mark.parametrize(("backend", "dtype"), [*CASES, ("reference", torch.bfloat16)])
-def test_compiled_in_one_graph_with_the_bits_of_eager(backend, dtype, side, form):
+@pytest.mark.parametrize(
+    ("case", "form", "side"),
+    pairwise([*CASES, ("reference", torch.bfloat16)], FORMS, Side),
+    ids=str,
+)
+def test_compiled_in_one_graph_with_the_bits_of_eager(case, form, side):
+    backend, dtype = case
     if backend == "triton":
         pytest.importorskip("triton")
     torch.compiler.reset()
