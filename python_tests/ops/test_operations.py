@@ -59,7 +59,7 @@ class Run:
         side,
         form,
         scale=0.25,
-        weight_decay=0.1,
+        weight_decay=0.125,
         seed=0,
         outside=1.0,
     ):
@@ -70,7 +70,8 @@ class Run:
         basis = orthonormal(shape[0] if left else shape[1], rank, rng)
         grads = balanced_gradients(shape, basis, left, STEPS, rng, outside)
         basis, self.grads = basis.to(dtype), [grad.to(dtype) for grad in grads]
-        # Steps as long as the weights, so that an error of a step is one of the weight.
+        # Steps as long as the weights, so that an error of a step is one of the weight. Scale and
+        # decay are exact in any dtype: their roundings would be the same in all elements.
         self.options = {"lr": 1.0, "eps": 1e-6, "scale": scale, "weight_decay": weight_decay}
         moments = torch.promote_types(dtype, torch.float32)
         self.oracle = Matrix(weight.double(), basis.double(), left, torch.float64)
