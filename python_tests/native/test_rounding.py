@@ -177,6 +177,15 @@ def test_stochastic_rounding_has_the_bits_of_the_reference(
     assert torch.equal(rounded.nan_to_num(), expected.nan_to_num())
 
 
+def test_stochastic_rounding_keeps_inf_and_nan():
+    """What tells these apart lies in the bits that are dropped, or would carry into the sign."""
+    bits = [0x7F800000, -0x800000, 0x7F800001, 0x7FFFFFFF, -0x7FFFFF, -1]
+    values = torch.tensor(bits, dtype=torch.int32).view(torch.float32).repeat(16, 1)
+    rounded = update(torch.zeros(16, 6).bfloat16(), values, noise=Noise((3,), 5))
+    assert torch.equal(rounded[:, :2].float(), values[:, :2])
+    assert rounded[:, 2:].isnan().all()
+
+
 @SIDES
 def test_noise_of_a_part_is_that_of_its_place(rows_are_channels, rng):
     values = torch.randn(50, 1100, generator=rng)

@@ -258,12 +258,12 @@ def test_channel_with_a_non_finite_gradient_is_left_out(backend, dtype, side, fo
         run.step(0)
     channel_of(poisoned.grads[1])[3] = bad
     channel_of(clean.grads[1]).zero_()
-    before = [channel_of(t).clone() for t in (poisoned.weight, poisoned.exp_avg_sq)]
+    names = ("weight", "exp_avg", "exp_avg_sq")
+    before = [channel_of(getattr(poisoned, name)).clone() for name in names]
     for run in (poisoned, clean):
         run.step(1)
-    assert torch.equal(channel_of(poisoned.weight), before[0])
-    assert torch.equal(channel_of(poisoned.exp_avg_sq), before[1])
-    for name in ("weight", "exp_avg", "exp_avg_sq"):
+    for name, unchanged in zip(names, before, strict=True):
+        assert torch.equal(channel_of(getattr(poisoned, name)), unchanged), name
         tensors = [getattr(run, name).clone() for run in (poisoned, clean)]
         for tensor in tensors:
             channel_of(tensor).zero_()
