@@ -95,6 +95,7 @@ def _quick_benches(out: Path) -> Iterator[Part]:
     yield _bench("model_step", out / "model_step-cpu.json", *quick)
     ranks = ("--ranks", "16,64,full", "--optimizers", "adamw,galore,fira", "--dtypes", "fp32")
     yield _bench("model_step", out / "ranks-cpu.json", *quick, *ranks)
+    yield _bench("host", out / "host-cpu.json", "--quick")
     yield _bench("refresh", out / "refresh-cpu.json", *quick)
     yield _bench("memory", out / "memory.json", "--models", "60m")
     tiny = "--steps 20 --seq-len 32 --batch-size 4 --eval-tokens 256 --overwrite --device cpu"
@@ -117,6 +118,7 @@ def _on_cpu(out: Path) -> Iterator[Part]:
     yield _bench("model_step", out / "sizes-cpu.json", *sizes.split())
     ranks = "--ranks 16,32,64,128,256,full --optimizers adamw,galore,fira --rounds 7"
     yield _bench("model_step", out / "ranks-cpu.json", *ranks.split())
+    yield _bench("host", out / "host-cpu.json")
     gradients = out / "gradients.pt"
     points = ("--points", "1,50,200,400,800")
     yield Part("gradients", python("-m", "bench.gradients", *points, "--out", str(gradients)))
@@ -141,7 +143,7 @@ def _on_gpu(out: Path) -> Iterator[Part]:
         yield Part(f"sanitize-{tool}", command, needs="compute-sanitizer")
     for models in ("60m,130m", "350m,1b", "7b"):
         words = ("--models", models, "--dtypes", "bf16", "--seconds", "450")
-        record = ("--record", str(out / f"tune-{models.replace(',', '-')}.json"))
+        record = ("--out", str(out / f"tune-{models.replace(',', '-')}.json"))
         yield Part(f"tune-{models}", python("-m", "bench.tune", *words, *record))
     for models in ("60m,130m,350m", "1b,7b"):
         name = f"kernels-{models.replace(',', '-')}-cuda.json"

@@ -1,4 +1,4 @@
-"""What the kernel benches run: groups of equal matrices, and a check of who computes them right."""
+"""What the kernel benches run: batches of equal matrices, and a check of who is right."""
 
 from __future__ import annotations
 
@@ -11,7 +11,16 @@ import torch
 from torch import Tensor
 
 from bench import hybrid
-from lowrank_kernels.ops import AdamScalars, Projection, Residual, Side, load
+from lowrank_kernels.ops import (
+    AdamScalars,
+    Matrices,
+    Operations,
+    Projection,
+    Residual,
+    Scalars,
+    Side,
+    load,
+)
 from lowrank_kernels.ops.contract import basis_shape, projected_shape, rank_axis
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -20,12 +29,12 @@ OPERATIONS = ("project_moments", "channel_scale", "back_project_update")
 STEP = "step"
 PLAIN = "torch"
 ADAM = AdamScalars(0.9, 0.999, 1e-8)
-SCALARS = {"scale": 0.25, "step_size": 1e-4, "decay": 1e-5}
+SCALARS = Scalars(ADAM, scale=0.25, step_size=1e-4, decay=1e-5)
 
 
 @dataclass(frozen=True)
 class Case:
-    """A group of equal matrices."""
+    """A batch of equal matrices."""
 
     rows: int
     cols: int
@@ -85,11 +94,11 @@ class Inputs(NamedTuple):
 
     def to(self, dtype: torch.dtype | None = None) -> Inputs:
         """A copy, in another precision if one is given."""
-        return Inputs(*([t.to(dtype or t.dtype, copy=True) for t in group] for group in self))
+        return Inputs(*([t.to(dtype or t.dtype, copy=True) for t in each] for each in self))
 
     @property
     def bytes(self) -> int:
-        return sum(t.numel() * t.element_size() for group in self for t in group)
+        return sum(t.numel() * t.element_size() for each in self for t in each)
 
 
 def make_inputs(case: Case, device: torch.device, seed: int) -> Inputs:
@@ -125,33 +134,40 @@ def make_inputs(case: Case, device: torch.device, seed: int) -> Inputs:
 
 
 class Candidate:
-    """A backend on a case: the three operations one by one, with what each hands to the next."""
+    """A backend on a case: the three operations one by one, with what each hands to the next.
+
+    It is prepared once for each set of inputs, as an optimizer prepares it once for its matrices.
+    """
 
     def __init__(self, module: ModuleType, case: Case):
         self.module, self.case = module, case
+        self._prepared: dict[int, tuple[Inputs, Matrices, Operations]] = {}
 
     def project_moments(self, x: Inputs) -> Projection:
-        side, residual = self.case.side, self.case.residual
-        return self.module.project_moments(
-            x.grads, x.bases, side, x.exp_avgs, x.exp_avg_sqs, ADAM, residual
-        )
+        matrices, operations = self._for(x)
+        return operations.project_moments(matrices, ADAM)
 
     def channel_scale(self, x: Inputs, projection: Projection) -> Tensor | None:
         if projection.sums is None:
             return None
-        return self.module.channel_scale(projection.sums, x.limiter_norms)
+        matrices, operations = self._for(x)
+        return operations.channel_scale(matrices, projection.sums)
 
     def back_project_update(self, x: Inputs, projection: Projection, factor: Tensor | None) -> None:
-        side, residual = self.case.side, self.case.residual
-        self.module.back_project_update(
-            x.params, x.grads, x.bases, side, projection, residual, factor, **SCALARS, noise=None
-        )
+        matrices, operations = self._for(x)
+        operations.back_project_update(matrices, projection, factor, SCALARS)
 
     def step(self, x: Inputs) -> tuple[Projection, Tensor | None]:
         projection = self.project_moments(x)
         factor = self.channel_scale(x, projection)
         self.back_project_update(x, projection, factor)
         return projection, factor
+
+    def _for(self, x: Inputs) -> tuple[Matrices, Operations]:
+        if id(x) not in self._prepared:
+            matrices = Matrices(self.case.side, self.case.residual, *x)
+            self._prepared[id(x)] = (x, matrices, self.module.Operations(matrices))
+        return self._prepared[id(x)][1:]
 
 
 def check(case: Case, modules: dict[str, ModuleType], inputs: Inputs) -> dict[str, list[str]]:

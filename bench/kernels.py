@@ -127,7 +127,7 @@ def bench_case(
 
 
 def cases(options: argparse.Namespace) -> list[Case]:
-    """The projected shapes of the models, once each, in groups as the backend takes them."""
+    """The projected shapes of the models, once each, in batches as the backend takes them."""
     shapes: dict[tuple[tuple[int, int], int], int] = {}
     for name in options.models:
         preset = PRESETS[name]
@@ -140,7 +140,7 @@ def cases(options: argparse.Namespace) -> list[Case]:
     for dtype in options.dtypes:
         for (shape, rank), count in shapes.items():
             matrix = torch.empty(shape, dtype=DTYPES[dtype], device=options.device)
-            size = min(count, load(options.backend).group_size(matrix, matrix, rank))
+            size = min(count, load(options.backend).batch_size(matrix, matrix, rank))
             found += [Case(*shape, rank, dtype, method, size) for method in options.methods]
     return found
 
@@ -184,6 +184,7 @@ def candidates(backend: str, device: str) -> tuple[dict[str, ModuleType], dict[s
             modules["native"] = load("native")
         else:
             missing["native"] = reason
+    modules["foreach"] = load("foreach")
     return {**modules, PLAIN: hybrid}, missing
 
 

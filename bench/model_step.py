@@ -25,7 +25,6 @@ from unittest import mock
 import torch
 from rich.table import Table
 
-from bench.allocations import Allocations
 from bench.cases import DTYPES, STEP, Case
 from bench.measure import tensor_bytes
 from bench.models import PRESETS, Preset, build_model, cast_parameters
@@ -37,6 +36,7 @@ from bench.step import random_svd
 from bench.tables import SPREAD, missing_text, new_table, progress, rates_text, show, time_text
 from bench.timing import Rates, best, cache_bytes, interleaved, measure_rates, rates_record
 from lowrank_kernels import param_groups
+from lowrank_kernels.optim.allocations import Allocations
 
 OURS = ("galore", "fira", "adarankgrad")
 FULL = "full"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
-from lowrank_kernels.cli.llama import SHAPES, Shape
+from lowrank_kernels.cli.models import SHAPES, Shape
 
 if TYPE_CHECKING:
     import torch

@@ -14,6 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bench.hybrid import HybridAdamW
+from lowrank_kernels.ops import Residual
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -101,15 +104,12 @@ class MasterAdamW:
 
 
 def hybrid_galore(groups: list[dict], lr: float, recipe: Recipe) -> torch.optim.Optimizer:
-    from bench.hybrid import HybridAdamW
-
-    return HybridAdamW(groups, lr, recipe, fira=False)
+    return HybridAdamW(groups, lr, weight_decay=recipe.weight_decay)
 
 
 def hybrid_fira(groups: list[dict], lr: float, recipe: Recipe) -> torch.optim.Optimizer:
-    from bench.hybrid import HybridAdamW
-
-    return HybridAdamW(groups, lr, recipe, fira=True)
+    residual = Residual(kappa=recipe.scale, rho=1.0)
+    return HybridAdamW(groups, lr, weight_decay=recipe.weight_decay, residual=residual)
 
 
 def galore_torch(groups: list[dict], lr: float, recipe: Recipe) -> torch.optim.Optimizer:

@@ -86,7 +86,7 @@ def environment(device: str) -> dict:
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "versions": {package: version(package) for package in PACKAGES},
-        "commit": _commit(),
+        "commit": commit(Path(__file__).parent),
     }
 
 
@@ -124,10 +124,11 @@ def _cpuinfo(key: str) -> list[str]:
     return [line.split(":", 1)[1].strip() for line in lines if line.startswith(key)]
 
 
-def _commit() -> str | None:
+def commit(folder: Path) -> str | None:
+    """Of the repository that a folder belongs to."""
     command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--match="]
     try:
-        done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
     except OSError:
         return None
     return done.stdout.strip() or None

@@ -1,9 +1,9 @@
-"""Compile every Triton kernel that the launchers can ask for, without a GPU: what does it cost?
+"""Compile every Triton kernel that the backend can ask for, without a GPU: what does it cost?
 
     python -m bench.triton_compile            # minutes on two CPU cores
     python -m bench.triton_compile --quick    # what the test compiles
 
-The launchers run on meta tensors of LLaMA's shapes, and what they would launch is compiled by
+Its operations run on meta tensors of LLaMA's shapes, and what they would launch is compiled by
 Triton's JIT for each target: the same tiles, and the same arguments taken as 1 or as divisible by
 16, as on a GPU. Registers, spills and shared memory are read from the binary, the width of memory
 accesses and the matrix instruction from the PTX. Speed is another question.
@@ -39,10 +39,10 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import JITFunction, driver
 
 from bench.models import PRESETS
-from lowrank_kernels.ops import AdamScalars, Noise, Residual, Side
+from lowrank_kernels.ops import AdamScalars, Matrices, Residual, Scalars, Side
 from lowrank_kernels.ops import triton as launchers
 from lowrank_kernels.ops.contract import basis_shape, projected_shape, rank_axis
-from lowrank_kernels.ops.triton import config
+from lowrank_kernels.ops.triton import addresses, config, launch
 
 RESULT = Path(__file__).parent / "results" / "triton-compile.json"
 TOOLS = Path(nvidia.__file__).parent / "bin"
@@ -105,7 +105,7 @@ DEGENERATE = [((1, 1), 1), ((1, 17), 1), ((17, 1), 1), ((61, 37), 13)]
 
 
 class Case(NamedTuple):
-    """A group of equal matrices, and one step of it."""
+    """A batch of equal matrices, and one step of it."""
 
     name: str
     shape: tuple[int, int]
@@ -178,7 +178,7 @@ class Record:
 
 
 def cases() -> Iterator[Case]:
-    """The layers of the models at the ranks of the papers, alone and in groups.
+    """The layers of the models at the ranks of the papers, alone and in batches.
 
     Dtypes other than bf16 and float32, and options, are compiled for two models.
     """
@@ -222,7 +222,7 @@ def quick_cases(target: Target) -> Iterator[Case]:
 
 
 def variants(quick: bool, candidates: bool) -> list[Variant]:
-    """Everything that the launchers would launch, once each."""
+    """Everything that would be launched, once each."""
     found: dict[str, Variant] = {}
     for target in TARGETS:
         for case in quick_cases(target) if quick else cases():
@@ -238,10 +238,10 @@ def _configurations(case: Case, target: Target) -> Iterator[tuple]:
     side, axis = _side(case), rank_axis(_side(case))
     channels, depth = case.shape[1 - axis], case.shape[axis]
     common = (side, channels, depth, case.rank, case.matrices)
-    projected = launchers.Problem(*common, (grad, weight))
-    updated = launchers.Problem(*common, (weight, weight))
-    projects = config.project_candidates(projected, target.gpu)
-    updates = config.update_candidates(updated, target.gpu)
+    projected = config.Problem(*common, (grad, weight))
+    updated = config.Problem(*common, (weight, weight))
+    projects = config.candidates("project", projected, target.gpu)
+    updates = config.candidates("update", updated, target.gpu)
     return zip_longest(projects, updates)
 
 
@@ -255,61 +255,55 @@ def _add(found: dict[str, Variant], target: Target, case: Case) -> None:
 
 
 def launches(target: Target, case: Case) -> list[tuple[JITFunction, tuple, dict]]:
-    """The launches of one step of one group, recorded instead of run."""
+    """The launches of one step of one batch, recorded instead of run."""
     recorded = []
 
-    class Recorder:
-        def __init__(self, kernel: JITFunction):
-            self.kernel = kernel
+    def record(kernel: JITFunction, grid: tuple, arguments: tuple, options: dict) -> None:
+        recorded.append((kernel, arguments, options))
 
-        def __getitem__(self, grid: tuple[int, ...]):
-            return lambda *arguments, **options: recorded.append((self.kernel, arguments, options))
+    def empty(size: tuple[int, ...], dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
+        return [torch.empty(size, dtype=dtype, device="meta")] * count
 
-    def empty(size: tuple[int, ...], dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        return torch.empty(size, dtype=dtype, device="meta")
-
-    def group(tensors: list[torch.Tensor]) -> launchers.groups.Group:
-        made = launchers.groups.group(tensors)
-        return made._replace(unit=1) if options.scattered else made
+    def addresses_of(tensors: list[torch.Tensor]) -> addresses.Addresses:
+        found = addresses.addresses_of(tensors)
+        return found._replace(unit=1) if options.scattered else found
 
     dtypes, options, count = DTYPES[case.dtypes], OPTIONS[case.options], case.matrices
-    replaced = {name: Recorder(k) for name, k in vars(launchers).items() if _is_kernel(k)}
-    replaced["gpu_of"] = lambda _: target.gpu
     switches = SimpleNamespace(fp32_precision=dtypes.precision)
-    side, residual = _side(case), case.residual
+    side = _side(case)
     low = projected_shape(case.shape, side, case.rank)
-    bases = [empty(basis_shape(case.shape, side, case.rank), dtypes.weight)] * count
-    weights, grads = [empty(case.shape, dtypes.weight)] * count, [empty(case.shape, dtypes.grad)]
-    scalar = empty((count,), torch.float64) if options.capturable else 0.5
-    step = empty((count,), torch.int32) if options.capturable else 17
-    noise = Noise(tuple(range(count)), step) if options.stochastic else None
+    matrices = Matrices(
+        side,
+        case.residual,
+        params=empty(case.shape, dtypes.weight),
+        grads=empty(case.shape, dtypes.grad),
+        bases=empty(basis_shape(case.shape, side, case.rank), dtypes.weight),
+        exp_avgs=empty(low),
+        exp_avg_sqs=empty(low),
+        limiter_norms=empty(()),
+        salts=tuple(range(count)) if options.stochastic else None,
+    )
+    scalar, step = 0.5, 17
+    if options.capturable:
+        scalar, step = empty((count,), torch.float64)[0], empty((count,), torch.int32)[0]
+    adam = AdamScalars(0.9, 0.999, 1e-8, scalar, scalar)
     with (
-        mock.patch.multiple(launchers, group=group, **replaced),
+        mock.patch.multiple(launchers, addresses_of=addresses_of, gpu_of=lambda _: target.gpu),
+        mock.patch.object(launch, "by_jit", record),
         mock.patch.object(torch.backends.cuda, "matmul", switches),
     ):
-        projection = launchers.project_moments(
-            *(grads * count, bases, side, [empty(low)] * count, [empty(low)] * count),
-            AdamScalars(0.9, 0.999, 1e-8, scalar, scalar),
-            residual,
-        )
-        norms = [empty(())] * count
-        factor = launchers.channel_scale(projection.sums, norms) if residual else None
-        launchers.back_project_update(
-            *(weights, grads * count, bases, side, projection, residual, factor),
-            scale=0.25,
-            step_size=scalar,
-            decay=scalar,
-            noise=noise,
-        )
+        operations = launchers.Operations(matrices)
+        projection = operations.project_moments(matrices, adam)
+        factor = None
+        if projection.sums is not None:
+            factor = operations.channel_scale(matrices, projection.sums)
+        scalars = Scalars(adam, 0.25, step_size=scalar, decay=scalar, step=step)
+        operations.back_project_update(matrices, projection, factor, scalars)
     return recorded
 
 
 def _side(case: Case) -> Side:
     return Side.LEFT if case.shape[0] < case.shape[1] else Side.RIGHT
-
-
-def _is_kernel(value: object) -> bool:
-    return isinstance(value, JITFunction)
 
 
 def _activate(target: Target) -> None:

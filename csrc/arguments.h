@@ -40,7 +40,7 @@ struct Group {
 };
 
 // The product R arrives in any dtype and stride and leaves as `projected`, which may be the same
-// memory. All arrays are dense.
+// memory. All arrays are dense. Without a residual nobody asks for the sums, and they are empty.
 struct AdamMoments {
   Group group;
   Matrices product;

@@ -61,10 +61,13 @@ void run(const char* name, const Pass& pass, const Place& place, const Halves<Pa
 
 void adam_moments(const MatrixArguments& product, const Addresses& projected,
                   const Addresses& exp_avg, const Addresses& exp_avg_sq, const Addresses& direction,
-                  const Addresses& direction_sq, const Addresses& projected_sq, int64_t rows,
-                  int64_t cols, bool channels_are_rows, double beta1, double beta2, double eps,
+                  const std::optional<Addresses>& direction_sq,
+                  const std::optional<Addresses>& projected_sq, int64_t rows, int64_t cols,
+                  bool channels_are_rows, double beta1, double beta2, double eps,
                   double bias_correction1, double bias_correction2, int threads, int device,
                   std::uintptr_t stream) {
+  require(direction_sq.has_value() == projected_sq.has_value(),
+          "direction_sq and projected_sq go together");
   require(beta1 >= 0.0 && beta1 < 1.0, "beta1 must be in [0, 1), got ", beta1);
   require(beta2 >= 0.0 && beta2 < 1.0, "beta2 must be in [0, 1), got ", beta2);
   require(eps >= 0.0 && std::isfinite(eps), "eps must be finite and not negative, got ", eps);
@@ -80,15 +83,16 @@ void adam_moments(const MatrixArguments& product, const Addresses& projected,
   const bool in_place = products == projected && code == 0 && stride == cols;
   Matrices read = in_place ? ArrayChecks(group).matrices("product", product, false)
                            : checks.matrices("product", product, false);
-  const AdamMoments pass{group,
-                         std::move(read),
-                         checks.elements("projected", projected, true),
-                         checks.elements("exp_avg", exp_avg, true),
-                         checks.elements("exp_avg_sq", exp_avg_sq, true),
-                         checks.elements("direction", direction, true),
-                         checks.channels("direction_sq", direction_sq, true),
-                         checks.channels("projected_sq", projected_sq, true),
-                         AdamRule(beta1, beta2, eps, bias_correction1, bias_correction2)};
+  const AdamMoments pass{
+      group,
+      std::move(read),
+      checks.elements("projected", projected, true),
+      checks.elements("exp_avg", exp_avg, true),
+      checks.elements("exp_avg_sq", exp_avg_sq, true),
+      checks.elements("direction", direction, true),
+      direction_sq ? checks.channels("direction_sq", *direction_sq, true) : Arrays{},
+      projected_sq ? checks.channels("projected_sq", *projected_sq, true) : Arrays{},
+      AdamRule(beta1, beta2, eps, bias_correction1, bias_correction2)};
   checks.no_overlap();
   run("adam_moments", pass, place, {&cpu::adam_moments, LOWRANK_ON_CUDA(adam_moments)});
 }

@@ -93,13 +93,15 @@ void adam_moments(const AdamMoments& p, int threads) {
 
   // Too few channels to occupy the threads: the update is then split over elements in a pass of its
   // own, and only the sums, whose order is fixed, are left to one thread a channel.
-  const bool separate = threads > 1 && count * group.channels() < 2 * grain * threads;
+  const bool summed = !p.direction_sq.empty();
+  const bool separate = !summed || (threads > 1 && count * group.channels() < 2 * grain * threads);
   if (separate) {
     split(group.count, group.elements(), kLanes, threads,
           [&](std::size_t matrix, int64_t begin, int64_t end) {
             update(p, matrix, begin, end - begin);
           });
   }
+  if (!summed) return;
   split(group.count, group.channels(), separate ? 1 : grain, threads,
         [&](std::size_t matrix, int64_t begin, int64_t end) {
           if (!group.channels_are_rows) {

@@ -12,6 +12,7 @@ constexpr int kRowsPerBlock = kThreads / kWarp;
 constexpr int kColsPerBlock = 16;
 constexpr int kPack = 4;
 
+// Without sums the last two stay null.
 struct Batch {
   const void* product[kBatch];
   float* projected[kBatch];
@@ -74,7 +75,7 @@ __global__ void __launch_bounds__(kThreads)
       total.direction += __shfl_down_sync(0xffffffff, total.direction, offset);
       total.projected += __shfl_down_sync(0xffffffff, total.projected, offset);
     }
-    if (threadIdx.x == 0) {
+    if (threadIdx.x == 0 && batch.direction_sq[matrix]) {
       batch.direction_sq[matrix][row] = total.direction;
       batch.projected_sq[matrix][row] = total.projected;
     }
@@ -113,7 +114,7 @@ __global__ void __launch_bounds__(kThreads)
         }
       }
     }
-    if (group == 0 && col < cols) {
+    if (group == 0 && col < cols && batch.direction_sq[matrix]) {
 #pragma unroll
       for (int i = 0; i < kWidth; ++i) {
         batch.direction_sq[matrix][col + i] = partial[0][lane + i].direction;
@@ -156,8 +157,10 @@ const char* adam_moments(const AdamMoments& pass, int device, std::uintptr_t str
       copy_addresses(batch.exp_avg, pass.exp_avg, matrices);
       copy_addresses(batch.exp_avg_sq, pass.exp_avg_sq, matrices);
       copy_addresses(batch.direction, pass.direction, matrices);
-      copy_addresses(batch.direction_sq, pass.direction_sq, matrices);
-      copy_addresses(batch.projected_sq, pass.projected_sq, matrices);
+      if (!pass.direction_sq.empty()) {
+        copy_addresses(batch.direction_sq, pass.direction_sq, matrices);
+        copy_addresses(batch.projected_sq, pass.projected_sq, matrices);
+      }
       visit(pass.product.dtype, [&](auto element) {
         const auto start = packed ? launch<decltype(element), kPack> : launch<decltype(element), 1>;
         start(batch, size_of_batch(matrices), pass, reinterpret_cast<cudaStream_t>(stream));

@@ -11,7 +11,7 @@ import torch
 from ..ops import BackendUnavailable, backends, requested_backend
 from ..ops.dispatch import ENVIRONMENT_VARIABLE, Kind, choose_kind
 from ..ops.native import build_info
-from .text import amount, print_json, table
+from .text import amount, table
 
 SUMMARY = "say what is installed, what it runs on and which backend is chosen"
 
@@ -22,30 +22,15 @@ VARIABLES = (ENVIRONMENT_VARIABLE, "LOWRANK_CUDA", "LOWRANK_CUDA_ARCHITECTURES",
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """It has none of its own."""
-
-
-def run(args: argparse.Namespace) -> int:
-    """Prints the facts of `environment`."""
-    facts = environment()
-    if args.json:
-        print_json(facts)
-    else:
-        print(as_text(facts))
-    return 0
-
-
-def environment() -> dict[str, Any]:
-    """The facts: versions, devices, threads, native, backends, auto, variables and remarks."""
-    variables = {
-        name: value
-        for name, value in sorted(os.environ.items())
-        if name.startswith("LOWRANK_") or name == INTERPRETER
-    }
+def facts(args: argparse.Namespace) -> dict[str, Any]:
+    """Versions, devices, threads, native, backends, auto, variables and remarks on them."""
+    names = [name for name in sorted(os.environ) if name.startswith("LOWRANK_")]
+    names += [INTERPRETER] if INTERPRETER in os.environ else []
+    variables = {name: os.environ[name] for name in names}
     remarks = {name: _remark(name, value) for name, value in variables.items()}
+    packages = {name.replace("-", "_"): _version(name) for name in PACKAGES}
     return {
-        "versions": {"python": platform.python_version(), **_packages()},
+        "versions": {"python": platform.python_version(), **packages},
         "devices": _devices(),
         "threads": torch.get_num_threads(),
         "native": build_info(),
@@ -54,11 +39,8 @@ def environment() -> dict[str, Any]:
             for name, (available, reason) in backends().items()
         },
         "auto": [
-            {
-                "device": device,
-                "dtype": name,
-                **choose_kind("auto", Kind(device, dtype, dtype))._asdict(),
-            }
+            {"device": device, "dtype": name}
+            | choose_kind("auto", Kind(device, dtype, dtype))._asdict()
             for device in ("cpu", "cuda")
             for name, dtype in DTYPES.items()
         ],
@@ -68,16 +50,18 @@ def environment() -> dict[str, Any]:
 
 
 def as_text(facts: dict[str, Any]) -> str:
-    """The facts for people, a table a kind."""
+    """A table a kind."""
     versions = [(name, version or "not installed") for name, version in facts["versions"].items()]
-    devices = [
-        (each["device"], amount(each["memory_bytes"]), each["name"]) for each in facts["devices"]
+    devices = [(x["device"], amount(x["memory_bytes"]), x["name"]) for x in facts["devices"]]
+    native = [
+        (key, " ".join(map(str, value)) if isinstance(value, (list, tuple)) else value)
+        for key, value in facts["native"].items()
     ]
     found = [
-        (name, "yes" if each["available"] else "no", each["reason"])
-        for name, each in facts["backends"].items()
+        (name, "yes" if backend["available"] else "no", backend["reason"])
+        for name, backend in facts["backends"].items()
     ]
-    native = [(key, _words(value)) for key, value in facts["native"].items()]
+    auto = [list(each.values()) for each in facts["auto"]]
     remarks = facts["remarks"]
     variables = [(name, value, remarks.get(name, "")) for name, value in facts["variables"].items()]
     parts = [
@@ -86,10 +70,7 @@ def as_text(facts: dict[str, Any]) -> str:
         f"threads  {facts['threads']}",
         table(("native module", ""), native or [("does not load", "")]),
         table(("backend", "available", "reason"), found),
-        table(
-            ("auto takes on", "for", "backend", "reason"),
-            [list(each.values()) for each in facts["auto"]],
-        ),
+        table(("auto takes on", "for", "backend", "reason"), auto),
         table(("variable", "value", "remark"), variables or [("none", "", "")]),
     ]
     return "\n\n".join(parts)
@@ -109,10 +90,6 @@ def _remark(name: str, value: str) -> str | None:
     return None
 
 
-def _packages() -> dict[str, str | None]:
-    return {name.replace("-", "_"): _version(name) for name in PACKAGES}
-
-
 def _version(package: str) -> str | None:
     try:
         return importlib.metadata.version(package)
@@ -128,7 +105,3 @@ def _devices() -> list[dict[str, Any]]:
         size = properties.total_memory
         found.append({"device": f"cuda:{index}", "name": properties.name, "memory_bytes": size})
     return found
-
-
-def _words(value: object) -> str:
-    return " ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)

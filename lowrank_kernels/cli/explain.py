@@ -4,10 +4,9 @@ import argparse
 import math
 from typing import Any
 
-from ..optim import LowRankAdamW
 from ..optim.param_groups import collapsed, decide
 from .models import OPTIMIZERS, add_model_arguments, backend_of, build_optimizer, model_of
-from .text import amount, print_json, table
+from .text import amount, table
 
 SUMMARY = "say which parameters are projected, at which learning rate, and who computes their step"
 
@@ -20,17 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--optimizer", choices=OPTIMIZERS, default="fira")
 
 
-def run(args: argparse.Namespace) -> int:
-    """Prints the facts of `explained`."""
-    facts = explained(args)
-    if args.json:
-        print_json(facts)
-    else:
-        print(as_text(facts))
-    return 0
-
-
-def explained(args: argparse.Namespace) -> dict[str, Any]:
+def facts(args: argparse.Namespace) -> dict[str, Any]:
     """The rows of `LowRankAdamW.plan` in the order of the model, each with the factor on its
     learning rate, and the backend and the reason of the device that is asked for; and totals.
     """
@@ -38,20 +27,24 @@ def explained(args: argparse.Namespace) -> dict[str, Any]:
     model = model_of(args)
     optimizer = build_optimizer(args.optimizer, model, args.backend)
     planned = {row["name"]: row for row in optimizer.plan()}
-    factors = _lr_factors(optimizer)
+    factors = {
+        name: group.get("scale", 1.0)
+        for group in optimizer.param_groups
+        for name in group["param_names"]
+    }
     rows = []
     for decision in decide(model.module, model.rank):
+        row, lr = planned[decision.name], factors[decision.name]
         backend, reason = choice if decision.projected else ("torch", decision.reason)
-        row = planned[decision.name]
-        dtype, lr = str(row["dtype"]).removeprefix("torch."), factors[decision.name]
+        dtype = str(row["dtype"]).removeprefix("torch.")
         rows.append({**row, "dtype": dtype, "lr": lr, "backend": backend, "reason": reason})
     return {
         "model": model.name,
         "architecture": model.architecture,
         "optimizer": args.optimizer,
         "device": args.device,
-        "elements": sum(map(_elements, rows)),
-        "projected_elements": sum(_elements(row) for row in rows if row["projected"]),
+        "elements": sum(math.prod(row["shape"]) for row in rows),
+        "projected_elements": sum(math.prod(row["shape"]) for row in rows if row["projected"]),
         "state_bytes": sum(row["state_bytes"] for row in rows),
         "parameters": rows,
     }
@@ -61,45 +54,18 @@ def as_text(facts: dict[str, Any]) -> str:
     """A row a kind of parameter: blocks read as one."""
     kinds: dict[tuple[object, ...], list[Row]] = {}
     for row in facts["parameters"]:
-        name = collapsed(row["name"])
-        kinds.setdefault((name, row["shape"], row["side"], row["rank"], row["lr"]), []).append(row)
+        kind = collapsed(row["name"]), row["shape"], row["side"], row["rank"], f"{row['lr']:g}"
+        kinds.setdefault(kind, []).append(row)
+    rows = []
+    for (name, *kind_of), alike in kinds.items():
+        count = f" x {len(alike)}" if len(alike) > 1 else ""
+        state = amount(sum(row["state_bytes"] for row in alike))
+        who = alike[0]["backend"], alike[0]["reason"]
+        rows.append((f"{name}{count}", *kind_of, state, *who))
     header = ("parameter", "shape", "side", "rank", "lr", "state", "backend", "reason")
-    share = facts["projected_elements"] / facts["elements"]
-    return "\n".join(
-        [
-            f"{facts['model']}: {facts['architecture']}, {facts['elements']:,} parameters,"
-            f" {share:.1%} of them projected; {facts['optimizer']}'s state"
-            f" {amount(facts['state_bytes'])}",
-            "",
-            table(header, [_kind(name, alike) for (name, *_), alike in kinds.items()]),
-            "",
-            "lr: a parameter moves at this many times the optimizer's learning rate.",
-        ]
-    )
-
-
-def _lr_factors(optimizer: LowRankAdamW) -> dict[str, float]:
-    """By name, what a group puts on its learning rate."""
-    return {
-        name: group.get("scale", 1.0)
-        for group in optimizer.param_groups
-        for name in group["param_names"]
-    }
-
-
-def _elements(row: Row) -> int:
-    return math.prod(row["shape"])
-
-
-def _kind(name: object, alike: list[Row]) -> tuple[object, ...]:
-    first = alike[0]
     return (
-        f"{name} x {len(alike)}" if len(alike) > 1 else name,
-        " x ".join(map(str, first["shape"])),
-        first["side"] or "-",
-        first["rank"] or "-",
-        f"{first['lr']:g}",
-        amount(sum(row["state_bytes"] for row in alike)),
-        first["backend"],
-        first["reason"],
+        f"{facts['model']}: {facts['architecture']}, {facts['elements']:,} parameters,"
+        f" {facts['projected_elements'] / facts['elements']:.1%} of them projected;"
+        f" {facts['optimizer']}'s state {amount(facts['state_bytes'])}\n\n{table(header, rows)}\n\n"
+        "lr: a parameter moves at this many times the optimizer's learning rate."
     )

@@ -1,8 +1,14 @@
-"""Models without weights: what `plan` and `explain` are asked about."""
+"""Models without memory for their weights: what `plan` and `explain` are asked about."""
 
 import argparse
+import importlib
+import importlib.util
+import textwrap
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -10,9 +16,7 @@ from torch import nn
 from ..ops import Choice, requested_backend
 from ..ops.dispatch import REQUESTS, Kind, choose_kind
 from ..optim import AdaRankGradAdamW, FiraAdamW, GaLoreAdamW, LowRankAdamW, param_groups
-from .building import build, hidden_size, llama_config, read_config
-from .errors import UserError
-from .llama import SHAPES
+from .text import UserError, user_errors
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 OPTIMIZERS: dict[str, type[LowRankAdamW]] = {
@@ -22,17 +26,45 @@ OPTIMIZERS: dict[str, type[LowRankAdamW]] = {
 }
 
 
+@dataclass(frozen=True)
+class Shape:
+    """A LLaMA, and the rank and the interval between two bases that are published for it."""
+
+    hidden: int
+    ffn: int
+    heads: int
+    layers: int
+    rank: int
+    update_proj_gap: int
+
+
+# Those of the GaLore paper, by the size that each has with its vocabulary. The rank of 1b is the
+# paper's; nothing is published for 3b, whose values lie between its neighbours'. nano is the 9m
+# shape under the name of the recipe for two CPU cores.
+VOCABULARY = 32_000
+SHAPES = {
+    "nano": Shape(128, 352, 4, 4, 32, 200),
+    "9m": Shape(128, 352, 4, 4, 32, 200),
+    "20m": Shape(256, 688, 4, 4, 64, 200),
+    "35m": Shape(384, 1024, 8, 6, 96, 200),
+    "60m": Shape(512, 1376, 8, 8, 128, 200),
+    "130m": Shape(768, 2048, 12, 12, 256, 200),
+    "350m": Shape(1024, 2736, 16, 24, 256, 200),
+    "1b": Shape(2048, 5461, 32, 24, 512, 200),
+    "3b": Shape(2560, 6848, 32, 32, 640, 200),
+    "7b": Shape(4096, 11008, 32, 32, 1024, 500),
+}
+
+
 class Model(NamedTuple):
-    """A model on the meta device, its name and the rank of its projected matrices."""
+    """A model on the meta device, its name, its class, which for a config of several is not to be
+    guessed, and the rank of its projected matrices.
+    """
 
     name: str
+    architecture: str
     module: nn.Module
     rank: int
-
-    @property
-    def architecture(self) -> str:
-        """The class, which for a config of several is not to be guessed."""
-        return type(self.module).__name__
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
@@ -49,7 +81,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def model_of(args: argparse.Namespace) -> Model:
-    """The model that the arguments name, without memory for its weights.
+    """The model that the arguments name.
 
     Raises:
         UserError: it is unknown or cannot be built, or the rank does not fit.
@@ -57,17 +89,18 @@ def model_of(args: argparse.Namespace) -> Model:
     if args.rank is not None and args.rank < 1:
         raise UserError(f"--rank must be at least 1, got {args.rank}")
     if args.config is not None:
-        config = read_config(args.config)
-        name, published = str(args.config), hidden_size(config) // 4
+        config = _read_config(args.config)
+        name, published = str(args.config), _hidden_size(config) // 4
     elif args.model in SHAPES:
         shape = SHAPES[args.model]
-        name, published, config = args.model, shape.rank, llama_config(shape)
+        name, published, config = args.model, shape.rank, _llama_config(shape)
     else:
         raise UserError(f"--model {args.model} is not one of {', '.join(SHAPES)}")
     rank = args.rank or published
     if not rank:
         raise UserError(f"--config {args.config}: it has no hidden_size; name a --rank")
-    return Model(name, build(config, DTYPES[args.dtype]), rank)
+    module = _build(config).to(DTYPES[args.dtype])
+    return Model(name, type(module).__name__, module, rank)
 
 
 def build_optimizer(name: str, model: Model, backend: str) -> LowRankAdamW:
@@ -76,10 +109,8 @@ def build_optimizer(name: str, model: Model, backend: str) -> LowRankAdamW:
     Raises:
         UserError: nothing can be projected.
     """
-    try:
+    with user_errors():
         return OPTIMIZERS[name](param_groups(model.module, model.rank), backend=backend)
-    except ValueError as error:
-        raise UserError(" ".join(str(error).split())) from None
 
 
 def backend_of(args: argparse.Namespace) -> Choice:
@@ -90,7 +121,82 @@ def backend_of(args: argparse.Namespace) -> Choice:
         BackendUnavailable: it cannot run here.
     """
     dtype = DTYPES[args.dtype]
-    try:
+    with user_errors():
         return choose_kind(requested_backend(args.backend), Kind(args.device, dtype, dtype))
-    except ValueError as error:
-        raise UserError(str(error)) from None
+
+
+def _llama_config(shape: Shape) -> Any:
+    transformers = _transformers()
+    with _in_one_line("transformers does not work"):
+        return transformers.LlamaConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=shape.hidden,
+            intermediate_size=shape.ffn,
+            num_attention_heads=shape.heads,
+            num_hidden_layers=shape.layers,
+            tie_word_embeddings=False,
+            architectures=["LlamaForCausalLM"],
+        )
+
+
+def _read_config(path: Path) -> Any:
+    """The config in a file, or in a directory as transformers saves it."""
+    file = path / "config.json" if path.is_dir() else path
+    if not file.is_file():
+        missing = "no config.json in this directory" if path.is_dir() else "no such file"
+        raise UserError(f"--config {path}: there is {missing}")
+    transformers = _transformers()
+    with _in_one_line(f"--config {path}"):
+        return transformers.AutoConfig.from_pretrained(str(file), trust_remote_code=False)
+
+
+def _hidden_size(config: Any) -> int:
+    """Of the config, or of the language model in it; 0 if it has none."""
+    text = getattr(config, "text_config", None)
+    size = getattr(config, "hidden_size", None) or getattr(text, "hidden_size", None)
+    return size if isinstance(size, int) else 0
+
+
+def _build(config: Any) -> nn.Module:
+    """A model of the class that the config names, since one config serves several; of a config
+    that names none, the causal language model.
+    """
+    transformers = _transformers()
+    named = (getattr(config, "architectures", None) or [None])[0]
+    tried = f"{named}, which the config names" if named else "AutoModelForCausalLM by default"
+    with _in_one_line(f"the model cannot be built; tried {tried}"), torch.device("meta"):
+        if not named:
+            automatic = transformers.AutoModelForCausalLM
+            module: nn.Module = automatic.from_config(config, trust_remote_code=False)
+            return module
+        found = getattr(transformers, named, None)
+        if not (isinstance(found, type) and issubclass(found, nn.Module)):
+            raise LookupError(f"transformers {transformers.__version__} has no such model")
+        return found(config)
+
+
+def _transformers() -> Any:
+    if importlib.util.find_spec("transformers") is None:
+        raise UserError("models are built with transformers: pip install transformers")
+    with _in_one_line("transformers does not import"):
+        return importlib.import_module("transformers")
+
+
+@contextmanager
+def _in_one_line(what: str) -> Iterator[None]:
+    """Any exception as a `UserError`: a package that does not fit raises whatever it likes, often
+    at the first use of a class, with the reason at the end of a chain.
+    """
+    try:
+        yield
+    except Exception as error:
+        root: BaseException = error
+        while root.__cause__ is not None:
+            root = root.__cause__
+        reason = _named(error) if root is error else f"{_named(error)}, from {_named(root)}"
+        raise UserError(f"{what}: {reason}") from None
+
+
+def _named(error: BaseException) -> str:
+    name, text = type(error).__name__, str(error)
+    return textwrap.shorten(f"{name}: {text}" if text else name, 240, placeholder=" ...")

@@ -1,23 +1,20 @@
-"""How much memory training takes with each optimizer, told without taking it."""
+"""How much memory training takes with each optimizer, found without taking it."""
 
 import argparse
 import textwrap
-from collections import Counter
+from collections import Counter, defaultdict
 from typing import Any
 
 from torch import Tensor
 
 from ..optim.param_groups import collapsed
 from ..optim.workspace import Workspace, planned_workspace
-from .errors import UserError
 from .models import OPTIMIZERS, Model, add_model_arguments, backend_of, build_optimizer, model_of
-from .text import GB, amount, print_json, table
+from .text import GB, UserError, amount, table
 
 SUMMARY = "say what weights, gradients, optimizer state and a step's workspace take"
 
 ALL_OPTIMIZERS = ("adamw", *OPTIMIZERS)
-
-Row = dict[str, Any]
 
 # Decimal GB, as data sheets have them.
 CARDS = {
@@ -51,35 +48,34 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def run(args: argparse.Namespace) -> int:
-    """Prints the facts of `planned`."""
-    if args.device is None:
-        args.device = "cpu" if args.card is None else "cuda"
-    facts = planned(args)
-    if args.json:
-        print_json(facts)
-    else:
-        print(as_text(facts))
-    return 0
-
-
-def planned(args: argparse.Namespace) -> dict[str, Any]:
+def facts(args: argparse.Namespace) -> dict[str, Any]:
     """Bytes of a model: weights, gradients, and of each optimizer state, workspace and total.
 
     The total counts the larger of the two workspaces, of a step and of a refresh, since they are
     never there together.
     """
-    names, memory, backend = _optimizers(args.optimizers), _memory(args), backend_of(args).backend
+    args.device = args.device or ("cpu" if args.card is None else "cuda")
+    names = args.optimizers.split(",")
+    for name in names:
+        if name not in ALL_OPTIMIZERS:
+            raise UserError(f"--optimizers: {name!r} is not one of {', '.join(ALL_OPTIMIZERS)}")
+    memory, backend = _memory(args), backend_of(args).backend
     model = model_of(args)
     params = list(model.module.parameters())
     weights = sum(map(_bytes, params))
     gradients = [_bytes(param) for param in params if param.requires_grad]
-    optimizers = {name: _needs(name, model, args) for name in names}
-    for needs in optimizers.values():
-        workspace = max(needs["step_workspace_bytes"], needs["refresh_workspace_bytes"])
-        total = weights + sum(gradients) + needs["state_bytes"] + workspace
-        needs["total_bytes"] = total
-        needs["left_bytes"] = None if memory is None else memory - total
+    optimizers = {}
+    for name in names:
+        state, workspace, remark = _needs(name, model, args)
+        total = weights + sum(gradients) + state + max(workspace)
+        optimizers[name] = {
+            "state_bytes": state,
+            "step_workspace_bytes": workspace.step,
+            "refresh_workspace_bytes": workspace.refresh,
+            "remark": remark,
+            "total_bytes": total,
+            "left_bytes": None if memory is None else memory - total,
+        }
     return {
         "model": model.name,
         "architecture": model.architecture,
@@ -97,24 +93,28 @@ def planned(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def as_text(facts: dict[str, Any]) -> str:
-    """The facts for people, in decimal units."""
+    """A row an optimizer, in decimal units, and remarks below."""
     header = ["optimizer", "state", "step", "refresh", "total"]
     columns = ("state_bytes", "step_workspace_bytes", "refresh_workspace_bytes", "total_bytes")
-    rows = [
-        [name, *(amount(needs[key]) for key in columns)]
-        for name, needs in facts["optimizers"].items()
-    ]
     if facts["memory_bytes"] is not None:
         header.append(f"in {amount(facts['memory_bytes'])}")
-        for row, needs in zip(rows, facts["optimizers"].values(), strict=True):
-            row.append(_verdict(needs["left_bytes"]))
+    rows, about = [], defaultdict(list)
+    for name, needs in facts["optimizers"].items():
+        row = [name, *(amount(needs[key]) for key in columns)]
+        left = needs["left_bytes"]
+        if left is not None:
+            fits = f"leaves {amount(left)} for activations"
+            row.append(fits if left >= 0 else f"too large by {amount(-left)}")
+        rows.append(row)
+        if needs["remark"]:
+            about[needs["remark"]].append(name)
     notes = [
         "step and refresh: the most that is held for a while; the total counts the larger.",
         "adamw is torch's, fused; adarankgrad's state is the most it can hold.",
         "Stepping in the backward pass, one optimizer a parameter, holds little more than the"
         f" largest gradient, {amount(facts['largest_gradient_bytes'])}, where each weight is used"
         " once.",
-        *_remarks(facts["optimizers"]),
+        *(f"{', '.join(names)}: {remark}." for remark, names in about.items()),
     ]
     lines = [
         f"{facts['model']}: {facts['architecture']}, {facts['parameters']:,} parameters,"
@@ -129,29 +129,6 @@ def as_text(facts: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _remarks(optimizers: dict[str, dict[str, Any]]) -> list[str]:
-    """Each remark once, after the names of those it is about."""
-    names: dict[str, list[str]] = {}
-    for name, needs in optimizers.items():
-        if needs["remark"]:
-            names.setdefault(needs["remark"], []).append(name)
-    return [f"{', '.join(about)}: {remark}." for remark, about in names.items()]
-
-
-def _verdict(left: int) -> str:
-    if left < 0:
-        return f"too large by {amount(-left)}"
-    return f"leaves {amount(left)} for activations"
-
-
-def _optimizers(argument: str) -> list[str]:
-    names = argument.split(",")
-    for name in names:
-        if name not in ALL_OPTIMIZERS:
-            raise UserError(f"--optimizers: {name!r} is not one of {', '.join(ALL_OPTIMIZERS)}")
-    return names
-
-
 def _memory(args: argparse.Namespace) -> int | None:
     if args.card is not None:
         return CARDS[args.card] * GB
@@ -162,54 +139,43 @@ def _memory(args: argparse.Namespace) -> int | None:
     return round(args.memory * GB)
 
 
-def _needs(name: str, model: Model, args: argparse.Namespace) -> dict[str, Any]:
+def _needs(name: str, model: Model, args: argparse.Namespace) -> tuple[int, Workspace, str | None]:
     """Bytes of the state and of the workspaces, and what is to be said of them."""
-    remark = None
     if name == "adamw":
-        state, workspace = sum(map(_adamw_bytes, model.module.parameters())), Workspace(0, 0)
-    else:
-        optimizer = build_optimizer(name, model, args.backend)
-        rows = optimizer.plan()
-        state, workspace = _state_bytes(rows), planned_workspace(optimizer, args.device)
-        remark = _more_than_adamw(rows, model)
-    return {
-        "state_bytes": state,
-        "step_workspace_bytes": workspace.step,
-        "refresh_workspace_bytes": workspace.refresh,
-        "remark": remark,
-    }
+        return sum(map(_adamw_bytes, model.module.parameters())), Workspace(0, 0), None
+    optimizer = build_optimizer(name, model, args.backend)
+    rows = optimizer.plan()
+    workspace = planned_workspace(optimizer, args.device)
+    return sum(row["state_bytes"] for row in rows), workspace, _more_than_adamw(rows, model)
 
 
-def _more_than_adamw(rows: list[Row], model: Model) -> str | None:
+def _more_than_adamw(rows: list[dict[str, Any]], model: Model) -> str | None:
     """Why an optimizer's state is larger than AdamW's, or None."""
     params = dict(model.module.named_parameters())
-
-    def compared(rows: list[Row]) -> tuple[int, int]:
-        return _state_bytes(rows), sum(_adamw_bytes(params[row["name"]]) for row in rows)
-
-    ours, adamw = compared(rows)
-    if ours <= adamw:
+    # Of what is projected, and of what is not.
+    ours: Counter[bool] = Counter()
+    adamw: Counter[bool] = Counter()
+    plain: Counter[str] = Counter()
+    for row in rows:
+        projected = row["projected"]
+        ours[projected] += row["state_bytes"]
+        adamw[projected] += _adamw_bytes(params[row["name"]])
+        if not projected:
+            plain[collapsed(row["name"])] += row["state_bytes"]
+    if ours.total() <= adamw.total():
         return None
     reasons = []
-    plain, adamw = compared([row for row in rows if not row["projected"]])
-    if plain > adamw:
-        kinds: Counter[str] = Counter()
-        for row in rows:
-            kinds[collapsed(row["name"])] += row["state_bytes"] * (not row["projected"])
+    if ours[False] > adamw[False]:
         reasons.append(
-            f"what is not projected holds float32 moments, {amount(plain)} where adamw's take"
-            f" {amount(adamw)}, the largest part {kinds.most_common(1)[0][0]}"
+            f"what is not projected holds float32 moments, {amount(ours[False])} where adamw's take"
+            f" {amount(adamw[False])}, the largest part {plain.most_common(1)[0][0]}"
         )
-    low, adamw = compared([row for row in rows if row["projected"]])
-    if low > adamw:
+    if ours[True] > adamw[True]:
         reasons.append(
-            f"rank {model.rank} takes {amount(low)} for what is projected, adamw {amount(adamw)}"
+            f"rank {model.rank} takes {amount(ours[True])} for what is projected, adamw"
+            f" {amount(adamw[True])}"
         )
     return f"more state than adamw's: {'; '.join(reasons)}"
-
-
-def _state_bytes(rows: list[Row]) -> int:
-    return sum(row["state_bytes"] for row in rows)
 
 
 def _bytes(param: Tensor) -> int:

@@ -6,9 +6,9 @@ of one eps of the dtype where plain torch happens to be better.
 
 import argparse
 import itertools
+import math
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -19,8 +19,7 @@ from ..ops.dispatch import ENVIRONMENT_VARIABLE, Kind, choose_kind
 from ..optim import FiraAdamW, GaLoreAdamW, LowRankAdamW
 from ..optim.state import new_projected_state
 from ..subspace import Subspace
-from .errors import UserError
-from .text import print_json, table
+from .text import table, user_errors
 
 SUMMARY = "take steps with every available backend and compare them with float64"
 
@@ -52,100 +51,85 @@ class Start(NamedTuple):
     grads: list[Tensor]
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """It has none of its own."""
-
-
-def run(args: argparse.Namespace) -> int:
-    """Prints a line a case; 1 if one is wrong, else 0.
+def facts(args: argparse.Namespace) -> dict[str, Any]:
+    """Whether all cases passed, the cases, and the backends that could not be tried.
 
     Raises:
         UserError, BackendUnavailable: `LOWRANK_BACKEND` names none that can run, so that every step
             outside of here would fail.
     """
-    try:
+    with user_errors():
         requested_backend("auto")
-    except ValueError as error:
-        raise UserError(str(error)) from None
-    with _no_override():
+    # It would put one backend in the place of all.
+    override = os.environ.pop(ENVIRONMENT_VARIABLE, None)
+    try:
         results = [_result(case) for case in _cases()]
-    missing = {name: reason for name, (available, reason) in backends().items() if not available}
-    passed = all(result["passed"] for result in results)
-    if args.json:
-        print_json({"passed": passed, "cases": results, "unavailable": missing})
-    else:
-        print(as_text(results, missing))
-    return 0 if passed else 1
+    finally:
+        if override is not None:
+            os.environ[ENVIRONMENT_VARIABLE] = override
+    return {
+        "passed": all(result["passed"] for result in results),
+        "cases": results,
+        "unavailable": {
+            name: reason for name, (available, reason) in backends().items() if not available
+        },
+    }
 
 
-def as_text(results: Sequence[dict[str, Any]], missing: dict[str, str]) -> str:
+def as_text(facts: dict[str, Any]) -> str:
     """A line a case, then what could not be tried, then the verdict."""
-    rows = [
-        (
-            result["backend"],
-            result["device"],
-            result["dtype"],
-            result["optimizer"],
-            " x ".join(map(str, result["shape"])),
-            result["side"],
-            f"{result['error']:.1e}",
-            f"{result['bound']:.1e}",
-            result["worst"],
-            "ok" if result["passed"] else "WRONG",
-        )
-        for result in results
-    ]
-    header = ("backend", "device", "dtype", "optimizer", "shape", "side")
-    parts = [table((*header, "error", "bound", "of", ""), rows), ""]
-    parts += [f"{name}: not tried, {reason}" for name, reason in missing.items()]
-    wrong = sum(not result["passed"] for result in results)
-    parts.append(f"{len(results)} cases, {wrong} wrong")
-    return "\n".join(parts)
+    rows = []
+    for result in facts["cases"]:
+        *case, error, bound, worst, passed = result.values()
+        rows.append((*case, f"{error:.1e}", f"{bound:.1e}", worst, "ok" if passed else "WRONG"))
+    parts = [table((*Case._fields, "error", "bound", "of", ""), rows), ""]
+    parts += [f"{name}: not tried, {reason}" for name, reason in facts["unavailable"].items()]
+    wrong = sum(not result["passed"] for result in facts["cases"])
+    return "\n".join([*parts, f"{len(rows)} cases, {wrong} wrong"])
 
 
 def _cases() -> Iterator[Case]:
     devices = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
     names = [name for name, (available, _) in backends().items() if available]
     for name, device, dtype in itertools.product(names, devices, DTYPES):
-        if _serves(name, device, dtype):
-            for rest in itertools.product(OPTIMIZERS, SHAPES, Side):
-                yield Case(name, device, dtype, *rest)
-
-
-def _serves(backend: str, device: str, dtype: torch.dtype) -> bool:
-    try:
-        choose_kind(backend, Kind(torch.device(device).type, dtype, dtype))
-    except ValueError:
-        return False
-    return True
+        try:
+            choose_kind(name, Kind(torch.device(device).type, dtype, dtype))
+        except ValueError:
+            continue  # not served
+        for rest in itertools.product(OPTIMIZERS, SHAPES, Side):
+            yield Case(name, device, dtype, *rest)
 
 
 def _result(case: Case) -> dict[str, Any]:
     """The relative error that comes nearest to its bound, or is furthest beyond it."""
     start = _start(case)
-    with _one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(
+        1
+    )  # on matrices this small a second one of torch only waits for the first
+    try:
         exact = _steps(case, start, "reference", torch.float64)
         plain = _steps(case, start, "reference", case.dtype)
+    finally:
+        torch.set_num_threads(threads)
     tried = _steps(case, start, case.backend, case.dtype)
     floor = torch.finfo(case.dtype).eps
-    errors = [_distance(tried[name], exact[name]) for name in COMPARED]
-    bounds = [max(2 * _distance(plain[name], exact[name]), floor) for name in COMPARED]
+    errors = {name: _distance(tried[name], exact[name]) for name in COMPARED}
+    bounds = {name: max(2 * _distance(plain[name], exact[name]), floor) for name in COMPARED}
     # A NaN is no error below a bound, so it has to be looked for.
-    shares = [
-        error / bound if error == error else float("inf")
-        for error, bound in zip(errors, bounds, strict=True)
-    ]
-    worst = shares.index(max(shares))
+    shares = {
+        name: float("inf") if math.isnan(error) else error / bounds[name]
+        for name, error in errors.items()
+    }
+    worst = max(shares, key=shares.__getitem__)
     return {
-        "backend": case.backend,
-        "device": case.device,
+        **case._asdict(),
         "dtype": str(case.dtype).removeprefix("torch."),
         "optimizer": case.optimizer.__name__,
-        "shape": case.shape,
         "side": case.side.name.lower(),
         "error": errors[worst],
         "bound": bounds[worst],
-        "worst": COMPARED[worst],
+        "worst": worst,
         "passed": shares[worst] <= 1,
     }
 
@@ -207,25 +191,3 @@ def _steps(case: Case, start: Start, backend: str, dtype: torch.dtype) -> dict[s
         optimizer.step()
     found = {"weight": param.detach(), **state}
     return {name: found[name].double().cpu() for name in COMPARED}
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """On matrices this small a second thread of torch only waits for the first."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-
-
-@contextmanager
-def _no_override() -> Iterator[None]:
-    """Without `LOWRANK_BACKEND`, which would put one backend in the place of all."""
-    value = os.environ.pop(ENVIRONMENT_VARIABLE, None)
-    try:
-        yield
-    finally:
-        if value is not None:
-            os.environ[ENVIRONMENT_VARIABLE] = value

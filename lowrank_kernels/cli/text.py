@@ -1,20 +1,32 @@
-"""Plain text for a terminal: aligned columns and amounts of memory."""
+"""What a terminal shows: aligned columns, amounts of memory, JSON, and mistakes in one line."""
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 GB = 10**9
 
 
+class UserError(Exception):
+    """What the user has to change, in one line; it ends a command with exit status 2."""
+
+
+@contextmanager
+def user_errors() -> Iterator[None]:
+    """A ValueError of the library as a `UserError`."""
+    try:
+        yield
+    except ValueError as error:
+        raise UserError(" ".join(str(error).split())) from None
+
+
 def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     """Columns that are aligned: numbers and amounts on the right, words on the left."""
-    cells = [list(header), *([str(cell) for cell in row] for row in rows)]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    numeric = [
-        all(cell[:1].isdigit() or cell[:1] == "-" for cell in column[1:])
-        for column in zip(*cells, strict=True)
-    ]
+    cells = [list(header), *(list(map(_words, row)) for row in rows)]
+    columns = list(zip(*cells, strict=True))
+    widths = [max(map(len, column)) for column in columns]
+    numeric = [all(cell[:1].isdigit() or cell[:1] == "-" for cell in c[1:]) for c in columns]
     return "\n".join(
         "  ".join(
             cell.rjust(width) if right else cell.ljust(width)
@@ -32,6 +44,13 @@ def amount(size: int) -> str:
     return f"{size} B"
 
 
-def print_json(facts: Any) -> None:
+def as_json(facts: Any) -> str:
     """JSON for programs; what it does not know is printed as text."""
-    print(json.dumps(facts, indent=2, default=str))
+    return json.dumps(facts, indent=2, default=str)
+
+
+def _words(cell: object) -> str:
+    """A shape as 3 x 4, what there is none of as -."""
+    if isinstance(cell, (list, tuple)):
+        return " x ".join(map(str, cell))
+    return "-" if cell is None else str(cell)

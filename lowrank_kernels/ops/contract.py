@@ -11,15 +11,15 @@ for its channel norms, so `rank_axis(side)` serves every channel sum.
 
 Moments are float32, or float64 for float64 weights; that dtype is the dtype of all arithmetic.
 
-An operation takes a group: lists of B matrices that are equal in shape, strides, dtypes, side and
-rank, so that a backend can serve them in one launch. What passes between the operations is stacked,
-one entry a matrix.
+An operation takes a batch: B matrices that are equal in shape, strides, dtypes, side and rank, so
+that a backend can serve them in one launch. What passes between the operations is stacked, one
+entry a matrix.
 """
 
 import enum
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -53,64 +53,20 @@ def projected_shape(shape: tuple[int, int], side: Side, rank: int) -> tuple[int,
     return (rank, shape[1]) if side is Side.LEFT else (shape[0], rank)
 
 
-class Alike(NamedTuple):
-    """Equal dense matrices, as a workspace depends on them; no tensor is needed to ask.
-
-    Attributes:
-        shape: rows and cols of W.
-        side: of the basis.
-        rank: r.
-        dtype: of W, G and P.
-        device_type: where they lie, "cpu" or "cuda".
-        matrices: how many there are; a group takes no more.
-    """
-
-    shape: tuple[int, int]
-    side: Side
-    rank: int
-    dtype: torch.dtype
-    device_type: str
-    matrices: int = 1
-
-    @property
-    def channels(self) -> int:
-        return self.shape[1 - rank_axis(self.side)]
-
-    @property
-    def depth(self) -> int:
-        return self.shape[rank_axis(self.side)]
-
-    @property
-    def numel(self) -> int:
-        return self.shape[0] * self.shape[1]
-
-
 def moment_dtype(dtype: torch.dtype) -> torch.dtype:
     """float64 for float64 weights, else float32: a bf16 V never decays at beta2 = 0.999."""
     return torch.promote_types(dtype, torch.float32)
 
 
-# A number for the whole group, or a float64 tensor on its device with one value a matrix: what a
+# A number for the whole batch, or a float64 tensor on its device with one value a matrix: what a
 # captured CUDA graph reads anew at each replay.
 Scalar = float | Tensor
+Number = TypeVar("Number", int, float)
 
 
-def scalar_of(scalar: Scalar, index: int | slice) -> Scalar:
-    """The value for one matrix of the group, or the values for some."""
+def scalar_of(scalar: Number | Tensor, index: int | slice) -> Number | Tensor:
+    """The value for one matrix of the batch, or the values for some."""
     return scalar[index] if isinstance(scalar, Tensor) else scalar
-
-
-def number(name: str, scalar: Scalar) -> float:
-    """The scalar, where only a number will do.
-
-    Raises:
-        TypeError: it is a tensor.
-    """
-    if isinstance(scalar, Tensor):
-        raise TypeError(
-            f"{name} is a tensor, which only eager calls of the reference and triton backends take"
-        )
-    return scalar
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,7 +85,7 @@ class AdamScalars:
 
 
 def adam_of(adam: AdamScalars, index: int | slice) -> AdamScalars:
-    """The scalars for one matrix of the group, or for some."""
+    """The scalars for one matrix of the batch, or for some."""
     return replace(
         adam,
         bias_correction1=scalar_of(adam.bias_correction1, index),
@@ -148,20 +104,59 @@ class Residual:
     rho: float
 
 
-class Noise(NamedTuple):
-    """What stochastic rounding of bfloat16 weights draws from: a counter, no generator's state.
+class Scalars(NamedTuple):
+    """Run-time scalars of one step.
 
-    Element (c, d) of a matrix, c its channel and d its place in the channel, is rounded away from
-    zero if the 16 bits that bfloat16 drops and the lower 16 bits of
+    Attributes:
+        adam: of operation 1.
+        scale: alpha of the papers.
+        step_size: learning rate, with the bias correction where the moments do not carry it.
+        decay: learning rate times weight decay.
+        step: the 1-based step, from which stochastic rounding draws; a tensor has one value a
+            matrix, int32.
+    """
+
+    adam: AdamScalars
+    scale: float
+    step_size: Scalar
+    decay: Scalar
+    step: int | Tensor = 0
+
+
+class Matrices(NamedTuple):
+    """The tensors of a batch at one step, a list with an entry for each matrix.
+
+    Attributes:
+        side: which side of G the bases multiply.
+        residual: Fira's form; None leaves the residual out (GaLore).
+        params: W, rows x cols; operation 3 writes it.
+        grads: G, rows x cols, real floating point, any strides.
+        bases: P, rows x r on the left, cols x r on the right.
+        exp_avgs: M, r x cols on the left, rows x r on the right; float32 or float64, contiguous;
+            operation 1 writes it.
+        exp_avg_sqs: V, as `exp_avgs`.
+        limiter_norms: 0-d, the norm that Fira's limiter stored last, 0 or -1 for none (see
+            `reference.channel_scale`); operation 2 writes it. Empty without a residual.
+        salts: rounds bfloat16 weights stochastically; None rounds to nearest.
+
+    Stochastic rounding draws from a counter, no generator's state. Element (c, d) of a matrix, c
+    its channel and d its place in the channel, is rounded away from zero if the 16 bits that
+    bfloat16 drops and the lower 16 bits of
 
         mix(mix(key + c) + d),   key = mix(salt + mix(step)),   in 32-bit unsigned arithmetic,
 
-    add up to 2^16 or more. Salts below 2^32, one a matrix, keep equal matrices apart; a tensor
-    `step` has one value a matrix, int32.
+    add up to 2^16 or more. Salts below 2^32, one a matrix, keep equal matrices apart.
     """
 
-    salts: tuple[int, ...]
-    step: int | Tensor
+    side: Side
+    residual: Residual | None
+    params: list[Tensor]
+    grads: list[Tensor]
+    bases: list[Tensor]
+    exp_avgs: list[Tensor]
+    exp_avg_sqs: list[Tensor]
+    limiter_norms: list[Tensor]
+    salts: tuple[int, ...] | None = None
 
 
 class ChannelSums(NamedTuple):
@@ -185,119 +180,109 @@ class Projection(NamedTuple):
     sums: ChannelSums | None
 
 
-def check_project_moments(
-    grads: Sequence[Tensor],
-    bases: Sequence[Tensor],
-    side: Side,
-    exp_avgs: Sequence[Tensor],
-    exp_avg_sqs: Sequence[Tensor],
-) -> None:
-    """Raises before anything is written if operation 1 cannot run on these tensors."""
-    grad, basis = _group("grad", grads, len(grads)), _group("basis", bases, len(grads))
-    exp_avg = _group("exp_avg", exp_avgs, len(grads))
-    exp_avg_sq = _group("exp_avg_sq", exp_avg_sqs, len(grads))
-    _check_matrix("grad", grad)
-    _check_matrix("basis", basis)
-    rank = basis.shape[1]
-    _check_like("basis", basis, basis_shape(_shape(grad), side, rank), None, grad.device)
-    expected = projected_shape(_shape(grad), side, rank)
-    _check_like("exp_avg", exp_avg, expected, None, grad.device)
+class Operations(Protocol):
+    """The three operations of a backend, prepared for a batch.
+
+    `matrices` may be those that they were prepared for or, later, others with gradients elsewhere
+    but of the same layout: nothing else is checked again. Notation as at the head of this file.
+    """
+
+    def project_moments(self, matrices: Matrices, adam: AdamScalars) -> Projection:
+        """Operation 1: R = P^T G or G P, the Adam moments of R in place, the direction N, and
+        Fira's channel sums if there is a residual.
+
+        Source: GaLore (arXiv 2403.03507), algorithm 2; Fira (arXiv 2410.01623), algorithm 1.
+        """
+
+    def channel_scale(self, matrices: Matrices, sums: ChannelSums) -> Tensor:
+        """Operation 2: Fira's channel factors phi', limited; no look at G or W, and the host waits
+        for nothing.
+
+        Returns:
+            B x channels, in the dtype of the sums; 0 for a channel whose gradient was not finite.
+
+        Source: Fira (arXiv 2410.01623), norm-based scaling and norm-growth limiter.
+        """
+
+    def back_project_update(
+        self,
+        matrices: Matrices,
+        projection: Projection,
+        factor: Tensor | None,
+        scalars: Scalars,
+    ) -> None:
+        """Operation 3: W <- (1 - decay) (W - step_size (back(B) + rho phi' (x) G)), with
+        B = scale N - rho kappa phi' (x) R for Fira and B = scale N, without the G term, for GaLore.
+
+        Source: the two products of Fira's update in one, W - s (alpha P N + S), S = phi' (x) (G -
+        kappa P R).
+        """
+
+
+def check_matrices(matrices: Matrices) -> None:
+    """Raises ValueError or TypeError if the operations cannot run on these tensors."""
+    count = len(matrices.params)
+    param, grad, basis, exp_avg, exp_avg_sq = (
+        _first(name, tensors, count)
+        for name, tensors in (
+            ("param", matrices.params),
+            ("grad", matrices.grads),
+            ("basis", matrices.bases),
+            ("exp_avg", matrices.exp_avgs),
+            ("exp_avg_sq", matrices.exp_avg_sqs),
+        )
+    )
+    for name, matrix in (("param", param), ("grad", grad), ("basis", basis)):
+        if matrix.dim() != 2 or not matrix.is_floating_point():
+            raise ValueError(
+                f"{name} must be a real floating-point matrix, got shape {tuple(matrix.shape)}"
+                f" and {matrix.dtype}"
+            )
+    if any(size > 1 and not step for size, step in zip(param.shape, param.stride(), strict=True)):
+        raise ValueError(f"param must not overlap itself, got strides {param.stride()}")
+    shape, rank, device = (param.shape[0], param.shape[1]), basis.shape[1], param.device
+    low = projected_shape(shape, matrices.side, rank)
+    _check_like("grad", grad, shape, grad.dtype, device)
+    _check_like("basis", basis, basis_shape(shape, matrices.side, rank), basis.dtype, device)
+    _check_like("exp_avg", exp_avg, low, exp_avg.dtype, device)
     if exp_avg.dtype not in (torch.float32, torch.float64):
         raise TypeError(f"exp_avg must be float32 or float64, got {exp_avg.dtype}")
-    _check_like("exp_avg_sq", exp_avg_sq, expected, exp_avg.dtype, grad.device)
+    _check_like("exp_avg_sq", exp_avg_sq, low, exp_avg.dtype, device)
     for name, moment in (("exp_avg", exp_avg), ("exp_avg_sq", exp_avg_sq)):
         if not moment.is_contiguous():
             raise ValueError(f"{name} must be contiguous, got strides {moment.stride()}")
-
-
-def check_channel_scale(sums: ChannelSums, limiter_norms: Sequence[Tensor]) -> None:
-    """Raises before anything is written if operation 2 cannot run on these tensors."""
-    first = sums.direction
-    if first.dim() not in (2, 3):
-        raise ValueError(f"sums.direction must have 2 or 3 dimensions, got {tuple(first.shape)}")
-    for name, value in zip(ChannelSums._fields, sums, strict=True):
-        _check_like(f"sums.{name}", value, tuple(first.shape), first.dtype, first.device)
-    limiter_norm = _group("limiter_norm", limiter_norms, first.shape[0])
-    _check_like("limiter_norm", limiter_norm, (), first.dtype, first.device)
-
-
-def check_back_project_update(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    bases: Sequence[Tensor],
-    side: Side,
-    projection: Projection,
-    residual: Residual | None,
-    factor: Tensor | None,
-    noise: Noise | None,
-) -> None:
-    """Raises before anything is written if operation 3 cannot run on these tensors."""
-    count = len(params)
-    param, grad = _group("param", params, count), _group("grad", grads, count)
-    basis = _group("basis", bases, count)
-    _check_matrix("param", param)
-    if any(
-        size > 1 and stride == 0 for size, stride in zip(param.shape, param.stride(), strict=True)
-    ):
-        raise ValueError(f"param must not overlap itself, got strides {param.stride()}")
-    _check_like("grad", grad, _shape(param), None, param.device)
-    rank = basis.shape[1]
-    _check_like("basis", basis, basis_shape(_shape(param), side, rank), None, param.device)
-    expected = (count, *projected_shape(_shape(param), side, rank))
-    dtype = projection.direction.dtype
-    _check_like("direction", projection.direction, expected, dtype, param.device)
-    _check_like("projected", projection.projected, expected, dtype, param.device)
-    if (residual is None) != (factor is None):
-        raise ValueError("residual and factor go together: give both (Fira) or neither (GaLore)")
-    if factor is not None:
-        channels = param.shape[1 - rank_axis(side)]
-        _check_like("factor", factor, (count, channels), dtype, param.device)
-    if noise is not None:
+    if matrices.residual is not None:
+        limiter_norm = _first("limiter_norm", matrices.limiter_norms, count)
+        _check_like("limiter_norm", limiter_norm, (), exp_avg.dtype, device)
+    if matrices.salts is not None:
         if param.dtype is not torch.bfloat16:
             raise TypeError(f"stochastic rounding serves bfloat16 weights, param is {param.dtype}")
-        if len(noise.salts) != count:
-            raise ValueError(f"noise must have {count} salts, got {len(noise.salts)}")
+        if len(matrices.salts) != count:
+            raise ValueError(f"salts: a batch needs {count}, got {len(matrices.salts)}")
 
 
-def _shape(matrix: Tensor) -> tuple[int, int]:
-    return (matrix.shape[0], matrix.shape[1])
-
-
-def _group(name: str, tensors: Sequence[Tensor], count: int) -> Tensor:
-    """The first of a group, after a check that the others are like it."""
+def _first(name: str, tensors: Sequence[Tensor], count: int) -> Tensor:
+    """The first of a batch, after a check that the others are like it."""
     if len(tensors) != count or not count:
-        raise ValueError(
-            f"{name}: a group needs {count or 'at least 1'} tensors, got {len(tensors)}"
-        )
+        needed = count or "at least 1"
+        raise ValueError(f"{name}: a batch needs {needed} tensors, got {len(tensors)}")
     first, *others = tensors
     for index, other in enumerate(others, start=1):
-        _check_like(f"{name} {index}", other, tuple(first.shape), first.dtype, first.device)
+        _check_like(f"{name} {index}", other, first.shape, first.dtype, first.device)
         if other.stride() != first.stride():
             raise ValueError(
-                f"{name} {index} must have the strides of the group's first, {first.stride()},"
+                f"{name} {index} must have the strides of the batch's first, {first.stride()},"
                 f" got {other.stride()}"
             )
     return first
 
 
-def _check_matrix(name: str, tensor: Tensor) -> None:
-    if tensor.dim() != 2 or not tensor.is_floating_point():
-        raise ValueError(
-            f"{name} must be a real floating-point matrix, got shape {tuple(tensor.shape)}"
-            f" and {tensor.dtype}"
-        )
-
-
 def _check_like(
-    name: str,
-    tensor: Tensor,
-    shape: tuple[int, ...],
-    dtype: torch.dtype | None,
-    device: torch.device,
+    name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
 ) -> None:
-    if tuple(tensor.shape) != shape:
-        raise ValueError(f"{name} must have shape {shape}, got {tuple(tensor.shape)}")
-    if dtype is not None and tensor.dtype is not dtype:
+    if tensor.shape != shape:
+        raise ValueError(f"{name} must have shape {tuple(shape)}, got {tuple(tensor.shape)}")
+    if tensor.dtype is not dtype:
         raise TypeError(f"{name} must be {dtype}, got {tensor.dtype}")
     if tensor.device != device:
         raise ValueError(f"{name} must be on {device}, got {tensor.device}")

@@ -5,6 +5,7 @@ import importlib
 import importlib.util
 import logging
 import os
+from collections.abc import Callable
 from types import ModuleType
 from typing import NamedTuple
 
@@ -15,7 +16,7 @@ from . import native
 
 logger = logging.getLogger("lowrank_kernels")
 
-BACKENDS = ("reference", "native", "triton")
+BACKENDS = ("reference", "foreach", "native", "triton")
 REQUESTS = ("auto", *BACKENDS)
 ENVIRONMENT_VARIABLE = "LOWRANK_BACKEND"
 
@@ -108,12 +109,13 @@ def choose_kind(request: str, kind: Kind) -> Choice:
     """As `choose`, for a kind of matrix."""
     if request == "auto":
         choice = _choose_automatically(kind)
+    elif obstacle := _OBSTACLES[request](kind):
+        raise ValueError(f"backend={request!r}: {obstacle}; backend='auto' picks one that can")
     else:
-        obstacle = _OBSTACLES[request](kind)
-        if obstacle:
-            raise ValueError(f"backend={request!r}: {obstacle}; backend='auto' picks one that can")
         choice = Choice(request, "asked for by name")
-    level = logging.WARNING if choice.backend == "reference" != request else logging.INFO
+    # On a CPU the others are slower than the compiled passes, and nobody asked for them.
+    slow = choice.backend == "reference" or (choice.backend, kind.device_type) == ("foreach", "cpu")
+    level = logging.WARNING if slow and request == "auto" else logging.INFO
     name = f"{kind.device_type} {_short(kind.param)} weights, {_short(kind.grad)} gradients"
     logger.log(level, "%s: %s backend (%s)", name, *choice)
     return choice
@@ -126,16 +128,13 @@ def load(backend: str) -> ModuleType:
 
 
 def _choose_automatically(kind: Kind) -> Choice:
+    if torch.float64 in (kind.param, kind.grad):
+        return Choice("reference", "float64 is left to the specification")
     if kind.device_type == "cuda":
-        return Choice("reference", "no kernel has been measured on a GPU yet; name one to use it")
-    obstacle = _native_obstacle(kind)
-    if obstacle:
-        return Choice("reference", obstacle)
+        return Choice("foreach", "no kernel has been measured on a GPU yet; name one to use it")
+    if obstacle := _native_obstacle(kind):
+        return Choice("foreach", obstacle)
     return Choice("native", "compiled CPU passes")
-
-
-def _reference_status() -> tuple[bool, str]:
-    return True, "plain torch, any device and dtype"
 
 
 def _native_status() -> tuple[bool, str]:
@@ -160,30 +159,7 @@ def _triton_status() -> tuple[bool, str]:
     return True, "fused kernels"
 
 
-@functools.cache
-def _triton_is_installed() -> bool:
-    return importlib.util.find_spec("triton") is not None
-
-
-@functools.cache
-def _triton_version() -> tuple[int, ...]:
-    version: str = importlib.import_module("triton").__version__
-    return tuple(int(part) for part in version.split(".")[:2])
-
-
-_STATUS = {
-    "reference": _reference_status,
-    "native": _native_status,
-    "triton": _triton_status,
-}
-
-
-def _no_obstacle(kind: Kind) -> str | None:
-    return None
-
-
 def _native_obstacle(kind: Kind) -> str | None:
-    """Why the native backend does not serve these tensors, or None."""
     available, reason = _native_status()
     if not available:
         return reason
@@ -197,7 +173,6 @@ def _native_obstacle(kind: Kind) -> str | None:
 
 
 def _triton_obstacle(kind: Kind) -> str | None:
-    """Why the Triton backend does not serve these tensors, or None."""
     available, reason = _triton_status()
     if not available:
         return reason
@@ -215,11 +190,32 @@ def _dtype_obstacle(backend: str, dtypes: tuple[torch.dtype, ...], kind: Kind) -
     return None
 
 
-_OBSTACLES = {
-    "reference": _no_obstacle,
+# Whether a backend can run in this installation, and the reason.
+_STATUS: dict[str, Callable[[], tuple[bool, str]]] = {
+    "reference": lambda: (True, "plain torch, any device and dtype"),
+    "foreach": lambda: (True, "torch's batched operations, any device"),
+    "native": _native_status,
+    "triton": _triton_status,
+}
+
+# Why a backend does not serve a kind of matrices, or None.
+_OBSTACLES: dict[str, Callable[[Kind], str | None]] = {
+    "reference": lambda _: None,
+    "foreach": lambda _: None,
     "native": _native_obstacle,
     "triton": _triton_obstacle,
 }
+
+
+@functools.cache
+def _triton_is_installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+@functools.cache
+def _triton_version() -> tuple[int, ...]:
+    version: str = importlib.import_module("triton").__version__
+    return tuple(int(part) for part in version.split(".")[:2])
 
 
 def _interpreted() -> bool:

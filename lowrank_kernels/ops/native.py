@@ -7,7 +7,8 @@ rounded once, and nothing of W's size is allocated.
 
 import importlib.util
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -17,17 +18,17 @@ from torch.autograd.graph import increment_version
 from .contract import (
     MAX_KAPPA_HALF_PRECISION,
     AdamScalars,
-    Alike,
     ChannelSums,
-    Noise,
+    Matrices,
     Projection,
     Residual,
     Scalar,
+    Scalars,
     Side,
-    number,
-    projected_shape,
     rank_axis,
 )
+from .dry import device_type
+from .products import factors, is_dense, product_dtype, project, rows_are_dense
 
 import_error: str | None = None
 try:
@@ -38,16 +39,20 @@ except ImportError as error:
     if importlib.util.find_spec("lowrank_kernels._native") is None:
         import_error = "it was not built, as with LOWRANK_NATIVE=off"
 
-# A tile, like a group, holds at most this many elements: its product stays in the last cache. Its
-# rows are whole, which the passes like best, unless that left fewer than TILE_ROWS of them: too few
-# for the products to run at full speed. The numbers for CUDA were not measured.
-TILE_ELEMENTS = {"cpu": 2**20, "cuda": 2**23}
-TILE_ROWS = {"cpu": 512, "cuda": 4096}
+# A batch holds at most this many elements of W. The number for CUDA was not measured.
+BATCH_ELEMENTS = {"cpu": 2**20, "cuda": 2**23}
+
+# A tile's product stays in the cache of the cores. Its rows are whole, which the passes like best,
+# unless that left fewer than TILE_ROWS of them: too few for the products to run at full speed. The
+# numbers for CUDA were not measured.
+TILE_ELEMENTS = {"cpu": 2**18, "cuda": 2**23}
+TILE_ROWS = {"cpu": 128, "cuda": 4096}
 
 # Rows of products start at cache lines: odd strides cost MKL a third of its speed, and its bits may
 # depend on alignment, which must not differ with the group.
 ALIGNED_ELEMENTS = 32
 
+_TRANSPOSED = attrgetter("T")
 _CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
@@ -56,408 +61,356 @@ def build_info() -> dict[str, Any]:
     return _native.build_info() if import_error is None else {}
 
 
-def group_size(param: Tensor, grad: Tensor, rank: int) -> int:
-    """Matrices a group: as many as a tile holds."""
-    return _group_size(param.device.type, param.numel())
+class _NoPasses:
+    """In the place of the compiled passes on the meta device, where only allocations count."""
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        return lambda **_: None
 
 
-def workspace_bytes(alike: Alike, residual: Residual | None) -> int:
-    """Bytes of temporaries at the peak.
-
-    project   N, R and the sums; the products of half precision or unaligned rows, or a block
-    update    N, R, the sums and phi'; B, and of Fira a tile
-    """
-    count = min(alike.matrices, _group_size(alike.device_type, alike.numel))
-    product_dtype = _product_dtype(alike.dtype, alike.device_type)
-    low_rows, low_cols = projected_shape(alike.shape, alike.side, alike.rank)
-    aligned = count * low_rows * _aligned(low_cols)
-    low = 2 * 4 * count * low_rows * low_cols
-    channels = 4 * count * alike.channels
-    widened_basis = 4 * alike.rank * alike.depth * (alike.dtype.itemsize < 4)
-
-    half = alike.dtype.itemsize < 4
-    in_blocks = residual is not None and half and residual.kappa > MAX_KAPPA_HALF_PRECISION
-    if in_blocks or product_dtype is not alike.dtype:
-        at_once = _channels_at_once(alike.device_type, alike.depth)
-        products = widened_basis + 4 * alike.depth * min(alike.channels, at_once)
-    elif half or low_cols % ALIGNED_ELEMENTS:
-        products = aligned * alike.dtype.itemsize
-    else:
-        products = 0
-    project = low + 3 * channels + products
-
-    size = product_dtype.itemsize
-    update = low + aligned * size
-    if product_dtype is not alike.dtype:
-        update += count * widened_basis
-    if residual is not None:
-        update += 4 * channels
-    if residual is not None or product_dtype is not alike.dtype:
-        at_once, tile_rows, tile_cols = _tile_shape(count, *alike.shape, alike.device_type)
-        update += at_once * tile_rows * _aligned(tile_cols) * size
-    return max(project, update)
+def batch_size(param: Tensor, grad: Tensor, rank: int) -> int:
+    """Matrices a batch: as many as a cache holds."""
+    return max(1, BATCH_ELEMENTS[device_type(param)] // max(1, param.numel()))
 
 
-def project_moments(
-    grads: Sequence[Tensor],
-    bases: Sequence[Tensor],
-    side: Side,
-    exp_avgs: Sequence[Tensor],
-    exp_avg_sqs: Sequence[Tensor],
-    adam: AdamScalars,
-    residual: Residual | None,
-) -> Projection:
-    """As `reference.project_moments`.
+class Operations:
+    """See `contract.Operations`; addresses of weights and moments are taken once.
 
     Raises:
-        TypeError: a scalar is a tensor or the moments are not float32; nothing was written.
+        TypeError: the moments are not float32.
     """
-    grad, moment = grads[0], exp_avgs[0]
-    _check_float32("exp_avg", moment)
-    correction1 = number("bias_correction1", adam.bias_correction1)
-    correction2 = number("bias_correction2", adam.bias_correction2)
-    count, (rows, cols) = len(grads), moment.shape
-    projected = moment.new_empty(count, rows, cols)
-    direction = torch.empty_like(projected)
-    sums = ChannelSums(*moment.new_empty(3, count, moment.shape[1 - rank_axis(side)]))
 
-    addressable = _rows_are_dense(grad) or _rows_are_dense(grad.T)
-    half = grad.dtype.itemsize < 4 or bases[0].dtype.itemsize < 4
-    products, kappa = projected, None
-    if residual is not None and (
-        not addressable or (half and residual.kappa > MAX_KAPPA_HALF_PRECISION)
-    ):
-        kappa = residual.kappa
-    if (
-        kappa is not None
-        or not addressable
-        or _product_dtype(grad.dtype, grad.device.type) is not grad.dtype
-    ):
-        for matrix, basis, *outputs in zip(grads, bases, projected, sums.residual, strict=True):
-            _project_in_blocks(matrix, basis, side, kappa, *outputs)
-    else:
-        if grad.dtype is not torch.float32 or cols % ALIGNED_ELEMENTS:
-            products = _aligned_empty(count, rows, cols, grad.dtype, grad.device)
-        for matrix, basis, product in zip(grads, bases, products, strict=True):
-            _project(matrix, basis.to(matrix.dtype), side, product)
+    def __init__(self, matrices: Matrices) -> None:
+        side, residual = matrices.side, matrices.residual
+        param, grad, moment = matrices.params[0], matrices.grads[0], matrices.exp_avgs[0]
+        if moment.dtype is not torch.float32:
+            raise TypeError(f"the native backend keeps float32 state, exp_avg is {moment.dtype}")
+        self._passes: Any = _NoPasses() if param.is_meta else _native
+        self._device, device = param.device, device_type(param)
+        self._channels_are_rows = side is Side.RIGHT
+        self._low_shape = (len(matrices.params), *moment.shape)
+        self._exp_avgs = _addresses(matrices.exp_avgs)
+        self._exp_avg_sqs = _addresses(matrices.exp_avg_sqs)
+        self._limiter_norms = _addresses(matrices.limiter_norms)
 
-    _native.adam_moments(
-        product=_matrices(products),
-        projected=_addresses(projected),
-        exp_avg=_addresses(exp_avgs),
-        exp_avg_sq=_addresses(exp_avg_sqs),
-        direction=_addresses(direction),
-        direction_sq=_addresses(sums.direction),
-        projected_sq=_addresses(sums.projected),
-        rows=rows,
-        cols=cols,
-        channels_are_rows=side is Side.RIGHT,
-        beta1=adam.beta1,
-        beta2=adam.beta2,
-        eps=adam.eps,
-        bias_correction1=correction1,
-        bias_correction2=correction2,
-        **_place(grad),
-    )
-    if residual is None:
-        return Projection(direction, projected, None)
-    if kappa is None:
-        _residual_sums(grads, side, sums.residual, sums.projected, residual.kappa)
-    return Projection(direction, projected, sums)
-
-
-def channel_scale(sums: ChannelSums, limiter_norms: Sequence[Tensor]) -> Tensor:
-    """As `reference.channel_scale`.
-
-    Raises:
-        TypeError: the sums are not float32; nothing was written.
-    """
-    _check_float32("sums", sums.direction)
-    dense = ChannelSums(*((x.sum(1) if x.dim() == 3 else x).contiguous() for x in sums))
-    factor = torch.empty_like(dense.direction)
-    _native.channel_scale(
-        direction_sq=_addresses(dense.direction),
-        projected_sq=_addresses(dense.projected),
-        residual_sq=_addresses(dense.residual),
-        limiter_norm=_addresses(limiter_norms),
-        factor=_addresses(factor),
-        channels=factor.shape[1],
-        **_place(factor),
-    )
-    return factor
-
-
-def back_project_update(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    bases: Sequence[Tensor],
-    side: Side,
-    projection: Projection,
-    residual: Residual | None,
-    factor: Tensor | None,
-    *,
-    scale: float,
-    step_size: Scalar,
-    decay: Scalar,
-    noise: Noise | None,
-) -> None:
-    """As `reference.back_project_update`; W is rounded once.
-
-    Raises:
-        TypeError: a scalar is a tensor or the projection is not float32; nothing was written.
-    """
-    _check_float32("projection", projection.direction)
-    step_size, decay = number("step_size", step_size), number("decay", decay)
-    salts, step = (None, 0) if noise is None else (noise.salts, noise.step)
-    if isinstance(step, Tensor):
-        raise TypeError("noise.step is a tensor, which the native backend does not take")
-    rho = residual.rho if residual is not None else 0.0
-    kappa = residual.kappa if residual is not None else 0.0
-    product_dtype = _product_dtype(params[0].dtype, params[0].device.type)
-    low = _combined(projection, factor, side, scale, rho * kappa, product_dtype)
-    bases = [basis.to(low.dtype) for basis in bases]
-    if side is Side.LEFT:
-        products = list(zip(bases, low, strict=True))
-    else:
-        products = [(low_one, basis.T) for low_one, basis in zip(low, bases, strict=True)]
-
-    addressable = _rows_are_dense(params[0]) or _rows_are_dense(params[0].T)
-    if factor is None and noise is None and addressable and low.dtype is params[0].dtype:
-        # Of GaLore's update nothing is left but a product, which BLAS adds to W as it goes.
-        for param, (left, right) in zip(params, products, strict=True):
-            param.addmm_(left, right, beta=1 - decay, alpha=-(1 - decay) * step_size)
-        return
-
-    _update_in_tiles(
-        params,
-        grads,
-        products,
-        side is Side.RIGHT,
-        None if factor is None else factor.contiguous(),
-        step_size=step_size,
-        decay=decay,
-        rho=rho,
-        salts=salts,
-        step=step,
-    )
-    for param in params:
-        if not param.is_inference():
-            increment_version(param)
-
-
-def _update_in_tiles(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    products: Sequence[tuple[Tensor, Tensor]],
-    channels_are_rows: bool,
-    factor: Tensor | None,
-    *,
-    step_size: float,
-    decay: float,
-    rho: float,
-    salts: tuple[int, ...] | None,
-    step: int,
-) -> None:
-    """A tile of a few matrices at a time: their products into a buffer, then one pass over W."""
-    # The passes walk along rows: a W whose columns are dense is updated as its transpose.
-    if not _rows_are_dense(params[0]) and _rows_are_dense(params[0].T):
-        channels_are_rows = not channels_are_rows
-        params, grads = [param.T for param in params], [grad.T for grad in grads]
-        products = [(right.T, left.T) for left, right in products]
-    (rows, cols), (device, dtype) = params[0].shape, (params[0].device, products[0][0].dtype)
-    at_once, tile_rows, tile_cols = _tile_shape(len(params), rows, cols, device.type)
-    buffer = _aligned_empty(at_once, tile_rows, tile_cols, dtype, device)
-    tiles = itertools.product(
-        range(0, len(params), at_once), range(0, rows, tile_rows), range(0, cols, tile_cols)
-    )
-    for first, row, col in tiles:
-        some = slice(first, first + at_once)
-        part = slice(row, row + tile_rows), slice(col, col + tile_cols)
-        targets = [param[part] for param in params[some]]
-        tile = _dense_rows(targets)
-        height, width = tile[0].shape
-        product = buffer[: len(tile), :height, :width]
-        for out, (left, right) in zip(product, products[some], strict=True):
-            torch.mm(left[part[0]], right[:, part[1]], out=out)
-        grad_tile = phi = None
-        if factor is not None:
-            grad_tile = _dense_rows([grad[part] for grad in grads[some]])
-            phi = factor[some, part[0] if channels_are_rows else part[1]]
-        _native.update(
-            param=_matrices(tile),
-            product=_matrices(product),
-            grad=None if grad_tile is None else _matrices(grad_tile),
-            factor=None if phi is None else _addresses(phi),
-            rows=height,
-            cols=width,
-            channels_are_rows=channels_are_rows,
-            step_size=step_size,
-            decay=decay,
-            rho=rho,
-            salts=None if salts is None else salts[some],
-            step=step,
-            first_row=row,
-            first_col=col,
-            **_place(product),
+        dense = is_dense(grad)
+        half = grad.dtype.itemsize < 4 or matrices.bases[0].dtype.itemsize < 4
+        self._forms_residual = residual is not None and (
+            not dense or (half and residual.kappa > MAX_KAPPA_HALF_PRECISION)
         )
-        if tile is not targets:
-            torch._foreach_copy_(targets, tile)
+        converts = product_dtype(grad.dtype, device) is not grad.dtype
+        self._projects_in_blocks = self._forms_residual or converts or not dense
+        self._block_elements = BATCH_ELEMENTS[device]
+        aligned = grad.dtype is torch.float32 and moment.shape[1] % ALIGNED_ELEMENTS == 0
+        self._product_of: torch.dtype | None = None if aligned else grad.dtype
+
+        self._grads_turned = not rows_are_dense(grad)
+        # The passes walk along rows: a W whose columns are dense is updated as its transpose.
+        self._turned = not rows_are_dense(param) and rows_are_dense(param.T)
+        target, source = (param.T, grad.T) if self._turned else (param, grad)
+        self._copies_params = not rows_are_dense(target)
+        self._copies_grads = not rows_are_dense(source)
+        self._product_dtype = product_dtype(param.dtype, device)
+        self._is_one_product = (
+            residual is None
+            and matrices.salts is None
+            and not self._copies_params
+            and self._product_dtype is param.dtype
+        )
+        self._counts_versions = not param.is_inference()
+        count, rows, cols = len(matrices.params), target.shape[0], target.shape[1]
+        tile = _tile_shape(count, rows, cols, device)
+        self._parts = _parts(count, rows, cols, tile)
+        self._tile, self._aligned = _aligned(*tile), _aligned(*self._low_shape)
+
+    def project_moments(self, matrices: Matrices, adam: AdamScalars) -> Projection:
+        correction1, correction2 = _numbers(
+            bias_correction1=adam.bias_correction1, bias_correction2=adam.bias_correction2
+        )
+        residual = matrices.residual
+        count, rows, cols = self._low_shape
+        projected = matrices.exp_avgs[0].new_empty(self._low_shape)
+        direction = torch.empty_like(projected)
+        sums = None
+        if residual is not None:
+            sums = ChannelSums(*projected.new_empty(3, count, (cols, rows)[matrices.side]))
+        products = self._projected(matrices, projected, sums)
+        self._passes.adam_moments(
+            product=_arguments(products),
+            projected=_addresses(projected),
+            exp_avg=self._exp_avgs,
+            exp_avg_sq=self._exp_avg_sqs,
+            direction=_addresses(direction),
+            direction_sq=None if sums is None else _addresses(sums.direction),
+            projected_sq=None if sums is None else _addresses(sums.projected),
+            rows=rows,
+            cols=cols,
+            channels_are_rows=self._channels_are_rows,
+            beta1=adam.beta1,
+            beta2=adam.beta2,
+            eps=adam.eps,
+            bias_correction1=correction1,
+            bias_correction2=correction2,
+            **self._place(),
+        )
+        if residual is not None and sums is not None and not self._forms_residual:
+            grads, turned = matrices.grads, self._grads_turned
+            if turned:
+                grads = list(map(_TRANSPOSED, grads))
+            own = (sums.residual, sums.projected, residual.kappa)
+            self._residual_sums(grads, self._channels_are_rows is not turned, *own)
+        return Projection(direction, projected, sums)
+
+    def _projected(self, matrices: Matrices, projected: Tensor, sums: ChannelSums | None) -> Tensor:
+        """R of each matrix: in `projected`, or as rows of the gradients' dtype at cache lines."""
+        pairs = zip(matrices.grads, matrices.bases, strict=True)
+        if self._projects_in_blocks:
+            residual = matrices.residual if self._forms_residual else None
+            for index, (grad, basis) in enumerate(pairs):
+                outside = None if sums is None else sums.residual[index]
+                own = (residual, projected[index], outside)
+                self._project_in_blocks(grad, basis, matrices.side, *own)
+            return projected
+        products = projected
+        if self._product_of is not None:
+            products = torch.empty_strided(
+                *self._aligned, dtype=self._product_of, device=self._device
+            )
+        for (grad, basis), product in zip(pairs, products.unbind(), strict=True):
+            # The call alone costs a microsecond where there is nothing to convert.
+            basis = basis if basis.dtype is grad.dtype else basis.to(grad.dtype)
+            if matrices.side is Side.LEFT:
+                torch.mm(basis.T, grad, out=product)
+            else:
+                torch.mm(grad, basis, out=product)
+        return products
+
+    def channel_scale(self, matrices: Matrices, sums: ChannelSums) -> Tensor:
+        factor = torch.empty_like(sums.direction)
+        self._passes.channel_scale(
+            direction_sq=_addresses(sums.direction),
+            projected_sq=_addresses(sums.projected),
+            residual_sq=_addresses(sums.residual),
+            limiter_norm=self._limiter_norms,
+            factor=_addresses(factor),
+            channels=factor.shape[1],
+            **self._place(),
+        )
+        return factor
+
+    def back_project_update(
+        self,
+        matrices: Matrices,
+        projection: Projection,
+        factor: Tensor | None,
+        scalars: Scalars,
+    ) -> None:
+        step_size, decay, step = _numbers(
+            step_size=scalars.step_size, decay=scalars.decay, step=scalars.step
+        )
+        low, bases = self._combined(matrices, projection, factor, scalars.scale), matrices.bases
+        if bases[0].dtype is not low.dtype:
+            bases = [basis.to(low.dtype) for basis in bases]
+        if matrices.side is Side.LEFT:
+            lefts, rights = bases, list(low.unbind())
+        else:
+            lefts, rights = list(low.unbind()), list(map(_TRANSPOSED, bases))
+        if self._is_one_product:
+            # Of GaLore's update nothing is left but a product, which BLAS adds to W as it goes.
+            for param, left, right in zip(matrices.params, lefts, rights, strict=True):
+                param.addmm_(left, right, beta=1 - decay, alpha=-(1 - decay) * step_size)
+            return
+        if self._turned:
+            lefts, rights = list(map(_TRANSPOSED, rights)), list(map(_TRANSPOSED, lefts))
+        self._update_in_tiles(matrices, lefts, rights, factor, step_size, decay, int(step))
+        if self._counts_versions:
+            increment_version(matrices.params)
+
+    def _combined(
+        self, matrices: Matrices, projection: Projection, factor: Tensor | None, scale: float
+    ) -> Tensor:
+        """B = scale N - rho kappa phi' (x) R of each matrix, ready for the product."""
+        residual = matrices.residual
+        combined = torch.empty_strided(
+            *self._aligned, dtype=self._product_dtype, device=self._device
+        )
+        self._passes.combine(
+            direction=_addresses(projection.direction),
+            projected=_addresses(projection.projected),
+            factor=None if factor is None else _addresses(factor),
+            combined=_arguments(combined),
+            rows=self._low_shape[1],
+            cols=self._low_shape[2],
+            channels_are_rows=self._channels_are_rows,
+            scale=scale,
+            rho_kappa=0.0 if residual is None else residual.rho * residual.kappa,
+            **self._place(),
+        )
+        return combined
+
+    def _update_in_tiles(
+        self,
+        matrices: Matrices,
+        lefts: list[Tensor],
+        rights: list[Tensor],
+        factor: Tensor | None,
+        step_size: float,
+        decay: float,
+        step: int,
+    ) -> None:
+        """A tile of a few matrices at a time: their products into a buffer, then a pass over W."""
+        params, grads, salts = matrices.params, matrices.grads, matrices.salts
+        channels_are_rows = self._channels_are_rows is not self._turned
+        if self._turned:
+            params, grads = list(map(_TRANSPOSED, params)), list(map(_TRANSPOSED, grads))
+        buffer = torch.empty_strided(*self._tile, dtype=self._product_dtype, device=self._device)
+        for some, height, width, part in self._parts:
+            targets, sources, left, right = params[some], grads[some], lefts[some], rights[some]
+            product, phi = buffer[: len(targets)], None if factor is None else factor[some]
+            if part is not None:
+                rows, cols = part
+                targets = [target[part] for target in targets]
+                sources = [source[part] for source in sources]
+                left, right = [one[rows] for one in left], [one[:, cols] for one in right]
+                product = product[:, :height, :width]
+                phi = None if phi is None else phi[:, rows if channels_are_rows else cols]
+            for one in zip(left, right, product.unbind(), strict=True):
+                torch.mm(*one[:2], out=one[2])
+            tile = [target.contiguous() for target in targets] if self._copies_params else targets
+            if phi is not None and self._copies_grads:
+                sources = [source.contiguous() for source in sources]
+            self._passes.update(
+                param=_arguments(tile),
+                product=_arguments(product),
+                grad=None if phi is None else _arguments(sources),
+                factor=None if phi is None else _addresses(phi),
+                rows=height,
+                cols=width,
+                channels_are_rows=channels_are_rows,
+                step_size=step_size,
+                decay=decay,
+                rho=0.0 if matrices.residual is None else matrices.residual.rho,
+                salts=None if salts is None else salts[some],
+                step=step,
+                first_row=0 if part is None else part[0].start,
+                first_col=0 if part is None else part[1].start,
+                **self._place(),
+            )
+            if tile is not targets:
+                torch._foreach_copy_(targets, tile)
+
+    def _project_in_blocks(
+        self,
+        grad: Tensor,
+        basis: Tensor,
+        side: Side,
+        residual: Residual | None,
+        projected: Tensor,
+        residual_sq: Tensor | None,
+    ) -> None:
+        """R in float32 of any gradient, a few channels at a time; |e|^2, literally, if asked."""
+        basis, axis = basis.float(), 1 - rank_axis(side)
+        channels = grad.shape[axis]
+        at_once = max(1, self._block_elements // max(1, grad.shape[1 - axis]))
+        shape = list(grad.shape)
+        shape[axis] = min(channels, at_once)
+        buffer = grad.new_empty(shape, dtype=torch.float32)
+        for first in range(0, channels, at_once):
+            size = min(at_once, channels - first)
+            block = buffer.narrow(axis, 0, size)
+            block.copy_(grad.narrow(axis, first, size))
+            low = projected.narrow(axis, first, size)
+            project(block, basis, side, low)
+            if residual is not None and residual_sq is not None:
+                block.addmm_(*factors(low, basis, side), alpha=-residual.kappa)
+                own = residual_sq[None, first : first + size]
+                self._residual_sums([block], self._channels_are_rows, own)
+
+    def _place(self) -> dict[str, int]:
+        """Where a pass runs: torch's threads, or the current stream of the batch's device."""
+        place = {"threads": torch.get_num_threads()}
+        if self._device.type == "cuda":
+            stream = torch.cuda.current_stream(self._device).cuda_stream
+            place.update(device=self._device.index, stream=stream)
+        return place
+
+    def _residual_sums(
+        self,
+        grads: list[Tensor],
+        channels_are_rows: bool,
+        residual_sq: Tensor,
+        projected_sq: Tensor | None = None,
+        kappa: float = 0.0,
+    ) -> None:
+        """|g|^2 of each channel, less what R holds of it, by the identity of `ChannelSums`."""
+        rows, cols = grads[0].shape
+        self._passes.residual_sums(
+            matrix=_arguments(grads),
+            residual_sq=_addresses(residual_sq),
+            projected_sq=None if projected_sq is None else _addresses(projected_sq),
+            rows=rows,
+            cols=cols,
+            channels_are_rows=channels_are_rows,
+            kappa=kappa,
+            **self._place(),
+        )
 
 
-def _group_size(device_type: str, elements: int) -> int:
-    return max(1, TILE_ELEMENTS[device_type] // max(1, elements))
+def _numbers(**scalars: Scalar) -> list[float]:
+    """The scalars.
 
-
-def _channels_at_once(device_type: str, depth: int) -> int:
-    return max(1, TILE_ELEMENTS[device_type] // max(1, depth))
+    Raises:
+        TypeError: one is a tensor.
+    """
+    numbers: list[float] = []
+    for name, scalar in scalars.items():
+        if isinstance(scalar, Tensor):
+            raise TypeError(f"{name} is a tensor, which the native backend does not take")
+        numbers.append(scalar)
+    return numbers
 
 
 def _tile_shape(count: int, rows: int, cols: int, device_type: str) -> tuple[int, int, int]:
     """Matrices, rows and cols of a tile."""
     elements = TILE_ELEMENTS[device_type]
-    tile_rows = max(1, min(rows, max(TILE_ROWS[device_type], elements // max(1, cols))))
+    tile_rows = max(TILE_ROWS[device_type], elements // max(1, cols))
+    tile_rows = max(1, min(rows, tile_rows // ALIGNED_ELEMENTS * ALIGNED_ELEMENTS))
     tile_cols = max(1, min(cols, elements // tile_rows // ALIGNED_ELEMENTS * ALIGNED_ELEMENTS))
     return min(count, max(1, elements // (tile_rows * tile_cols))), tile_rows, tile_cols
 
 
-def _product_dtype(dtype: torch.dtype, device_type: str) -> torch.dtype:
-    """Of the products with a gradient or for a weight: CPUs hardly have any in float16."""
-    return torch.float32 if dtype is torch.float16 and device_type == "cpu" else dtype
+def _parts(
+    count: int, rows: int, cols: int, tile: tuple[int, int, int]
+) -> list[tuple[slice, int, int, tuple[slice, slice] | None]]:
+    """Of a batch, tile by tile: which matrices, rows and cols of the tile, and where it lies in
+    them; None for all of them.
+    """
+    at_once, tile_rows, tile_cols = tile
+    starts = (range(0, size, step) for size, step in zip((count, rows, cols), tile, strict=True))
+    parts = []
+    for first, row, col in itertools.product(*starts):
+        height, width = min(tile_rows, rows - row), min(tile_cols, cols - col)
+        part = (slice(row, row + height), slice(col, col + width))
+        whole = (height, width) == (rows, cols)
+        parts.append((slice(first, first + at_once), height, width, None if whole else part))
+    return parts
 
 
-def _project(grad: Tensor, basis: Tensor, side: Side, projected: Tensor) -> None:
-    if side is Side.LEFT:
-        torch.mm(basis.T, grad, out=projected)
-    else:
-        torch.mm(grad, basis, out=projected)
+def _aligned(count: int, rows: int, cols: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Shape and strides of stacked matrices whose rows start at cache lines."""
+    stride = -(-cols // ALIGNED_ELEMENTS) * ALIGNED_ELEMENTS
+    return (count, rows, cols), (rows * stride, stride, 1)
 
 
-def _project_in_blocks(
-    grad: Tensor,
-    basis: Tensor,
-    side: Side,
-    kappa: float | None,
-    projected: Tensor,
-    residual_sq: Tensor,
-) -> None:
-    """R in float32 of any gradient, a few channels at a time; with kappa also |e|^2, literally."""
-    basis, axis = basis.float(), 1 - rank_axis(side)
-    channels = grad.shape[axis]
-    at_once = _channels_at_once(grad.device.type, grad.shape[1 - axis])
-    shape = list(grad.shape)
-    shape[axis] = min(channels, at_once)
-    buffer = grad.new_empty(shape, dtype=torch.float32)
-    for first in range(0, channels, at_once):
-        size = min(at_once, channels - first)
-        block = buffer.narrow(axis, 0, size)
-        block.copy_(grad.narrow(axis, first, size))
-        low = projected.narrow(axis, first, size)
-        _project(block, basis, side, low)
-        if kappa is not None:
-            left, right = (basis, low) if side is Side.LEFT else (low, basis.T)
-            block.addmm_(left, right, alpha=-kappa)
-            _residual_sums([block], side, residual_sq[None, first : first + size], None, 0.0)
+def _addresses(tensors: list[Tensor] | Tensor) -> list[int]:
+    """Of each matrix; of stacked ones too, which to take apart costs microseconds a matrix."""
+    if isinstance(tensors, list):
+        return list(map(Tensor.data_ptr, tensors))
+    first, step = tensors.data_ptr(), tensors.stride(0) * tensors.itemsize or 1
+    return list(range(first, first + step * len(tensors), step))
 
 
-def _residual_sums(
-    matrices: Sequence[Tensor],
-    side: Side,
-    residual_sq: Tensor,
-    projected_sq: Tensor | None,
-    kappa: float,
-) -> None:
-    """|g|^2 of each channel, less what R holds of it, by the identity of `ChannelSums`."""
-    channels_are_rows = side is Side.RIGHT
-    if not _rows_are_dense(matrices[0]):
-        matrices = [matrix.T for matrix in matrices]
-        channels_are_rows = not channels_are_rows
-    rows, cols = matrices[0].shape
-    _native.residual_sums(
-        matrix=_matrices(matrices),
-        residual_sq=_addresses(residual_sq),
-        projected_sq=None if projected_sq is None else _addresses(projected_sq),
-        rows=rows,
-        cols=cols,
-        channels_are_rows=channels_are_rows,
-        kappa=kappa,
-        **_place(residual_sq),
-    )
-
-
-def _combined(
-    projection: Projection,
-    factor: Tensor | None,
-    side: Side,
-    scale: float,
-    rho_kappa: float,
-    dtype: torch.dtype,
-) -> Tensor:
-    """B = scale N - rho kappa phi' (x) R of each matrix, ready for the product."""
-    direction, projected = projection.direction.contiguous(), projection.projected.contiguous()
-    factor = None if factor is None else factor.contiguous()
-    count, rows, cols = direction.shape
-    combined = _aligned_empty(count, rows, cols, dtype, direction.device)
-    _native.combine(
-        direction=_addresses(direction),
-        projected=_addresses(projected),
-        factor=None if factor is None else _addresses(factor),
-        combined=_matrices(combined),
-        rows=rows,
-        cols=cols,
-        channels_are_rows=side is Side.RIGHT,
-        scale=scale,
-        rho_kappa=rho_kappa,
-        **_place(direction),
-    )
-    return combined
-
-
-def _aligned_empty(
-    count: int, rows: int, cols: int, dtype: torch.dtype, device: torch.device
-) -> Tensor:
-    """count x rows x cols; each row starts at a cache line."""
-    stride = _aligned(cols)
-    whole = torch.empty(count, rows, stride, dtype=dtype, device=device)
-    return whole if stride == cols else whole[:, :, :cols]
-
-
-def _aligned(cols: int) -> int:
-    return -(-cols // ALIGNED_ELEMENTS) * ALIGNED_ELEMENTS
-
-
-def _rows_are_dense(matrix: Tensor) -> bool:
-    """A pass can walk along its rows: elements of one are adjacent, and rows do not overlap."""
-    (rows, cols), (row_stride, col_stride) = matrix.shape, matrix.stride()
-    return (col_stride == 1 or cols <= 1) and (row_stride >= cols or rows <= 1)
-
-
-def _dense_rows(tiles: list[Tensor]) -> list[Tensor]:
-    """The tiles, or copies that a pass can walk along."""
-    return tiles if _rows_are_dense(tiles[0]) else [tile.contiguous() for tile in tiles]
-
-
-def _addresses(tensors: Sequence[Tensor] | Tensor) -> list[int]:
-    if isinstance(tensors, Tensor):
-        # Stacked: to take such a tensor apart costs microseconds a matrix.
-        first, step = tensors.data_ptr(), tensors.stride(0) * tensors.itemsize
-        return [first + index * step for index in range(tensors.shape[0])]
-    return [tensor.data_ptr() for tensor in tensors]
-
-
-def _matrices(matrices: Sequence[Tensor] | Tensor) -> tuple[list[int], int, int]:
+def _arguments(matrices: list[Tensor] | Tensor) -> tuple[list[int], int, int]:
+    """Of matrices with dense rows: their addresses, the code of their dtype, their row stride."""
     first = matrices if isinstance(matrices, Tensor) else matrices[0]
     return _addresses(matrices), _CODES[first.dtype], max(first.stride(-2), first.shape[-1])
-
-
-def _place(tensor: Tensor) -> dict[str, int]:
-    """Where a pass runs: on torch's threads, or on the current stream of the tensor's device."""
-    place = {"threads": torch.get_num_threads()}
-    if tensor.device.type == "cuda":
-        stream = torch.cuda.current_stream(tensor.device).cuda_stream
-        place.update(device=tensor.device.index, stream=stream)
-    return place
-
-
-def _check_float32(name: str, tensor: Tensor) -> None:
-    if tensor.dtype is not torch.float32:
-        raise TypeError(f"the native backend keeps float32 state, {name} is {tensor.dtype}")

@@ -8,6 +8,7 @@ are and its update is zero. The rule is local to a channel, needs no look at the
 and no answer from the device.
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -15,18 +16,17 @@ from torch import Tensor
 
 from .contract import (
     AdamScalars,
-    Alike,
     ChannelSums,
-    Noise,
+    Matrices,
     Projection,
     Residual,
-    Scalar,
+    Scalars,
     Side,
     adam_of,
-    moment_dtype,
     rank_axis,
     scalar_of,
 )
+from .products import factors, project, stacked
 
 # Fira: growth bound of the limiter, and the guard of both divisions (official code, both forms).
 LIMITER_GROWTH = 1.01
@@ -38,75 +38,75 @@ STORABLE_SHARE = 2**-6
 NOTHING_STORED = -1.0
 
 
-def group_size(param: Tensor, grad: Tensor, rank: int) -> int:
-    """Matrices a group: one, for the sake of the temporaries."""
+def batch_size(param: Tensor, grad: Tensor, rank: int) -> int:
+    """Matrices a batch: one, for the sake of the temporaries."""
     return 1
 
 
-def workspace_bytes(alike: Alike, residual: Residual | None) -> int:
-    """Bytes of temporaries at the peak, in the dtype of the moments.
+class Operations:
+    """See `contract.Operations`; nothing is prepared."""
 
-    In matrices of W's size, of R's and in channels:
+    def __init__(self, matrices: Matrices) -> None:
+        """Takes any matrices that `check_matrices` lets through."""
 
-        project   copies of G and P, R, M, V, N and the root; with the residual S and its square
-        update    N, R, B; the update, its product with the step size, the difference and a copy
-                  of W; with the residual G without its skipped channels, and phi' G
-    """
-    itemsize = moment_dtype(alike.dtype).itemsize
-    copied = alike.dtype.itemsize != itemsize
-    full, low, channels = alike.numel, alike.rank * alike.channels, alike.channels
-    basis = copied * alike.rank * alike.depth
-    masks = low + 4 * itemsize  # one byte an element of R, and 0-d constants
-    if residual is None:
-        project = copied * full + basis + 6 * low
-        update = 2 * low + basis + low + (3 + copied) * full
-    else:
-        project = copied * full + basis + 5 * low + 2 * full + 2 * channels
-        update = 2 * low + 4 * channels + basis + low + (4 + copied) * full
-    return itemsize * max(project, update) + masks
+    def project_moments(self, matrices: Matrices, adam: AdamScalars) -> Projection:
+        side, residual = matrices.side, matrices.residual
+        tensors = zip(
+            matrices.grads, matrices.bases, matrices.exp_avgs, matrices.exp_avg_sqs, strict=True
+        )
+        results = [
+            _project_one(*of_one, side, adam_of(adam, index), residual)
+            for index, of_one in enumerate(tensors)
+        ]
+        direction, projected, sums = zip(*results, strict=True)
+        every_sum = None
+        if residual is not None:
+            every_sum = ChannelSums(*map(stacked, zip(*sums, strict=True)))
+        return Projection(stacked(direction), stacked(projected), every_sum)
 
+    def channel_scale(self, matrices: Matrices, sums: ChannelSums) -> Tensor:
+        return channel_scale(sums, matrices.limiter_norms)
 
-def project_moments(
-    grads: Sequence[Tensor],
-    bases: Sequence[Tensor],
-    side: Side,
-    exp_avgs: Sequence[Tensor],
-    exp_avg_sqs: Sequence[Tensor],
-    adam: AdamScalars,
-    residual: Residual | None,
-) -> Projection:
-    """R, the Adam moments of R in place, the direction N, and Fira's channel sums."""
-    matrices = zip(grads, bases, exp_avgs, exp_avg_sqs, strict=True)
-    results = [
-        _project_one(grad, basis, side, exp_avg, exp_avg_sq, adam_of(adam, index), residual)
-        for index, (grad, basis, exp_avg, exp_avg_sq) in enumerate(matrices)
-    ]
-    return stacked(results)
-
-
-def stacked(results: Sequence[Projection]) -> Projection:
-    """One projection of a group from those of its matrices."""
-    directions, projected, sums = zip(*results, strict=True)
-    every_sum = None if sums[0] is None else ChannelSums(*map(_stack, zip(*sums, strict=True)))
-    return Projection(_stack(directions), _stack(projected), every_sum)
-
-
-def _stack(tensors: Sequence[Tensor]) -> Tensor:
-    """As torch.stack, but one tensor is not copied."""
-    return tensors[0].unsqueeze(0) if len(tensors) == 1 else torch.stack(list(tensors))
+    def back_project_update(
+        self,
+        matrices: Matrices,
+        projection: Projection,
+        factor: Tensor | None,
+        scalars: Scalars,
+    ) -> None:
+        side, residual, dtype = matrices.side, matrices.residual, projection.direction.dtype
+        tensors = zip(matrices.params, matrices.grads, matrices.bases, strict=True)
+        for index, (param, grad, basis) in enumerate(tensors):
+            basis = basis.to(dtype)
+            combined = scalars.scale * projection.direction[index]
+            if residual is None or factor is None:
+                update = back_project(combined, basis, side)
+            else:
+                phi = factor[index].unsqueeze(rank_axis(side))
+                combined -= residual.rho * residual.kappa * phi * projection.projected[index]
+                # A skipped channel has factor 0, and 0 * NaN would still be NaN.
+                usable_grad = grad.to(dtype).where(phi != 0, 0.0)
+                update = back_project(combined, basis, side)
+                update = update + residual.rho * phi * usable_grad
+            keep = 1 - scalar_of(scalars.decay, index)
+            weight = keep * (param.to(dtype) - scalar_of(scalars.step_size, index) * update)
+            if matrices.salts is not None:
+                step = scalar_of(scalars.step, index)
+                weight = stochastically_rounded(weight, side, matrices.salts[index], step)
+            param.copy_(weight)
 
 
 def _project_one(
     grad: Tensor,
     basis: Tensor,
-    side: Side,
     exp_avg: Tensor,
     exp_avg_sq: Tensor,
+    side: Side,
     adam: AdamScalars,
     residual: Residual | None,
 ) -> Projection:
     grad, basis = grad.to(exp_avg.dtype), basis.to(exp_avg.dtype)
-    projected = basis.T @ grad if side is Side.LEFT else grad @ basis
+    projected = project(grad, basis, side)
     # A finite entry whose square is not would make V infinite for ever.
     finite = projected.square().isfinite()
     projected = projected.where(finite, 0.0)
@@ -149,11 +149,11 @@ def channel_scale(sums: ChannelSums, limiter_norms: Sequence[Tensor]) -> Tensor:
     direction_sq, projected_sq, residual_sq = (x.sum(1) if x.dim() == 3 else x for x in sums)
     phi = direction_sq.sqrt() / (projected_sq.sqrt() + NORM_EPS)
     scaled_sq = phi.square() * residual_sq
-    finite = scaled_sq.isfinite()
+    finite = scaled_sq < math.inf
     phi = phi.where(finite, 0.0)
     norm = scaled_sq.where(finite, 0.0).sum(1).sqrt()
     ordinary_sq = phi.square() * projected_sq
-    large = ordinary_sq.isfinite() & (ordinary_sq > 1)
+    large = (ordinary_sq > 1) & (ordinary_sq < math.inf)
     ordinary_norm = ordinary_sq.where(large, 1.0).where(phi > 0, 0.0).sum(1).sqrt()
 
     previous = torch.stack(list(limiter_norms))
@@ -161,66 +161,34 @@ def channel_scale(sums: ChannelSums, limiter_norms: Sequence[Tensor]) -> Tensor:
     bounded = torch.where(norm > ordinary_norm, ordinary_norm / norm, 1.0)
     limit = torch.where(previous > 0, 1 / growth, bounded.where(previous < 0, 1.0))
     limited = limit * norm
-    storable = limited.isfinite() & (limited > 0) & (norm > STORABLE_SHARE * ordinary_norm)
+    storable = (limited > 0) & (limited < math.inf) & (norm > STORABLE_SHARE * ordinary_norm)
     kept = previous.masked_fill((previous == 0) & (ordinary_norm > 0), NOTHING_STORED)
-    for limiter_norm, value in zip(limiter_norms, limited.where(storable, kept), strict=True):
-        limiter_norm.copy_(value)
+    torch._foreach_copy_(list(limiter_norms), list(limited.where(storable, kept).unbind()))
     return limit.unsqueeze(1) * phi
-
-
-def back_project_update(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    bases: Sequence[Tensor],
-    side: Side,
-    projection: Projection,
-    residual: Residual | None,
-    factor: Tensor | None,
-    *,
-    scale: float,
-    step_size: Scalar,
-    decay: Scalar,
-    noise: Noise | None,
-) -> None:
-    """W <- (1 - decay) (W - step_size (back(B) + rho phi' (x) G)), in place.
-
-    B = scale N - rho kappa phi' (x) R for Fira, B = scale N for GaLore, which has no G term.
-    """
-    dtype = projection.direction.dtype
-    for index, (param, grad, basis) in enumerate(zip(params, grads, bases, strict=True)):
-        basis = basis.to(dtype)
-        combined = scale * projection.direction[index]
-        if residual is None or factor is None:
-            update = back_project(combined, basis, side)
-        else:
-            phi = factor[index].unsqueeze(rank_axis(side))
-            combined = combined - residual.rho * residual.kappa * phi * projection.projected[index]
-            # A skipped channel has factor 0, and 0 * NaN would still be NaN.
-            usable_grad = grad.to(dtype).where(phi != 0, 0.0)
-            update = back_project(combined, basis, side) + residual.rho * phi * usable_grad
-        keep = 1 - scalar_of(decay, index)
-        weight = keep * (param.to(dtype) - scalar_of(step_size, index) * update)
-        if noise is not None:
-            weight = stochastically_rounded(weight, side, noise, index)
-        param.copy_(weight)
 
 
 def back_project(projected: Tensor, basis: Tensor, side: Side) -> Tensor:
     """P X on the left, X P^T on the right."""
-    return basis @ projected if side is Side.LEFT else projected @ basis.T
+    return torch.mm(*factors(projected, basis, side))
 
 
-def stochastically_rounded(weight: Tensor, side: Side, noise: Noise, index: int) -> Tensor:
+def stochastically_rounded(
+    weight: Tensor,
+    side: Side,
+    salt: int,
+    step: int | Tensor,
+    first: tuple[int, int] = (0, 0),
+) -> Tensor:
     """A float32 matrix whose values bfloat16 holds, each of the two neighbours of the given one.
 
     The further a value is from a neighbour, the less probable is that neighbour, so the mean is the
-    value itself. Inf and NaN stay. The counter is described in `Noise`.
+    value itself. Inf and NaN stay. The counter is described in `contract.Matrices`; a part of a
+    matrix begins at its row and column `first`.
     """
     axis, device = rank_axis(side), weight.device
-    step = noise.step if isinstance(noise.step, int) else noise.step[index].long()
-    key = _mix(noise.salts[index] + _mix(torch.zeros((), dtype=torch.int64, device=device) + step))
-    channel = torch.arange(weight.shape[1 - axis], device=device)
-    place = torch.arange(weight.shape[axis], device=device)
+    key = _mix(salt + _mix(torch.zeros((), dtype=torch.int64, device=device) + step))
+    channel = first[1 - axis] + torch.arange(weight.shape[1 - axis], device=device)
+    place = first[axis] + torch.arange(weight.shape[axis], device=device)
     row = _mix(key + channel)
     bits = _mix(row.unsqueeze(axis) + place.unsqueeze(1 - axis))
     raw = weight.contiguous().view(torch.int32)

@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from numbers import Real
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..ops import Side
@@ -23,6 +22,7 @@ WRAPPERS = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_
 PROJECTION_TYPES = ("std", "reverse_std", "left", "right")
 PROJECTION_DEFAULTS: Group = {"update_proj_gap": 200, "scale": 0.25, "proj_type": "std"}
 OWN_KEYS = ("rank", "alpha", *PROJECTION_DEFAULTS)
+OPTIONS = (*OWN_KEYS, "lr", "betas", "eps", "weight_decay", "maximize")
 # Of 2^32: the multiples of no number fall more evenly into the range of 32 bits.
 GOLDEN_RATIO = 0x9E3779B9
 # What torch, its schedulers and users keep in a group beside what this optimizer reads.
@@ -40,6 +40,18 @@ def side_of(proj_type: str, rows: int, cols: int) -> Side:
         return Side[proj_type.upper()]
     tall = rows >= cols
     return Side.RIGHT if tall == (proj_type == "std") else Side.LEFT
+
+
+def cut_rank(rank: int, rows: int, cols: int) -> int:
+    """The rank that a matrix can have, with a notice if that is less than was asked for."""
+    smallest = min(rows, cols)
+    if rank > smallest:
+        notice_once(
+            logging.WARNING,
+            f"rank {rank} is cut to {smallest} for matrices of {rows} x {cols}: their gradient"
+            " cannot have more",
+        )
+    return min(rank, smallest)
 
 
 def named_params(group: Group, index: int) -> Iterator[tuple[str, Tensor]]:
@@ -102,14 +114,15 @@ def normalized(group: Group, defaults: Group, index: int) -> Group:
     return group
 
 
-def check_options(group: Group, index: int) -> None:
+def check_options(group: Group, index: int, capturable: bool = True) -> None:
     """Raises ValueError or TypeError if an option of a group does not fit.
 
-    Schedulers and users write to groups, so this is asked before every step, too. Values on another
-    device than the CPU are not read: the host would wait for them.
+    Schedulers and users write to groups, so this is asked whenever one changed, too. Values on
+    another device than the CPU are not read: the host would wait for them.
     """
     name = f"group {index}: "
     _check_complete(group, index)
+    _check_lr(group["lr"], name, capturable)
     for key in ("lr", "eps", "weight_decay"):
         _check_number(group[key], name + key)
     betas = group["betas"]
@@ -137,87 +150,13 @@ def check_options(group: Group, index: int) -> None:
         )
 
 
-def check_params(group: Group, index: int) -> None:
-    """Raises if a parameter cannot be trained: complex, overlapping, projected and no matrix."""
-    for name, param in named_params(group, index):
-        if not isinstance(param, Tensor):
-            continue  # torch refuses it with its own text
-        # Frozen integer weights, as in quantized models, never have a gradient: they may stay.
-        if param.is_complex() or (param.requires_grad and not param.is_floating_point()):
-            raise TypeError(f"{name} is {param.dtype}; only real floating-point weights are served")
-        check_memory(name, param)
-        if is_projected(group):
-            check_matrix(name, param)
-
-
-def check_matrix(name: str, param: Tensor) -> None:
-    """Raises if a projected parameter is not a matrix held whole on one device."""
-    if type(param).__name__ == "DTensor":
-        raise NotImplementedError(
-            f"{name} is a DTensor (FSDP2 or tensor parallel); sharded weights cannot be projected"
-            " yet: put it in a group without rank, or train with DDP"
-        )
-    if param.dim() != 2:
-        raise ValueError(
-            f"{name} has shape {tuple(param.shape)} and {param.dtype}, but only matrices can be"
-            " projected: put it in a group without rank. If it is a matrix that FSDP1 or DeepSpeed"
-            " flattened, the low-rank optimizers need the whole matrix: use DDP or one device"
-        )
-
-
-def check_memory(name: str, param: Tensor) -> None:
-    """Raises ValueError if a step could not write to a parameter's own memory, element by element.
-
-    Whatever slicing, transposing and permuting make of a dense tensor passes.
-    """
-    if param.is_neg():
-        raise ValueError(
-            f"{name} {_described(param)} is a view with a pending negation: call resolve_neg() on"
-            " it before it becomes a parameter"
-        )
-    if param.layout != torch.strided or not param.numel():
-        return
-    reach = 0
-    for stride, size in sorted(zip(param.stride(), param.shape, strict=True)):
-        if size > 1 and stride <= reach:
-            raise ValueError(
-                f"{name} {_described(param)} overlaps itself, strides {tuple(param.stride())}:"
-                " make it contiguous before it becomes a parameter"
-            )
-        reach += (size - 1) * stride
-
-
-def check_grad(name: str, param: Tensor, grad: Tensor) -> None:
-    """Raises if a gradient cannot be used.
-
-    torch compares shapes and devices where a gradient is assigned, but both may change after that.
-    """
-    if grad.shape != param.shape or grad.device != param.device:
-        raise RuntimeError(
-            f"{name} has shape {tuple(param.shape)} on {param.device}, and its gradient"
-            f" {tuple(grad.shape)} on {grad.device}: call zero_grad() after a change of a weight"
-        )
-    if grad.layout != torch.strided:
-        raise RuntimeError(
-            f"{name} has a sparse gradient ({grad.layout}); use sparse=False in its embedding or"
-            " train it with torch.optim.SparseAdam"
-        )
-    if grad.is_complex():
-        raise RuntimeError(f"{name} has a complex gradient ({grad.dtype})")
-
-
-def check_lr(group: Group, index: int, capturable: bool) -> None:
+def _check_lr(lr: object, name: str, capturable: bool) -> None:
     """Raises ValueError if reading the learning rate would wait for a device at every step."""
-    lr = group["lr"]
     if isinstance(lr, Tensor) and lr.device.type != "cpu" and not capturable:
         raise ValueError(
-            f"group {index}: lr is a tensor on {lr.device}, which the host would wait for at every"
+            f"{name}lr is a tensor on {lr.device}, which the host would wait for at every"
             " step; pass a float, a tensor on the CPU, or capturable=True"
         )
-
-
-def _described(param: Tensor) -> str:
-    return f"({tuple(param.shape)}, {param.dtype})"
 
 
 def _check_keys(group: Group, defaults: Group, index: int) -> None:

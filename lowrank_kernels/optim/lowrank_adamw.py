@@ -1,51 +1,51 @@
 """The optimizer: AdamW with moments in a subspace, made of parts that its methods choose."""
 
 import logging
+import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
-from dataclasses import asdict
-from typing import Any, Literal, NamedTuple, TypeVar
+from operator import attrgetter, itemgetter
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
 from .. import ops
-from ..ops import Choice
-from ..ops.notices import notice_once
-from ..subspace import Readback, Subspace, is_due
-from . import report
+from ..ops import Choice, Scalars
+from ..ops.dispatch import ENVIRONMENT_VARIABLE
+from ..subspace import Readback, Subspace, is_due, refresh_bases
+from . import monitor, report
+from .batches import Batch, Member, Prepared, due_of, facts_of, options_of, phase_of, scalars_of
 from .checkpoints import check_loadable, padded, restore, unpadded
+from .checks import check_grad, check_matrix, check_memory, check_params, check_shared
 from .groups import (
     FORMAT,
     PROJECTION_DEFAULTS,
     Group,
-    check_grad,
-    check_lr,
-    check_matrix,
-    check_memory,
     check_options,
-    check_params,
     is_projected,
     named_params,
     normalized,
     salts,
-    side_of,
 )
-from .plain import is_dense, step_plain
-from .projected import Matrix, Method, phase_of, step_projected
-from .schedule import RESIDUAL_FORMS, ResidualForm
-from .state import (
-    State,
-    check_shapes,
-    check_storage,
-    complete,
-    new_plain_state,
-    new_projected_state,
-)
+from .parts import Method, ResidualForm, Rounding
+from .state import State, check_shapes, check_storage, complete, new_state
 
-Rounding = Literal["nearest", "stochastic"]
-ROUNDINGS = ("nearest", "stochastic")
+# What every step goes by beside the groups.
+PART_NAMES = (
+    "residual",
+    "_corrected",
+    "subspace",
+    "backend",
+    "rounding",
+    "capturable",
+    "monitor",
+)
+PARTS = attrgetter(*PART_NAMES)
+AUTOCAST_DEVICES = tuple(
+    filter(torch.amp.is_autocast_available, ("cpu", "cuda", "xpu", "mps", "hpu", "privateuseone"))
+)
 
 logger = logging.getLogger("lowrank_kernels")
 
@@ -59,16 +59,6 @@ def _as_it_is(function: Function) -> Function:
 # A compiled step would be cut into dozens of graphs, and its kernels are compiled already. The
 # public torch.compiler.disable would import dynamo, 1.3 s, together with this package.
 _not_compiled: Callable[[Function], Function] = getattr(torch, "_disable_dynamo", _as_it_is)
-
-
-class _Work(NamedTuple):
-    """A parameter with its gradient, the salt of a new state, and, if projected, its backend."""
-
-    name: str
-    param: Tensor
-    grad: Tensor
-    salt: int
-    backend: str | None
 
 
 class LowRankAdamW(Optimizer):
@@ -102,11 +92,15 @@ class LowRankAdamW(Optimizer):
         weight_decay: decoupled weight decay.
         residual: None drops what the basis does not span (GaLore); "official" and "paper" add it,
             scaled and limited, as Fira's code and Fira's algorithm 1 do.
+        corrected: whether the moments are corrected for their bias, as in torch's AdamW, or the
+            step size, as in the official code of GaLore and Fira; None: the moments in the paper
+            form of the residual alone.
         subspace: a `Subspace`, or the name of a range finder: "randomized" (default), "power",
             "random", or "svd", which computes all bases at once by an exact SVD as the official
             packages do. The named ones spread their refreshes over the steps, except "svd" and
             with `capturable`.
-        backend: "auto", "reference", "native" or "triton"; `LOWRANK_BACKEND` overrides it.
+        backend: "auto", "reference", "foreach", "native" or "triton"; `LOWRANK_BACKEND` overrides
+            it.
         maximize: ascend instead of descend.
         rounding: "nearest", or "stochastic" for the projected bfloat16 weights: a step smaller than
             half a unit in the last place of a weight then moves it in the mean instead of never.
@@ -136,11 +130,6 @@ class LowRankAdamW(Optimizer):
             )
         return super().__new__(cls)
 
-    @property
-    def corrected(self) -> bool:
-        """Whether the moments are corrected for their bias, instead of the step size."""
-        return self.residual == "paper"
-
     def __init__(
         self,
         params: ParamsT,
@@ -150,6 +139,7 @@ class LowRankAdamW(Optimizer):
         weight_decay: float = 0.0,
         *,
         residual: ResidualForm | None = None,
+        corrected: bool | None = None,
         subspace: Subspace | str = "randomized",
         backend: str = "auto",
         maximize: bool = False,
@@ -157,17 +147,13 @@ class LowRankAdamW(Optimizer):
         capturable: bool = False,
         monitor: bool = False,
     ) -> None:
-        if residual is not None and residual not in RESIDUAL_FORMS:
-            raise ValueError(f"residual must be one of {', '.join(RESIDUAL_FORMS)} or None")
-        subspace = Subspace.named(subspace, stagger=not capturable)
-        _check_subspace(subspace, residual, capturable)
-        if rounding not in ROUNDINGS:
-            raise ValueError(f"rounding must be one of {', '.join(ROUNDINGS)}, got {rounding!r}")
-        ops.requested_backend(backend)
-        self.residual, self.subspace, self.backend = residual, subspace, backend
+        self.subspace = Subspace.named(subspace, stagger=not capturable)
+        self.residual, self.backend = residual, backend
+        self._corrected = corrected
         self.rounding, self.capturable, self.monitor = rounding, capturable, monitor
-        self._counted: dict[Tensor, int] = {}
-        self._readback = Readback()
+        self.method.check()
+        ops.requested_backend(backend)
+        self._begin_anew()
         self._judged = False
         defaults = {
             "lr": lr,
@@ -176,7 +162,7 @@ class LowRankAdamW(Optimizer):
             "weight_decay": weight_decay,
             "maximize": maximize,
             "format": FORMAT,
-            "method": self._method,
+            "method": self.method.described(),
         }
         super().__init__(params, defaults)
         self._judge(self._params())
@@ -208,27 +194,42 @@ class LowRankAdamW(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         with ExitStack() as stack:
-            for device_type in {param.device.type for param in self._params()} | {"cpu"}:
-                available = torch.amp.is_autocast_available(device_type)
-                if available and torch.is_autocast_enabled(device_type):
-                    stack.enter_context(torch.autocast(device_type, enabled=False))
+            for device_type in filter(torch.is_autocast_enabled, AUTOCAST_DEVICES):
+                stack.enter_context(torch.autocast(device_type, enabled=False))
             self._step()
         return loss
 
     def _step(self) -> None:
-        work = list(self._checked_work())
-        if not self._judged:
-            self._judge(item.param for _, items in work for item in items)
-            self._judged = True
-        if _capturing():
-            self._check_capture(work)
-        for group, items in work:
-            states = [self._state_of(group, item) for item in items]
-            if is_projected(group):
-                self._step_projected(group, items, states)
-            elif items:
-                gradients = [(item.param, item.grad) for item in items]
-                step_plain(gradients, states, group, self.capturable)
+        """What changed? New bases where they are due; then each batch."""
+        prepared = self._prepared()
+        refreshed = False
+        for batches in prepared.by_group:
+            if due := due_of(batches, self.subspace, self._readback):
+                refresh_bases(due, self.subspace)
+                refreshed = True
+        if refreshed:
+            prepared = self._prepared()
+        if prepared.states:
+            torch._foreach_add_(list(map(itemgetter("step"), prepared.states)), 1)
+        for batches in prepared.by_group:
+            for batch, scalars in zip(batches, scalars_of(batches, prepared.method), strict=True):
+                self._step_batch(batch, scalars)
+        for plain in prepared.plain:
+            plain.step()
+
+    def _step_batch(self, batch: Batch, scalars: Scalars) -> None:
+        """Project, scale, update."""
+        matrices, operations = batch.matrices(), batch.operations
+        before = [norm.clone() for norm in matrices.limiter_norms] if self.monitor else []
+        projection = operations.project_moments(matrices, scalars.adam)
+        factor = None
+        if projection.sums is not None:
+            factor = operations.channel_scale(matrices, projection.sums)
+        if self.monitor:
+            monitor.count(batch.states, matrices, before)
+        if self.subspace.criterion is not None:
+            batch.measure(projection, self.subspace, self._readback)
+        operations.back_project_update(matrices, projection, factor, scalars)
 
     def _params(self) -> Iterator[Tensor]:
         return (param for group in self.param_groups for param in group["params"])
@@ -289,6 +290,9 @@ class LowRankAdamW(Optimizer):
         """
         return report.stats(self)
 
+    def __repr__(self) -> str:
+        return report.described(self, super().__repr__())
+
     def state_dict(self) -> State:
         """As `torch.optim.Optimizer.state_dict`; states of a smaller, adaptive rank are filled up
         with zeros to the group's, so that every checkpoint of a model has the same shapes.
@@ -328,7 +332,7 @@ class LowRankAdamW(Optimizer):
         def put_back(_: Optimizer) -> None:
             restore(self.state, self.param_groups, incoming, self.capturable)
             for group, own_names in zip(self.param_groups, names, strict=True):
-                group |= {"format": FORMAT, "method": self._method}
+                group |= {"format": FORMAT, "method": self.method.described()}
                 if own_names is not None:
                     group["param_names"] = own_names
 
@@ -345,68 +349,137 @@ class LowRankAdamW(Optimizer):
                 handle.remove()
 
     def __getstate__(self) -> dict[str, Any]:
-        parts = ("residual", "subspace", "backend", "rounding", "capturable", "monitor")
-        return {**super().__getstate__(), **{name: getattr(self, name) for name in parts}}
+        return {**super().__getstate__(), **dict(zip(PART_NAMES, PARTS(self), strict=True))}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._counted = {}  # torch comes here when it loads a state dict, too
-        self._readback = Readback()
+        self._begin_anew()  # torch comes here when it loads a state dict, too
         self._judged = True
         for group in self.param_groups:
             group.setdefault("maximize", False)
             group.setdefault("format", FORMAT)
-            group.setdefault("method", self._method)
+            group.setdefault("method", self.method.described())
+
+    def _begin_anew(self) -> None:
+        """Forgets what was prepared for other parameters or states."""
+        self._known: Prepared | None = None
+        self._options: list[object] = []
+        self._counted: dict[Tensor, int] = {}
+        self._readback = Readback()
 
     @property
-    def _method(self) -> str:
-        """What makes a state: kept beside it, so that a checkpoint tells what it is of."""
-        parts = {
-            "residual": self.residual,
-            "corrected": self.corrected,
-            "rounding": self.rounding,
-            **asdict(self.subspace),
-        }
-        return ", ".join(f"{name}={value}" for name, value in parts.items())
+    def corrected(self) -> bool:
+        """Whether the moments are corrected for their bias, instead of the step size."""
+        return self.residual == "paper" if self._corrected is None else self._corrected
 
-    def _checked_work(self) -> Iterator[tuple[Group, list[_Work]]]:
-        """Each group with its parameters that have a gradient, all checked."""
-        request, first = ops.requested_backend(self.backend), 0
-        memory: list[_Memory] = []
+    @property
+    def method(self) -> Method:
+        """The parts as they are now, attributes of their own."""
+        return Method(
+            self.residual,
+            self.corrected,
+            self.subspace,
+            self.rounding,
+            self.capturable,
+            self.monitor,
+        )
+
+    def _prepared(self) -> Prepared:
+        """The batches as they are, made anew if anything changed that they were prepared for.
+
+        Raises:
+            ValueError, RuntimeError, TypeError: see `step`; nothing was changed.
+        """
+        options = [self.capturable, *options_of(self.param_groups)]
+        if options != self._options:
+            for index, group in enumerate(self.param_groups):
+                check_options(group, index, self.capturable)
+            self._options = options
+        capturing = _capturing()
+        if capturing:
+            self._check_capture()
+        known = self._known
+        if known is None or known.facts != self._facts() or not self._count(known, capturing):
+            known = self._known = self._prepare()
+            self._count(known, capturing)
+        known.check_moved_gradients()
+        return known
+
+    def _facts(self) -> tuple[object, ...]:
+        """What has to be equal for batches to serve again."""
+        facts = facts_of(self.param_groups, self.state, self.residual is not None)
+        return *PARTS(self), os.environ.get(ENVIRONMENT_VARIABLE), facts or object()
+
+    def _prepare(self) -> Prepared:
+        """Checks everything, then creates the states that are not there, then makes batches."""
+        self.method.check()
+        checked = self._checked()
+        if not self._judged:
+            self._judge(param for _, params in checked for _, param, *_ in params)
+            self._judged = True
+        members = [
+            (group, [self._member(group, place, *each) for place, each in enumerate(params)])
+            for group, params in checked
+        ]
+        return Prepared(self._facts(), members, self.method)
+
+    def _checked(self) -> list[tuple[Group, list[tuple[str, Tensor, int, str]]]]:
+        """Name, parameter, salt and backend of those that have a gradient, a list a group."""
+        request, first, checked = ops.requested_backend(self.backend), 0, []
         for index, group in enumerate(self.param_groups):
-            check_options(group, index)
-            check_lr(group, index, self.capturable)
             named = zip(named_params(group, index), salts(group, first), strict=True)
             first += len(group["params"])
-            items = []
-            for (name, param), salt in named:
-                if param.grad is None:
-                    continue
-                check_grad(name, param, param.grad)
-                grad, backend = _resolved(param.grad), None
-                memory += _memory_of(name, group, param, grad)
-                if is_projected(group):
-                    check_matrix(name, param)
-                    check_memory(name, param)
-                    backend = self.choice(request, param, grad).backend
-                if state := self.state.get(param):
-                    check_shapes(name, param, state, is_projected(group))
-                    check_storage(name, param, state)
-                items.append(_Work(name, param, grad, salt, backend))
-            yield group, items
-        _check_shared(memory)
+            params = [
+                (name, param, salt, self._checked_backend(name, param, group, request))
+                for (name, param), salt in named
+                if param.grad is not None
+            ]
+            checked.append((group, params))
+        check_shared(
+            (name, param, is_projected(group))
+            for group, params in checked
+            for name, param, *_ in params
+        )
+        return checked
 
-    def _check_capture(self, work: list[tuple[Group, list[_Work]]]) -> None:
+    def _checked_backend(self, name: str, param: Tensor, group: Group, request: str) -> str:
+        """Who computes a parameter's step, once it is known that one can be taken."""
+        assert param.grad is not None
+        check_grad(name, param, param.grad)
+        backend = "torch"
+        if is_projected(group):
+            check_matrix(name, param)
+            check_memory(name, param)
+            backend = self.choice(request, param, param.grad).backend
+        if state := self.state.get(param):
+            check_shapes(name, param, state, is_projected(group))
+            check_storage(name, param, state)
+        return backend
+
+    def _member(
+        self, group: Group, place: int, name: str, param: Tensor, salt: int, backend: str
+    ) -> Member:
+        """With its state, which is created or completed if it has to be."""
+        state = self.state[param]
+        if not state:
+            state.update(new_state(param, group, salt, self.method))
+        elif is_projected(group):
+            complete(state, salt, self.subspace, *self.method.counters)
+        return Member(name, param, state, place, backend)
+
+    def _check_capture(self) -> None:
         """Raises RuntimeError if a CUDA graph cannot hold this step; nothing was changed."""
         if not self.capturable:
             raise RuntimeError("a CUDA graph can capture a step of capturable=True only")
-        for index, (group, items) in enumerate(work):
+        for index, group in enumerate(self.param_groups):
             if not isinstance(group["lr"], Tensor):
                 raise RuntimeError(
                     f"group {index}: the graph would keep lr={group['lr']} for ever; pass"
                     " lr=torch.tensor(..., device='cuda') and change it in place"
                 )
-            for name, param, *_ in items:
+            for name, param in named_params(group, index):
+                if param.grad is None:
+                    continue
                 state, count = self.state.get(param), self._counted.get(param, 0)
                 if not state or (is_projected(group) and not count):
                     raise RuntimeError(f"{name}: take an eager step before capturing one")
@@ -419,141 +492,27 @@ class LowRankAdamW(Optimizer):
                         " compute one; take this step eagerly and capture a later one"
                     )
 
-    def _state_of(self, group: Group, item: _Work) -> State:
-        state = self.state[item.param]
-        if not state:
-            state.update(self.new_state(group, item.param, item.salt))
-        elif is_projected(group):
-            complete(state, item.salt, self.subspace, *self._counts)
-        return state
-
-    @property
-    def _counts(self) -> tuple[str, ...]:
-        """The 0-d entries of a projected state beside what its subspace keeps."""
-        limiter = ("limiter_norm",) if self.residual is not None else ()
-        return limiter + (("nonfinite", "limited") if self.monitor else ())
-
-    def new_state(self, group: Group, param: Tensor, salt: int = 0) -> State:
-        """The state of a parameter before its first step, on its device."""
-        if is_projected(group):
-            rows, cols = param.shape
-            rank = _cut_rank(group["rank"], rows, cols)
-            side = side_of(group["proj_type"], rows, cols)
-            state = new_projected_state(param, rank, side, salt, self.subspace, *self._counts)
-        else:
-            state = new_plain_state(param)
-        if self.capturable:
-            state["step"] = state["step"].to(param.device)
-        return state
-
-    def _step_projected(self, group: Group, items: list[_Work], states: list[State]) -> None:
-        by_device: dict[torch.device, list[Matrix]] = {}
-        for item, state in zip(items, states, strict=True):
-            assert item.backend is not None
-            matrix = Matrix(item.name, item.param, item.grad, state, item.backend)
-            by_device.setdefault(item.param.device, []).append(matrix)
-        stochastic = self.rounding == "stochastic"
-        method = Method(
-            residual=self.residual,
-            corrected=self.corrected,
-            subspace=self.subspace,
-            stochastic=stochastic,
-            capturable=self.capturable,
-            monitor=self.monitor,
-            readback=self._readback,
-        )
-        for matrices in by_device.values():
-            step_projected(matrices, self._completed_steps(matrices), group, method)
-
-    def _completed_steps(self, matrices: list[Matrix]) -> list[int]:
-        """Steps that each matrix has taken.
+    def _count(self, prepared: Prepared, capturing: bool) -> bool:
+        """Brings the steps that each matrix has taken to the host; False if a batch's differ.
 
         With `capturable` they are counted on the device, since a replayed graph runs no Python: an
         eager step waits once to read them, and a capture goes by what the last one read.
         """
-        if _capturing():
-            return [self._counted[matrix.param] for matrix in matrices]
         if not self.capturable:
-            return [int(matrix.state["step"]) for matrix in matrices]
-        counts = torch.stack([matrix.state["step"] for matrix in matrices]).int().tolist()
-        for matrix, count in zip(matrices, counts, strict=True):
-            self._counted[matrix.param] = count + 1
-        return counts
+            return all(map(Batch.count, prepared.batches))
+        for batches in prepared.by_group:
+            if not capturing:
+                states = [state for batch in batches for state in batch.states]
+                counts = torch.stack([state["step"] for state in states]).int().tolist()
+                params = [param for batch in batches for param in batch.params]
+                self._counted |= {p: count + 1 for p, count in zip(params, counts, strict=True)}
+            for batch in batches:
+                batch.counts = [self._counted[param] - 1 for param in batch.params]
+        return True
 
     def choice(self, request: str, param: Tensor, grad: Tensor | None) -> Choice:
         """Who computes a projected parameter's step, and why."""
         return ops.choose(request, param, grad, capturable=self.capturable)
-
-
-def _check_subspace(subspace: Subspace, residual: ResidualForm | None, capturable: bool) -> None:
-    if residual is not None and not subspace.orthonormal:
-        raise ValueError(
-            f"residual={residual!r} needs an orthonormal basis, which"
-            f" range_finder={subspace.range_finder!r} is not"
-        )
-    moving = (subspace.residual_energy, subspace.criterion, subspace.lazy)
-    if capturable and (any(x is not None for x in moving) or subspace.moments == "reset"):
-        raise ValueError(
-            "capturable=True replays one step as it was: it cannot go with a subspace that has a"
-            " residual_energy, a criterion, lazy refreshes or moments='reset'"
-        )
-
-
-def _resolved(grad: Tensor) -> Tensor:
-    """The gradient with its values in memory: kernels read addresses, where a pending negation, or
-    a zero that was never written, cannot be seen.
-    """
-    if grad.is_neg() or grad._is_zerotensor():
-        return grad.resolve_neg().clone()
-    return grad
-
-
-class _Memory(NamedTuple):
-    """Where a dense weight or gradient lies, and whose it is."""
-
-    begin: int
-    end: int
-    owner: str
-    projected: bool
-    written: bool
-
-
-def _memory_of(name: str, group: Group, param: Tensor, grad: Tensor) -> Iterator[_Memory]:
-    """Of those that fill their memory: others may lie between the elements of a strided one."""
-    for tensor, owner in ((param, name), (grad, f"the gradient of {name}")):
-        begin = tensor.data_ptr()
-        if begin and tensor.numel() and is_dense(tensor):
-            end = begin + tensor.numel() * tensor.element_size()
-            yield _Memory(begin, end, owner, is_projected(group), tensor is param)
-
-
-def _check_shared(memory: list[_Memory]) -> None:
-    """Raises ValueError if what a projected weight's step writes or reads is another weight's."""
-    reach: _Memory | None = None
-    for item in sorted(memory):
-        if (
-            reach is not None
-            and item.begin < reach.end
-            and (item.written or reach.written)
-            and (item.projected or reach.projected)
-        ):
-            raise ValueError(
-                f"{item.owner} shares its memory with {reach.owner}: tie weights by using one"
-                " parameter in both places, and give gradients memory of their own"
-            )
-        if reach is None or item.end > reach.end:
-            reach = item
-
-
-def _cut_rank(rank: int, rows: int, cols: int) -> int:
-    smallest = min(rows, cols)
-    if rank > smallest:
-        notice_once(
-            logging.WARNING,
-            f"rank {rank} is cut to {smallest} for matrices of {rows} x {cols}: their gradient"
-            " cannot have more",
-        )
-    return min(rank, smallest)
 
 
 def _capturing() -> bool:

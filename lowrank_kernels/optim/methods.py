@@ -1,11 +1,30 @@
 """GaLore, Fira and AdaRankGrad: choices of parts over one low-rank AdamW."""
 
+from typing import TypedDict
+
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
+from typing_extensions import Unpack
 
 from ..subspace import Subspace
-from .lowrank_adamw import LowRankAdamW, Rounding
-from .schedule import ResidualForm
+from .lowrank_adamw import LowRankAdamW
+from .parts import ResidualForm, Rounding
+
+
+class Options(TypedDict, total=False):
+    """What every method takes beside the options of AdamW and its own; see `LowRankAdamW`."""
+
+    backend: str
+    maximize: bool
+    rounding: Rounding
+    monitor: bool
+
+
+class SubspaceOptions(Options, total=False):
+    """The same of a method that takes any subspace."""
+
+    subspace: Subspace | str
+    capturable: bool
 
 
 class GaLoreAdamW(LowRankAdamW):
@@ -24,28 +43,9 @@ class GaLoreAdamW(LowRankAdamW):
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-6,
         weight_decay: float = 0.0,
-        *,
-        subspace: Subspace | str = "randomized",
-        backend: str = "auto",
-        maximize: bool = False,
-        rounding: Rounding = "nearest",
-        capturable: bool = False,
-        monitor: bool = False,
+        **options: Unpack[SubspaceOptions],
     ) -> None:
-        super().__init__(
-            params,
-            lr,
-            betas,
-            eps,
-            weight_decay,
-            residual=None,
-            subspace=subspace,
-            backend=backend,
-            maximize=maximize,
-            rounding=rounding,
-            capturable=capturable,
-            monitor=monitor,
-        )
+        super().__init__(params, lr, betas, eps, weight_decay, residual=None, **options)
 
 
 class FiraAdamW(LowRankAdamW):
@@ -68,29 +68,11 @@ class FiraAdamW(LowRankAdamW):
         weight_decay: float = 0.0,
         *,
         residual: ResidualForm = "official",
-        subspace: Subspace | str = "randomized",
-        backend: str = "auto",
-        maximize: bool = False,
-        rounding: Rounding = "nearest",
-        capturable: bool = False,
-        monitor: bool = False,
+        **options: Unpack[SubspaceOptions],
     ) -> None:
         if residual is None:
             raise ValueError("residual must be one of official, paper; use GaLoreAdamW for none")
-        super().__init__(
-            params,
-            lr,
-            betas,
-            eps,
-            weight_decay,
-            residual=residual,
-            subspace=subspace,
-            backend=backend,
-            maximize=maximize,
-            rounding=rounding,
-            capturable=capturable,
-            monitor=monitor,
-        )
+        super().__init__(params, lr, betas, eps, weight_decay, residual=residual, **options)
 
 
 class AdaRankGradAdamW(LowRankAdamW):
@@ -114,7 +96,8 @@ class AdaRankGradAdamW(LowRankAdamW):
     - `scale` has GaLore's default 0.25; only its product with the learning rate matters.
 
     Arguments, group keys and errors as in `LowRankAdamW`, and as in `Subspace` for those of the
-    method. The moments are corrected for their bias, as in `torch.optim.AdamW`.
+    method. The moments are corrected for their bias, as in `torch.optim.AdamW`. With another range
+    finder it is `LowRankAdamW(params, corrected=True, subspace=Subspace("svd", ...))`.
 
     Source: AdaRankGrad (arXiv 2410.17881), from its abstract and secondary sources.
     """
@@ -127,44 +110,28 @@ class AdaRankGradAdamW(LowRankAdamW):
         eps: float = 1e-6,
         weight_decay: float = 0.0,
         *,
-        residual_energy: float = 0.01,
-        min_rank: int = 1,
-        rank_multiple: int = 1,
+        residual_energy: float | None = 0.01,
         criterion: str | None = "relative_norm",
         threshold: float = 0.1,
-        check_gap: int = 50,
         moments: str = "carry",
         power_iterations: int = 1,
         stagger: bool = True,
-        backend: str = "auto",
-        maximize: bool = False,
-        rounding: Rounding = "nearest",
-        monitor: bool = False,
+        min_rank: int = 1,
+        rank_multiple: int = 1,
+        check_gap: int = 50,
+        **options: Unpack[Options],
     ) -> None:
         subspace = Subspace(
+            residual_energy=residual_energy,
+            criterion=criterion,
+            threshold=0.0 if criterion is None else threshold,
+            moments=moments,
             power_iterations=power_iterations,
             stagger=stagger,
-            moments=moments,
-            residual_energy=residual_energy,
             min_rank=min_rank,
             rank_multiple=rank_multiple,
-            criterion=criterion,
-            threshold=threshold,
             check_gap=check_gap,
         )
         super().__init__(
-            params,
-            lr,
-            betas,
-            eps,
-            weight_decay,
-            subspace=subspace,
-            backend=backend,
-            maximize=maximize,
-            rounding=rounding,
-            monitor=monitor,
+            params, lr, betas, eps, weight_decay, corrected=True, subspace=subspace, **options
         )
-
-    @property
-    def corrected(self) -> bool:
-        return True

@@ -1,15 +1,17 @@
 """AdamW for the parameters that are not projected, by torch's own implementation."""
 
-from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 from torch.optim.adamw import adamw
 
-from ..ops.contract import moment_dtype
+from ..ops.dry import device_type
+from .checks import is_dense, is_unresolved, resolved
 from .groups import Group
+from .state import State
 
 FUSED_DEVICES = ("cpu", "cuda")
 
@@ -37,7 +39,7 @@ class Work(NamedTuple):
 
         What goes through widened copies, a block at a time, has to be contiguous, too.
         """
-        if self.param.device.type not in FUSED_DEVICES:
+        if device_type(self.param) not in FUSED_DEVICES:
             return False
         if all(tensor.is_contiguous() for tensor in self[:4]):
             return True
@@ -45,75 +47,62 @@ class Work(NamedTuple):
         return len(strides) == 1 and len(self.dtypes) == 1 and is_dense(self.param)
 
 
-def is_dense(tensor: Tensor) -> bool:
-    """Whether its elements fill its memory without gaps, in whatever order."""
-    if tensor.is_contiguous():
-        return True
-    expected = 1
-    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
-        if size > 1 and stride != expected:
-            return False
-        expected *= size
-    return True
-
-
-def step_plain(
-    gradients: Sequence[tuple[Tensor, Tensor]],
-    states: list[dict[str, Any]],
-    group: Group,
-    capturable: bool,
-) -> None:
-    """One torch AdamW step.
+class Plain:
+    """AdamW parameters of a group, sorted once by how torch can step them.
 
     torch's fused kernels want one dtype throughout. A bf16 weight has float32 moments here, so it
     goes through copies in float32, a block at a time.
 
     Args:
-        gradients: each parameter with its gradient.
+        group: the options; a `scale` slows the steps down, but not the decay.
+        params: with gradients.
         states: theirs.
-        group: its options; a `scale` slows the steps down, but not the decay.
         capturable: steps are counted on the device.
     """
-    fused: list[Work] = []
-    widened: list[Work] = []
-    for (param, grad), state in zip(gradients, states, strict=True):
-        work = Work(param, grad, state["exp_avg"], state["exp_avg_sq"], state["step"])
-        fuses = work.fusable
-        # torch counts steps on the device in its fused kernels; its unfused code would wait there.
-        state["step"] = state["step"].to(param.device if fuses or capturable else "cpu")
-        work = work._replace(step=state["step"])
-        if fuses:
-            (fused if len(work.dtypes) == 1 else widened).append(work)
-        else:
+
+    def __init__(
+        self, group: Group, params: list[Tensor], states: list[State], capturable: bool
+    ) -> None:
+        self.group, self.capturable = group, capturable
+        self._resolves = any(
+            is_unresolved(param.grad) for param in params if param.grad is not None
+        )
+        self._fused: list[tuple[Tensor, State]] = []
+        self._widened: list[tuple[Tensor, State]] = []
+        self._alone: list[tuple[Tensor, State]] = []
+        for pair in zip(params, states, strict=True):
+            param, state = pair
+            (work,) = self._works([pair])
+            fuses = work.fusable
+            # torch counts steps on the device in its fused kernels; its unfused code would wait.
+            state["step"] = state["step"].to(param.device if fuses or capturable else "cpu")
+            kind = self._alone
+            if fuses:
+                kind = self._fused if len(work.dtypes) == 1 else self._widened
+            kind.append(pair)
+        self._versioned = [param for param, _ in self._fused if not param.is_inference()]
+
+    def step(self) -> None:
+        """One torch AdamW step."""
+        for pair in self._alone:
+            (work,) = self._works([pair])
             wide = work._replace(grad=work.grad.to(work.exp_avg.dtype))
-            _adamw([wide], group, capturable, fused=False)
-    if fused:
-        _adamw(fused, group, capturable, fused=True)
-        for work in fused:
+            _adamw([wide], self.group, self.capturable, fused=False)
+        if self._fused:
+            _adamw(self._works(self._fused), self.group, self.capturable, fused=True)
             # torch's fused kernels leave that to nobody, and a stale graph would go backward.
-            if not work.param.is_inference():
-                increment_version(work.param)
-    if widened:
-        _step_widened(widened, group, capturable)
+            increment_version(self._versioned)
+        if self._widened:
+            _step_widened(self._works(self._widened), self.group, self.capturable)
 
-
-def workspace_bytes(params: list[Tensor], device_type: str) -> int:
-    """Bytes of temporaries at the peak, with dense gradients of the weights' dtypes.
-
-    Where the device has fused kernels, a block's copies of weights and gradients, and a step for
-    each piece; elsewhere a copy of the gradient, the root of the second moment and a quotient.
-    """
-    if device_type not in FUSED_DEVICES:
-        return max((_unfused_bytes(param) for param in params), default=0)
-    widened = [param for param in params if param.dtype is not moment_dtype(param.dtype)]
-    elements = sum(param.numel() for param in widened)
-    copied = min(elements, BLOCK_ELEMENTS[device_type])
-    return 2 * 4 * copied + 4 * len(widened)
-
-
-def _unfused_bytes(param: Tensor) -> int:
-    dtype = moment_dtype(param.dtype)
-    return (2 + (param.dtype is not dtype)) * param.numel() * dtype.itemsize
+    def _works(self, pairs: list[tuple[Tensor, State]]) -> list[Work]:
+        works = []
+        for param, state in pairs:
+            grad = param.grad
+            assert grad is not None
+            grad = resolved(grad) if self._resolves else grad
+            works.append(Work(param, grad, state["exp_avg"], state["exp_avg_sq"], state["step"]))
+        return works
 
 
 def _step_widened(works: list[Work], group: Group, capturable: bool) -> None:
@@ -142,7 +131,7 @@ def _blocks(works: list[Work]) -> Iterator[list[Work]]:
     block: list[Work] = []
     room = 0
     for work in works:
-        size = BLOCK_ELEMENTS[work.param.device.type]
+        size = BLOCK_ELEMENTS[device_type(work.param)]
         pieces = (torch.split(tensor.view(-1), size) for tensor in work[:4])
         for param, grad, exp_avg, exp_avg_sq in zip(*pieces, strict=True):
             if block and param.numel() > room:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -9,9 +10,9 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from ..ops import Choice, Side
+from ..ops import BackendUnavailable, Choice, Side
 from .groups import Group, is_projected, learning_rate, named_params, side_of
-from .state import state_bytes, subspace_stats
+from .state import new_state, state_bytes, subspace_stats
 
 if TYPE_CHECKING:
     from .lowrank_adamw import LowRankAdamW
@@ -48,6 +49,17 @@ def stats(optimizer: LowRankAdamW) -> list[Row]:
     ]
 
 
+def described(optimizer: LowRankAdamW, groups: str) -> str:
+    """An optimizer in a few lines: method, subspace, backend, then the groups as torch has them."""
+    name, *rest = groups.splitlines()
+    parts = optimizer.method._asdict()
+    changes = ", ".join(f"{key}={value!r}" for key, value in optimizer.subspace.changed().items())
+    parts |= {"subspace": f"Subspace({changes})", "backend": optimizer.backend}
+    used = Counter(row["backend"] for row in explain(optimizer))
+    parts["stepped by"] = ", ".join(f"{backend} ({count})" for backend, count in used.items())
+    return "\n".join([name, *(f"    {key}: {value}" for key, value in parts.items()), *rest])
+
+
 def _parameters(optimizer: LowRankAdamW) -> Iterator[tuple[str, Group, Tensor]]:
     for index, group in enumerate(optimizer.param_groups):
         for name, param in named_params(group, index):
@@ -63,11 +75,16 @@ def _who(optimizer: LowRankAdamW, group: Group, param: Tensor) -> Row:
     side, rank = side_of(group["proj_type"], rows, cols), min(group["rank"], rows, cols)
     if state := optimizer.state.get(param):
         side, rank = Side(state["side"]), state["basis"].shape[1]
-    choice = optimizer.choice(ops.requested_backend(optimizer.backend), param, param.grad)
-    tiles = ops.tiles(param, side, rank, backend=choice.backend)
-    reason = f"{choice.reason}; {tiles}" if tiles else choice.reason
+    try:
+        backend, reason = optimizer.choice(
+            ops.requested_backend(optimizer.backend), param, param.grad
+        )
+        if tiles := ops.tiles(backend):
+            reason = f"{reason}; {tiles}"
+    except (ValueError, BackendUnavailable) as error:  # what a step would raise
+        backend, reason = "none", str(error)
     row = {"projected": True, "side": side.name.lower(), "rank": rank}
-    return {**row, "backend": choice.backend, "reason": reason}
+    return {**row, "backend": backend, "reason": reason}
 
 
 def _needs(optimizer: LowRankAdamW, name: str, group: Group, param: Tensor) -> Row:
@@ -75,7 +92,9 @@ def _needs(optimizer: LowRankAdamW, name: str, group: Group, param: Tensor) -> R
     side = side_of(group["proj_type"], *param.shape) if projected else None
     state = 0
     if param.requires_grad:
-        state = state_bytes(optimizer.new_state(group, torch.empty_like(param, device="meta")))
+        state = state_bytes(
+            new_state(torch.empty_like(param, device="meta"), group, 0, optimizer.method)
+        )
     return {
         "name": name,
         "shape": tuple(param.shape),

@@ -27,8 +27,30 @@ from torch import Tensor
 from ..ops.contract import Side, basis_shape, moment_dtype, projected_shape
 from ..ops.reference import NOTHING_STORED
 from ..subspace import Subspace, new_measures, new_record
+from .groups import Group, cut_rank, is_projected, side_of
+from .parts import Method
 
 State = dict[str, Any]
+
+
+def new_state(param: Tensor, group: Group, salt: int, method: Method) -> State:
+    """State of a parameter before its first step, on its device.
+
+    Args:
+        param: the weight.
+        group: its options; with a rank it is projected.
+        salt: of its random numbers.
+        method: the optimizer's parts.
+    """
+    if is_projected(group):
+        shape = (param.shape[0], param.shape[1])
+        rank, side = cut_rank(group["rank"], *shape), side_of(group["proj_type"], *shape)
+        state = new_projected_state(param, rank, side, salt, method.subspace, *method.counters)
+    else:
+        state = new_plain_state(param)
+    if method.capturable:
+        state["step"] = state["step"].to(param.device)
+    return state
 
 
 def new_projected_state(

@@ -1,19 +1,23 @@
-"""What a step holds for a while beside weights, gradients and state, told without taking one."""
+"""What a step holds for a while beside weights, gradients and state: from a dry run."""
 
 from __future__ import annotations
 
-from collections import Counter
+from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .. import ops, subspace
-from ..ops import Alike
+from .. import ops
 from ..ops.dispatch import Kind, choose_kind
-from . import plain
-from .groups import Group, is_projected, side_of
-from .schedule import step_scalars
+from ..ops.dry import meta_stands_for
+from ..subspace import Due, batch_size, refresh_bases
+from .allocations import Allocations
+from .batches import Member, batches_of, scalars_of
+from .groups import Group, is_projected
+from .parts import Method
+from .plain import Plain
+from .state import new_state
 
 if TYPE_CHECKING:
     from .lowrank_adamw import LowRankAdamW
@@ -29,9 +33,8 @@ class Workspace(NamedTuple):
 def planned_workspace(optimizer: LowRankAdamW, device_type: str) -> Workspace:
     """The largest set of temporaries of an optimizer; nothing is allocated.
 
-    Gradients have the dtype of their weights, weights are dense and rounded to nearest, and bases
-    come from sketches ("randomized" or "power"). What `maximize`, `monitor` and a criterion take
-    besides is not counted.
+    Gradients have the dtype of their weights, weights are dense, and no factorization fails. What
+    an operation of torch keeps for itself is not seen.
 
     Args:
         optimizer: its parameters may lie on the meta device.
@@ -42,33 +45,62 @@ def planned_workspace(optimizer: LowRankAdamW, device_type: str) -> Workspace:
     """
     request = ops.requested_backend(optimizer.backend)
     step, refresh = [0], [0]
-    for group in optimizer.param_groups:
-        trained = [param for param in group["params"] if param.requires_grad]
-        if not is_projected(group):
-            step.append(plain.workspace_bytes(trained, device_type))
-            continue
-        residual = step_scalars(group, 1, optimizer.residual, optimizer.corrected).residual
-        for alike in _alike(group, trained, device_type):
-            kind = Kind(device_type, alike.dtype, alike.dtype, optimizer.capturable)
-            backend = choose_kind(request, kind).backend
-            step.append(ops.workspace_bytes(alike, residual, backend=backend))
-            refresh.append(subspace.workspace_bytes(alike, optimizer.subspace))
+    with meta_stands_for(device_type):
+        for group in optimizer.param_groups:
+            trained = [param for param in group["params"] if param.requires_grad and param.numel()]
+            members = [_member_on_meta(param, group, optimizer.method) for param in trained]
+            if not is_projected(group):
+                step.append(_peak_of_plain(group, members))
+                continue
+            alike: dict[object, list[Member]] = {}
+            for member in members:
+                dtype = member.param.dtype
+                kind = Kind(device_type, dtype, dtype, optimizer.capturable)
+                member = member._replace(backend=choose_kind(request, kind).backend)
+                alike.setdefault((kind, member.param.shape), []).append(member)
+            for equal in alike.values():
+                refresh.append(_peak_of_refresh(optimizer, group, equal))
+                step.append(_peak_of_step(optimizer, group, equal))
     return Workspace(max(step), max(refresh))
 
 
-def _alike(group: Group, params: list[Tensor], device_type: str) -> list[Alike]:
-    """The kinds of matrices of a group, each with how many there are."""
-    counts: Counter[tuple[tuple[int, int], torch.dtype]] = Counter(
-        ((param.shape[0], param.shape[1]), param.dtype) for param in params if param.numel()
-    )
-    return [
-        Alike(
-            shape,
-            side_of(group["proj_type"], *shape),
-            min(group["rank"], *shape),
-            dtype,
-            device_type,
-            matrices,
-        )
-        for (shape, dtype), matrices in counts.items()
-    ]
+def _member_on_meta(param: Tensor, group: Group, method: Method) -> Member:
+    """A dense parameter like this one, with a gradient and a state."""
+    twin = torch.empty(param.shape, dtype=param.dtype, device="meta")
+    twin.grad = torch.empty_like(twin)
+    return Member("", twin, new_state(twin, group, 0, method))
+
+
+def _peak_of_plain(group: Group, members: list[Member]) -> int:
+    """On the meta device torch's fused kernels take only a number as learning rate."""
+    params, states = [member.param for member in members], [member.state for member in members]
+    return _peak(Plain(group | {"lr": 0.0}, params, states, capturable=False).step)
+
+
+def _peak_of_refresh(optimizer: LowRankAdamW, group: Group, members: list[Member]) -> int:
+    """Of one batch that changes its bases; the others are like it."""
+    due = []
+    for name, param, state, *_ in members[: batch_size(members[0].param.numel())]:
+        assert param.grad is not None
+        state["basis_step"] = 0
+        due.append(Due(name, param.grad, state, group["rank"], 1, 0, group["betas"]))
+    return _peak(lambda: refresh_bases(due, optimizer.subspace))
+
+
+def _peak_of_step(optimizer: LowRankAdamW, group: Group, members: list[Member]) -> int:
+    """Of the first batch, which is the largest."""
+    batches = batches_of(group, members, optimizer.method)
+    for batch in batches:
+        batch.counts = [1] * len(batch.members)
+
+    def step() -> None:
+        scalars, *_ = scalars_of(batches, optimizer.method)
+        optimizer._step_batch(batches[0], scalars)
+
+    return _peak(step)
+
+
+def _peak(run: Callable[[], object]) -> int:
+    with Allocations() as allocations:
+        run()
+    return allocations.peak_bytes

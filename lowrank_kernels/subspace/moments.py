@@ -39,14 +39,16 @@ class Corrections(NamedTuple):
     second: float
 
 
-def moved(how: str, old: Moments, overlap: Tensor, side: Side, corrections: Corrections) -> Moments:
+def transferred(
+    how: str, old: Moments, overlap: Tensor, side: Side, corrections: Corrections
+) -> Moments:
     """The moments in the new basis, as new tensors.
 
     Args:
         how: one of `MOMENTS`.
         old: M and V in the old basis.
         overlap: C = P_new^T P_old, r_new x r_old.
-        side: the side of the basis.
+        side: of the basis.
         corrections: of the old moments; used by LDAdam's formula.
     """
     exp_avg, exp_avg_sq = old if side is Side.LEFT else (old.exp_avg.mT, old.exp_avg_sq.mT)
@@ -54,30 +56,20 @@ def moved(how: str, old: Moments, overlap: Tensor, side: Side, corrections: Corr
     if how == "keep":
         new = Moments(_resized(exp_avg, len(overlap)), _resized(exp_avg_sq, len(overlap)))
     elif how == "reset":
-        shape = (len(overlap), exp_avg.shape[1])
-        new = Moments(exp_avg.new_zeros(shape), exp_avg.new_zeros(shape))
+        zeros = exp_avg.new_zeros(len(overlap), exp_avg.shape[1])
+        new = Moments(zeros, zeros.clone())
     else:
-        carried = overlap @ exp_avg
-        new = Moments(carried, _carried_sq(how, exp_avg, exp_avg_sq, carried, overlap, corrections))
+        mean = overlap @ exp_avg
+        if how == "carry_absolute":
+            square = (overlap @ exp_avg_sq).abs()
+        elif how == "carry" or not corrections.first:
+            square = overlap.square() @ exp_avg_sq
+        else:
+            first, second = corrections
+            variance = exp_avg_sq / second - (exp_avg / first).square()
+            square = second * (overlap.square() @ variance + (mean / first).square()).abs()
+        new = Moments(mean, square)
     return new if side is Side.LEFT else Moments(*(moment.mT.contiguous() for moment in new))
-
-
-def _carried_sq(
-    how: str,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    carried: Tensor,
-    overlap: Tensor,
-    corrections: Corrections,
-) -> Tensor:
-    if how == "carry_absolute":
-        return (overlap @ exp_avg_sq).abs()
-    shares = overlap.square()
-    if how == "carry" or not corrections.first:
-        return shares @ exp_avg_sq
-    variance = exp_avg_sq / corrections.second - (exp_avg / corrections.first).square()
-    mean_sq = (carried / corrections.first).square()
-    return corrections.second * (shares @ variance + mean_sq).abs()
 
 
 def _resized(moment: Tensor, rows: int) -> Tensor:

@@ -6,6 +6,14 @@ from .moments import MOMENTS
 from .range_finders import RANGE_FINDERS
 
 CRITERIA = ("norm", "relative_norm", "displacement")
+ITERATED = ("randomized", "power")
+# Options that do nothing unless another one is given.
+SWITCHES = {
+    "min_rank": "residual_energy",
+    "rank_multiple": "residual_energy",
+    "threshold": "criterion",
+    "check_gap": "criterion",
+}
 
 
 @dataclass(frozen=True)
@@ -28,20 +36,20 @@ class Subspace:
         residual_energy: eta: each refresh takes the smallest rank that leaves at most this share of
             the gradient's energy |G|^2 outside; the group's `rank` is then the largest. None keeps
             the rank. State is allocated anew, so a smaller rank frees memory.
-        min_rank: the smallest rank.
-        rank_multiple: ranks are rounded up to a multiple of this.
+        min_rank: the smallest rank; with `residual_energy`.
+        rank_multiple: ranks are rounded up to a multiple of this; with `residual_energy`.
         criterion: refreshes before `update_proj_gap` steps are over, as soon as a measure falls to
             `threshold`: "norm", |R| (AdaRankGrad); "relative_norm", |R| as a share of its value at
             the first step with this basis; "displacement", how far R / |R| has moved since then, a
             step (Lotus), which keeps one more matrix of R's size. None looks at nothing.
-        threshold: of the criterion.
+        threshold: of the criterion, above 0; there is no default that suits every model.
         check_gap: steps between two looks at the criterion. A measure taken at one step decides
             about the next one, so that no step waits for the device.
         lazy: Q-GaLore: if the mean overlap |P_new^T P_old|^2 / r of the last five refreshes is at
             least this, the matrix' interval doubles. None keeps the interval.
 
     Raises:
-        ValueError: a value does not fit; the text names it.
+        ValueError: a value does not fit, or does nothing beside the others; the text names it.
 
     Sources: GaLore (arXiv 2403.03507), AdaRankGrad (arXiv 2410.17881), LDAdam (arXiv 2410.16103),
     Lotus (arXiv 2602.01233), Q-GaLore (arXiv 2407.08296).
@@ -60,10 +68,14 @@ class Subspace:
     lazy: float | None = None
 
     def __post_init__(self) -> None:
-        self._check_choice("range_finder", tuple(RANGE_FINDERS))
-        self._check_choice("moments", MOMENTS)
+        choices = {"range_finder": tuple(RANGE_FINDERS), "moments": MOMENTS}
         if self.criterion is not None:
-            self._check_choice("criterion", CRITERIA)
+            choices["criterion"] = CRITERIA
+        for name, known in choices.items():
+            if (value := getattr(self, name)) not in known:
+                raise ValueError(
+                    f"subspace: {name} must be one of {', '.join(known)}, got {value!r}"
+                )
         for name in ("power_iterations", "min_rank", "rank_multiple", "check_gap"):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
@@ -79,8 +91,22 @@ class Subspace:
             )
         if not self.orthonormal and self.moments.startswith("carry"):
             raise ValueError(f"subspace: moments={self.moments!r} needs an orthonormal basis")
-        if not self.threshold >= 0:
-            raise ValueError(f"subspace: threshold must be at least 0, got {self.threshold}")
+        if self.criterion is not None and not self.threshold > 0:
+            raise ValueError(
+                f"subspace: criterion={self.criterion!r} needs a threshold above 0, to which its"
+                f" measure can fall, got {self.threshold}"
+            )
+        changed = self.changed()
+        for name, switch in SWITCHES.items():
+            if name in changed and switch not in changed:
+                raise ValueError(
+                    f"subspace: {name}={changed[name]!r} does nothing without {switch}"
+                )
+        if "power_iterations" in changed and self.range_finder not in ITERATED:
+            raise ValueError(
+                f"subspace: power_iterations={self.power_iterations} does nothing with"
+                f" range_finder={self.range_finder!r}, only with {' or '.join(ITERATED)}"
+            )
 
     @classmethod
     def named(cls, choice: "str | Subspace", *, stagger: bool = True) -> "Subspace":
@@ -100,9 +126,3 @@ class Subspace:
             for field in fields(self)
             if getattr(self, field.name) != field.default
         }
-
-    def _check_choice(self, name: str, choices: tuple[str, ...]) -> None:
-        if getattr(self, name) not in choices:
-            raise ValueError(
-                f"subspace: {name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}"
-            )

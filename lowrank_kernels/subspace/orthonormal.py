@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from ..ops.dry import on_host
+
 # Of the second pass' Gram matrix from the identity. Below it the second pass ends at rounding
 # errors; above it the columns were too nearly dependent for the first.
 MAX_DEVIATION = 0.1
@@ -32,7 +34,7 @@ def well_conditioned(tall: Tensor) -> tuple[Tensor, Tensor]:
     return _with_householder(once, tall, worked)
 
 
-def touched_up(tall: Tensor) -> tuple[Tensor, Tensor]:
+def reorthonormalized(tall: Tensor) -> tuple[Tensor, Tensor]:
     """`orthonormalized` of columns that nearly are: the second pass of the two."""
     twice, worked, gram = _cholesky_qr(tall)
     return _with_householder(twice, tall, worked & _nearly_identity(gram))
@@ -46,7 +48,7 @@ def product(left: Tensor, right: Tensor) -> Tensor:
 
 
 def _with_householder(done: Tensor, tall: Tensor, worked: Tensor) -> tuple[Tensor, Tensor]:
-    failed = ~worked.cpu()
+    failed = ~on_host(worked)
     for index in failed.nonzero().flatten().tolist():
         done[index] = torch.linalg.qr(tall[index])[0]
     return done, failed

@@ -4,14 +4,16 @@ Every range finder has one form, `RangeFinder`. It serves a batch of equal matri
 basis is d x r: the gradients of the left side as they are, of the right side transposed.
 """
 
+import logging
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .orthonormal import orthonormalized, product, touched_up, well_conditioned
-from .svd import left_singular
+from ..ops.dry import device_type
+from ..ops.notices import notice_once
+from .orthonormal import orthonormalized, product, reorthonormalized, well_conditioned
 
 # The sketch has more columns than the basis: a sixteenth more, and never fewer than 8. Each costs
 # as much as a column of the basis; CONTRIBUTING has what they capture.
@@ -68,13 +70,46 @@ def exact(request: Request) -> Found:
 
     Raises:
         torch.linalg.LinAlgError: neither the SVD nor its fallback converged.
+
+    Source: GaLore (arXiv 2403.03507), section 3.
     """
     found = [left_singular(matrix, request.rank) for matrix in request.matrices]
     bases, values, slow = zip(*found, strict=True)
-    relative = torch.stack(values) / request.norms.unsqueeze(1)
-    noise = _noise(bases[0].dtype, request)
+    energies = (torch.stack(values) / request.norms.unsqueeze(1)).square()
     slow_ones = torch.tensor(slow, device="cpu")
-    return Found(torch.stack(bases), relative.square(), slow_ones, noise, signed=True)
+    noise = _noise(bases[0].dtype, request)
+    return Found(torch.stack(bases), energies, slow_ones, noise, signed=True)
+
+
+def left_singular(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, bool]:
+    """The first `rank` left singular vectors and values, and whether the SVD failed, so that the
+    Gram matrix was taken instead; in at least float32.
+    """
+    wide = matrix.to(_wide(matrix))
+    # A gradient of the right side comes transposed: factored as it lies, like the official code
+    # does, it gets the same signs, on which moments that are kept depend.
+    lies_transposed = matrix.stride(1) != 1 or matrix.stride(0) < matrix.shape[1]
+    try:
+        left, values, right = torch.linalg.svd(wide.mT if lies_transposed else wide, False)
+    except torch.linalg.LinAlgError:
+        notice_once(
+            logging.WARNING, "torch.linalg.svd did not converge; using the Gram matrix's eigh"
+        )
+        return *_from_gram(wide, rank), True
+    vectors = right.mT if lies_transposed else left
+    return vectors[:, :rank], values[:rank], False
+
+
+def _from_gram(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """The same from the smaller Gram matrix, in float64 since it squares the condition."""
+    exact = matrix.double()
+    tall = exact.shape[0] > exact.shape[1]
+    energies, vectors = torch.linalg.eigh(exact.mT @ exact if tall else exact @ exact.mT)
+    basis = vectors[:, -rank:].flip(-1)
+    if tall:
+        basis, _ = torch.linalg.qr(exact @ basis)
+    values = energies[-rank:].flip(-1).clamp(min=0.0).sqrt()
+    return basis.to(matrix.dtype), values.to(matrix.dtype)
 
 
 def randomized(request: Request) -> Found:
@@ -97,122 +132,71 @@ def warm_started(request: Request) -> Found:
 def random(request: Request) -> Found:
     """Random orthonormal directions, the same whatever the gradient is."""
     bases, slow = orthonormalized(_gaussian(request, request.matrices.shape[1], request.rank))
-    return _found(request, _for_sketches(request), bases, slow)
+    return _found(request, *_for_sketches(request), bases, slow)
 
 
 def gaussian(request: Request) -> Found:
     """Random directions from N(0, 1/r), not orthonormal: E[P P^T] = 1, as in APOLLO and FLORA."""
     bases = _gaussian(request, request.matrices.shape[1], request.rank) * request.rank**-0.5
     nothing_slow = torch.zeros(len(bases), dtype=torch.bool, device="cpu")
-    return _found(request, _for_sketches(request), bases, nothing_slow)
-
-
-def sketch_bytes(
-    batch: int,
-    d: int,
-    n: int,
-    rank: int,
-    dtype: torch.dtype,
-    device: torch.device,
-    measured: bool,
-) -> int:
-    """Bytes of temporaries at the peak of `randomized` and `warm_started`, beside the matrices.
-
-    The matrices are `batch` of d x n in a dtype; of the device only the kind matters.
-    """
-    columns, sketch = _columns(d, n, rank), _sketch_dtype(dtype, device, measured)
-    wide = torch.promote_types(dtype, torch.float32).itemsize
-    narrow = sketch.itemsize if sketch.itemsize < wide else 0  # products not yet widened
-    tall, wide_one, square = d * columns, n * columns, columns**2
-    gram = square * (8 + 8 + wide)  # Y^T Y and its factor in float64, the factor once more
-    both = wide * (2 * tall + wide_one)  # images, left and right
-    stages = (
-        2 * wide * wide_one,  # random numbers are drawn, then stacked
-        wide * wide_one + narrow * (wide_one + tall) + 2 * wide * tall,
-        3 * wide * tall,  # previous bases are widened, stacked and joined
-        2 * wide * tall + gram,
-        2 * wide * (tall + wide_one) + narrow * (tall + wide_one),
-        2 * wide * (tall + wide_one) + gram,
-        both + narrow * wide_one + max(narrow, wide) * tall + wide * tall,
-        both + wide * (square + columns * rank + 2 * d * rank) + 32 * rank**2,
-        both + wide * (square + columns * rank + (d + 2 * n) * rank),
-    )
-    copied = d * n * sketch.itemsize if sketch is not dtype else 0
-    vectors = 2 * wide * columns + 8 * 8  # squares, their roots; norms and flags of a matrix
-    return batch * (copied + max(stages) + vectors)
+    return _found(request, *_for_sketches(request), bases, nothing_slow)
 
 
 def _iterated(request: Request, starts: Sequence[Tensor | None]) -> Found:
-    matrices, rank = _for_sketches(request), request.rank
-    scale = _scale(request, _wide(matrices))
-    columns = _columns(matrices.shape[1], matrices.shape[2], rank)
+    matrices, scale = _for_sketches(request)
+    rank, (d, n) = request.rank, matrices.shape[1:]
+    columns = min(d, n, rank + max(OVERSAMPLING, rank // 16))
     known = min(columns, *(0 if start is None else start.shape[1] for start in starts))
-    images = _times(matrices, _gaussian(request, matrices.shape[2], columns - known)) * scale
+    images = _times(matrices, scale, _gaussian(request, n, columns - known))
     if known:
-        images = _begun(starts, known, images)
+        begun = [start[:, :known].to(images.dtype) for start in starts if start is not None]
+        images = torch.cat([torch.stack(begun), images], dim=2)
 
     slow = torch.zeros(len(matrices), dtype=torch.bool, device="cpu")
     for _ in range(request.power_iterations):
         left, slow_left = well_conditioned(images)
-        right, slow_right = well_conditioned(_times(matrices.mT, left) * scale)
-        images = _times(matrices, right) * scale
+        right, slow_right = well_conditioned(_times(matrices.mT, scale, left))
+        images = _times(matrices, scale, right)
         slow = slow | slow_left | slow_right
 
     squares, rotation = torch.linalg.eigh(product(images.mT, images))
     lengths = squares.clamp(min=torch.finfo(squares.dtype).tiny).sqrt().unsqueeze(1)
     directions = (rotation / lengths)[..., -rank:].flip(-1)
-    bases, slow_last = touched_up(product(images, directions))
-    return _found(request, matrices, bases, slow | slow_last)
+    bases, slow_last = reorthonormalized(product(images, directions))
+    return _found(request, matrices, scale, bases, slow | slow_last)
 
 
-def _begun(starts: Sequence[Tensor | None], known: int, images: Tensor) -> Tensor:
-    """The first columns of the previous bases, and random ones beside them."""
-    begun = [start[:, :known].to(images.dtype) for start in starts if start is not None]
-    return torch.cat([torch.stack(begun), images], dim=2)
-
-
-def _found(request: Request, matrices: Tensor, bases: Tensor, slow: Tensor) -> Found:
+def _found(request: Request, matrices: Tensor, scale: Tensor, bases: Tensor, slow: Tensor) -> Found:
     """With |P_i^T A|^2 / |A|^2 of every column."""
-    low = _times(matrices.mT, bases) * _scale(request, bases.dtype)
-    energies = torch.linalg.vector_norm(low, dim=1).square()
+    energies = torch.linalg.vector_norm(_times(matrices.mT, scale, bases), dim=1).square()
     return Found(bases, energies, slow, _noise(matrices.dtype, request))
 
 
-def _scale(request: Request, dtype: torch.dtype) -> Tensor:
-    """1 / |A|: gradients of 1e-20 exist, and in float32 their squares do not."""
-    return (1 / request.norms).to(dtype).view(-1, 1, 1)
-
-
-def _times(matrices: Tensor, tall: Tensor) -> Tensor:
+def _times(matrices: Tensor, scale: Tensor, tall: Tensor) -> Tensor:
     """A product in the dtype of the matrices, on the matrix units, returned in at least float32."""
-    return product(matrices, tall.to(matrices.dtype)).to(_wide(matrices))
+    return product(matrices, tall.to(matrices.dtype)).to(scale.dtype) * scale
 
 
-def _for_sketches(request: Request) -> Tensor:
-    """A in bfloat16 where its products are faster, if all that they have to give is directions.
+def _for_sketches(request: Request) -> tuple[Tensor, Tensor]:
+    """A, in bfloat16 where its products are faster, if all that they have to give is directions;
+    and 1 / |A|: gradients of 1e-20 exist, and in float32 their squares do not.
 
     Not in float16, which does not hold the range of a product.
     """
-    matrices = request.matrices
-    return matrices.to(_sketch_dtype(matrices.dtype, matrices.device, request.measured))
-
-
-def _sketch_dtype(dtype: torch.dtype, device: torch.device, measured: bool) -> torch.dtype:
-    if dtype is torch.float16 or measured:
-        return torch.promote_types(dtype, torch.float32)
-    if dtype is not torch.float32:
-        return dtype
-    if device.type != "cuda":
+    matrices, wide = request.matrices, _wide(request.matrices)
+    scale = (1 / request.norms).to(wide).view(-1, 1, 1)
+    if matrices.dtype is torch.float16 or request.measured:
+        return matrices.to(wide), scale
+    if matrices.dtype is not torch.float32:
+        return matrices, scale
+    if device_type(matrices) != "cuda":
         fast = torch.cpu._is_avx512_bf16_supported()
-    else:  # a workspace may be planned where there is no such device
-        present = torch.cuda.is_available()
-        fast = not present or torch.cuda.get_device_capability(device) >= (8, 0)
-    return torch.bfloat16 if fast else dtype
-
-
-def _columns(d: int, n: int, rank: int) -> int:
-    """Of a sketch."""
-    return min(d, n, rank + max(OVERSAMPLING, rank // 16))
+    elif torch.cuda.is_available():
+        device = None if matrices.is_meta else matrices.device
+        fast = torch.cuda.get_device_capability(device) >= (8, 0)
+    else:
+        fast = True  # a dry run for a GPU that is not here
+    return matrices.to(torch.bfloat16) if fast else matrices, scale
 
 
 def _wide(matrices: Tensor) -> torch.dtype:
@@ -229,15 +213,15 @@ def _noise(dtype: torch.dtype, request: Request) -> float:
 
 def _gaussian(request: Request, rows: int, cols: int) -> Tensor:
     """Normal numbers that depend on the seeds alone, B x rows x cols."""
-    device, dtype = request.matrices.device, _wide(request.matrices)
-    generator = torch.Generator(device)
+    matrices, device = request.matrices, request.matrices.device
+    generator = torch.Generator("cpu" if matrices.is_meta else device)
     draws = [
         torch.randn(
             rows, cols, generator=generator.manual_seed(seed), device=device, dtype=torch.float32
         )
         for seed in request.seeds
     ]
-    return torch.stack(draws).to(dtype)
+    return torch.stack(draws).to(_wide(matrices))
 
 
 RANGE_FINDERS: dict[str, RangeFinder] = {

@@ -1,4 +1,4 @@
-"""New bases for matrices that are due, and what happens when there is none."""
+"""New bases for matrices that are due, their rank, and what happens when there is none."""
 
 import logging
 from collections.abc import Hashable, Iterator, Sequence
@@ -7,14 +7,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..ops import Alike, Side
-from ..ops.contract import moment_dtype
+from ..ops import Side
+from ..ops.dry import on_host
 from ..ops.notices import notice_once
-from .moments import Corrections, Moments, moved
+from .moments import Corrections, Moments, transferred
 from .options import Subspace
-from .range_finders import RANGE_FINDERS, Found, Request, sketch_bytes
-from .rank import adaptive_rank
-from .when import lazier
+from .range_finders import RANGE_FINDERS, Found, Request
+from .when import note_overlap
 
 State = dict[str, Any]
 Problems = dict[str, list[str]]
@@ -47,30 +46,25 @@ class Due(NamedTuple):
     seed: int
     betas: tuple[float, float]
 
+    @property
+    def previous(self) -> Tensor | None:
+        """The basis so far, None before the first one."""
+        basis: Tensor = self.state["basis"]
+        return basis if self.state["basis_step"] >= 0 else None
+
 
 def new_record() -> State:
-    """The part of a matrix' state that tells of its bases.
-
-    basis_step     completed steps when the basis was computed, -1 for none yet
-    moments_step   completed steps when the moments were last reset
-    refreshes      bases so far
-    captured       energy of the gradient that the basis held when it was computed, 0 to 1
-    overlap        |P_new^T P_old|^2 / min(r_new, r_old) of the last change, 0 for none
-    kept           refreshes that failed and left the old basis
-    fallbacks      refreshes whose fast factorization failed, so that the slow one was taken
-    deficient      refreshes from a gradient of a lower rank than the basis
-    gap_factor     lazy refreshes: by how much the interval has grown
-    """
+    """The part of a matrix' state that tells of its bases."""
     return {
-        "basis_step": -1,
-        "moments_step": 0,
-        "refreshes": 0,
-        "captured": 0.0,
-        "overlap": 0.0,
-        "kept": 0,
-        "fallbacks": 0,
-        "deficient": 0,
-        "gap_factor": 1,
+        "basis_step": -1,  # completed steps when the basis was computed, -1 for none yet
+        "moments_step": 0,  # completed steps when the moments were last reset
+        "refreshes": 0,  # bases so far
+        "captured": 0.0,  # energy of the gradient that the basis held when it was computed, 0 to 1
+        "overlap": 0.0,  # |P_new^T P_old|^2 / min(r_new, r_old) of the last change, 0 for none
+        "kept": 0,  # refreshes that failed and left the old basis
+        "fallbacks": 0,  # refreshes whose fast factorization failed, so that the slow one was taken
+        "deficient": 0,  # refreshes from a gradient of a lower rank than the basis
+        "gap_factor": 1,  # lazy refreshes: by how much the interval has grown
     }
 
 
@@ -91,74 +85,72 @@ def refresh_bases(due: Sequence[Due], subspace: Subspace) -> None:
         notice_once(level, f"a basis was not renewed: {problem}: {names[0]}{others}")
 
 
-def _batches(due: Sequence[Due]) -> Iterator[list[Due]]:
-    alike: dict[Hashable, list[Due]] = {}
-    for item in due:
-        grad = item.grad
-        layout = grad.shape, grad.stride(), grad.dtype, grad.device
-        previous = _previous(item)
-        # A warm start takes as many columns from each of a batch, and its result must not depend on
-        # who else is there.
-        known = 0 if previous is None else previous.shape[1]
-        kind = *layout, item.state["side"], item.rank, known
-        alike.setdefault(kind, []).append(item)
-    for equal in alike.values():
-        size = _batch_size(equal[0].grad.numel())
-        for start in range(0, len(equal), size):
-            yield equal[start : start + size]
-
-
-def _batch_size(elements: int) -> int:
+def batch_size(elements: int) -> int:
+    """Gradients of so many elements that are factored together."""
     return max(1, BATCH_ELEMENTS // elements)
 
 
-def workspace_bytes(alike: Alike, subspace: Subspace) -> int:
-    """Bytes of temporaries at the peak of a refresh by "randomized" or "power", an upper bound.
+def adaptive_rank(energies: Sequence[float], subspace: Subspace) -> int:
+    """The smallest rank that leaves at most `residual_energy` outside; all of them without it.
 
-    A basis computed by a slow factorization, after a fast one failed, can take more.
+    AdaRankGrad's rule as printed takes the largest such rank, which always is the full one; the
+    smallest is what can be meant. All ranks are judged by one sketch: a fresh one for every probe
+    overshoots, since each misses something else.
+
+    Args:
+        energies: of each direction, as a share of the whole matrix', largest first; their number
+            is the largest rank that may come out.
+        subspace: the share, the smallest rank, and of what the rank is a multiple.
+
+    Source: AdaRankGrad (arXiv 2410.17881), from secondary sources.
     """
-    batch = min(alike.matrices, _batch_size(alike.numel))
-    rank, device = min(alike.rank, *alike.shape), torch.device(alike.device_type)
-    stack = batch * alike.numel * alike.dtype.itemsize if batch > 1 else 0
-    measured = subspace.residual_energy is not None
-    sketches = sketch_bytes(batch, alike.depth, alike.channels, rank, alike.dtype, device, measured)
-    return stack + max(sketches, _taken_bytes(alike, batch, rank, subspace))
+    if subspace.residual_energy is None:
+        return len(energies)
+    rank, outside = 0, 1.0
+    while rank < len(energies) and outside > subspace.residual_energy:
+        outside -= energies[rank]
+        rank += 1
+    rank, multiple = max(rank, subspace.min_rank), subspace.rank_multiple
+    return min(-(-rank // multiple) * multiple, len(energies))
 
 
-def _taken_bytes(alike: Alike, batch: int, rank: int, subspace: Subspace) -> int:
-    """Of what was found and the overlaps, and of one matrix' previous basis and moved moments."""
-    wide = moment_dtype(alike.dtype).itemsize
-    basis, low = alike.depth * rank, alike.channels * rank
-    moved = {"keep": 0, "carry_ldadam": 6}.get(subspace.moments, 4) * low
-    found = batch * (wide + alike.dtype.itemsize) * basis + wide * batch * rank**2
-    return found + wide * (2 * rank**2 + max(2 * basis, moved))
+def _batches(due: Sequence[Due]) -> Iterator[list[Due]]:
+    alike: dict[Hashable, list[Due]] = {}
+    for item in due:
+        grad, previous = item.grad, item.previous
+        layout = grad.shape, grad.stride(), grad.dtype, grad.device
+        # A warm start takes as many columns from each of a batch, and its result must not depend on
+        # who else is there.
+        known = 0 if previous is None else previous.shape[1]
+        alike.setdefault((*layout, item.state["side"], item.rank, known), []).append(item)
+    for equal in alike.values():
+        size = batch_size(equal[0].grad.numel())
+        for start in range(0, len(equal), size):
+            yield equal[start : start + size]
 
 
 def _refresh_batch(batch: list[Due], subspace: Subspace, problems: Problems) -> None:
     # A norm of a large half-precision gradient overflows in its own dtype.
     norms = torch.stack([torch.linalg.vector_norm(i.grad, dtype=torch.float64) for i in batch])
     usable = []
-    for index, norm in enumerate(norms.tolist()):
+    for index, norm in enumerate(on_host(norms).tolist()):
         if 0 < norm < float("inf"):
             usable.append(index)
         else:
-            _keep(
-                batch[index], ZERO_GRADIENT if norm == 0 else "its gradient is not finite", problems
-            )
-    _factor([batch[index] for index in usable], norms[usable], subspace, problems)
+            problem = ZERO_GRADIENT if norm == 0 else "its gradient is not finite"
+            _keep(batch[index], problem, problems)
+    if usable:
+        _factor([batch[index] for index in usable], norms[usable], subspace, problems)
 
 
 def _factor(batch: list[Due], norms: Tensor, subspace: Subspace, problems: Problems) -> None:
-    if not batch:
-        return
-    side = Side(batch[0].state["side"])
     grads = [item.grad for item in batch]
     stack = grads[0].unsqueeze(0) if len(grads) == 1 else torch.stack(grads)
     request = Request(
-        matrices=stack if side is Side.LEFT else stack.mT,
+        matrices=stack if batch[0].state["side"] == Side.LEFT else stack.mT,
         norms=norms,
         rank=min(batch[0].rank, *stack.shape[1:]),
-        previous=[_previous(item) for item in batch],
+        previous=[item.previous for item in batch],
         seeds=[item.seed for item in batch],
         power_iterations=subspace.power_iterations,
         measured=subspace.residual_energy is not None,
@@ -171,15 +163,8 @@ def _factor(batch: list[Due], norms: Tensor, subspace: Subspace, problems: Probl
             return
         for index, item in enumerate(batch):
             _factor([item], norms[index : index + 1], subspace, problems)
-        return
-    finite = found.bases.isfinite().all((1, 2)) & found.energies.isfinite().all(1)
-    taken = []
-    for index, usable in enumerate(finite.tolist()):
-        if usable:
-            taken.append(index)
-        else:
-            _keep(batch[index], "the factorization is not finite", problems)
-    _take([batch[index] for index in taken], found, taken, subspace)
+    else:
+        _adopt(batch, found, subspace, problems)
 
 
 def _keep(item: Due, problem: str, problems: Problems) -> None:
@@ -187,58 +172,52 @@ def _keep(item: Due, problem: str, problems: Problems) -> None:
     problems.setdefault(problem, []).append(item.name)
 
 
-class _Change(NamedTuple):
-    """A new basis in the dtype of the state's, and C = P_new^T P_old if there was an old one."""
-
-    basis: Tensor
-    overlap: Tensor | None
-
-
-def _take(batch: list[Due], found: Found, places: list[int], subspace: Subspace) -> None:
-    """Writes the new bases and all that hangs on them."""
-    every_energy = found.energies.tolist()
-    energies = [every_energy[place] for place in places]
-    changes = []
-    for item, place, each in zip(batch, places, energies, strict=True):
-        rank = len(each)
-        if subspace.residual_energy is not None:
-            rank = adaptive_rank(
-                each, subspace.residual_energy, subspace.min_rank, subspace.rank_multiple
-            )
-        changes.append(_changed(item, found.bases[place, :, :rank], found.signed))
-    shares = _shares([change.overlap for change in changes])
-    for item, place, each, change, share in zip(
-        batch, places, energies, changes, shares, strict=True
-    ):
-        state, (basis, overlap) = item.state, change
-        rank = basis.shape[1]
+def _adopt(batch: list[Due], found: Found, subspace: Subspace, problems: Problems) -> None:
+    """Writes the new bases and all that depends on them."""
+    finite = found.bases.isfinite().all((1, 2)) & found.energies.isfinite().all(1)
+    usable = on_host(finite).tolist()
+    every_energy = on_host(found.energies).tolist()
+    adopted, overlaps = [], []
+    for index, item in enumerate(batch):
+        if not usable[index]:
+            _keep(item, "the factorization is not finite", problems)
+            continue
+        rank = adaptive_rank(every_energy[index], subspace)
+        basis, overlap = _turned(item, found.bases[index, :, :rank], found.signed)
+        adopted.append((index, item, basis))
+        overlaps.append(overlap)
+    # Of a batch all have an old basis, or none has.
+    known = [c.square().sum() / min(c.shape) for c in overlaps if c is not None]
+    shares = on_host(torch.stack(known)).tolist() if known else [0.0] * len(overlaps)
+    for (index, item, basis), overlap, share in zip(adopted, overlaps, shares, strict=True):
+        state, energies, rank = item.state, every_energy[index], basis.shape[1]
         if overlap is not None:
             state["overlap"] = share
-            _move_moments(item, overlap, subspace.moments)
-            _note_overlap(state, share, subspace)
+            _transfer_moments(item, overlap, subspace.moments)
+            note_overlap(state, share, subspace)
         elif rank != state["basis"].shape[1]:
-            # Before the first basis the moments are zero: moving them only gives them their shape.
-            _move_moments(item, basis.new_zeros(rank, state["basis"].shape[1]), "keep")
-        _put(state, "basis", basis)
+            # Before the first basis the moments are zero: this only gives them their shape.
+            _transfer_moments(item, basis.new_zeros(rank, state["basis"].shape[1]), "keep")
+        _store(state, "basis", basis)
         state["rank"] = rank
         state["basis_step"] = item.completed
         state["refreshes"] += 1
-        state["captured"] = min(1.0, sum(each[:rank]))
-        state["fallbacks"] += int(found.slow[place])
-        state["deficient"] += int(each[-1] <= found.noise)
+        state["captured"] = min(1.0, sum(energies[:rank]))
+        state["fallbacks"] += int(found.slow[index])
+        state["deficient"] += int(energies[-1] <= found.noise)
 
 
-def _changed(item: Due, directions: Tensor, signed: bool) -> _Change:
-    basis, previous = directions.to(item.state["basis"].dtype), _previous(item)
-    overlap = None
-    if previous is not None:
+def _turned(item: Due, directions: Tensor, signed: bool) -> tuple[Tensor, Tensor | None]:
+    """The basis in the dtype of the state's, turned to the old one, and C = P_new^T P_old."""
+    basis, overlap = directions.to(item.state["basis"].dtype), None
+    if item.previous is not None:
         wide = item.state["exp_avg"].dtype
-        overlap = basis.to(wide).mT @ previous.to(wide)
+        overlap = basis.to(wide).mT @ item.previous.to(wide)
     if not signed:
         signs = _signs(basis, overlap)
         basis = basis.mul_(signs)
         overlap = None if overlap is None else overlap.mul_(signs.unsqueeze(1))
-    return _Change(basis, overlap)
+    return basis, overlap
 
 
 def _signs(basis: Tensor, overlap: Tensor | None) -> Tensor:
@@ -255,45 +234,22 @@ def _signs(basis: Tensor, overlap: Tensor | None) -> Tensor:
     return torch.ones_like(sides, dtype=basis.dtype).masked_fill_(sides < 0, -1.0)
 
 
-def _shares(overlaps: list[Tensor | None]) -> list[float]:
-    """|C|^2 / min(r_new, r_old) of each, 0 where there was no old basis."""
-    known = [c.square().sum() / min(c.shape) for c in overlaps if c is not None]
-    shares = iter(torch.stack(known).tolist() if known else [])
-    return [0.0 if overlap is None else next(shares) for overlap in overlaps]
-
-
-def _previous(item: Due) -> Tensor | None:
-    basis: Tensor = item.state["basis"]
-    return basis if item.state["basis_step"] >= 0 else None
-
-
-def _move_moments(item: Due, overlap: Tensor, how: str) -> None:
+def _transfer_moments(item: Due, overlap: Tensor, how: str) -> None:
     if how == "keep" and overlap.shape[0] == overlap.shape[1]:
         return
     state, steps = item.state, item.completed - item.state["moments_step"]
     corrections = Corrections(*(1 - beta**steps for beta in item.betas))
     old = Moments(state["exp_avg"], state["exp_avg_sq"])
-    new = moved(how, old, overlap, Side(state["side"]), corrections)
+    new = transferred(how, old, overlap, Side(state["side"]), corrections)
     for name, moment in new._asdict().items():
-        _put(state, name, moment)
+        _store(state, name, moment)
     if how == "reset":
         state["moments_step"] = item.completed
 
 
-def _put(state: State, name: str, value: Tensor) -> None:
+def _store(state: State, name: str, value: Tensor) -> None:
     """In place where it fits, as captured graphs need it; else as a new tensor, all its own."""
     if state[name].shape == value.shape:
         state[name].copy_(value)
     else:
         state[name] = value.clone(memory_format=torch.contiguous_format)
-
-
-def _note_overlap(state: State, share: float, subspace: Subspace) -> None:
-    if subspace.lazy is None:
-        return
-    overlaps = state["overlaps"].roll(-1)
-    overlaps[-1] = share
-    state["overlaps"] = overlaps
-    state["gap_factor"] = lazier(
-        state["overlaps"], state["refreshes"], state["gap_factor"], subspace
-    )

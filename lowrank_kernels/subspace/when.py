@@ -41,23 +41,21 @@ def is_due(
 def new_measures(projected: Tensor, subspace: Subspace) -> dict[str, Any]:
     """What a criterion and lazy refreshes keep in a matrix' state, before the first of them.
 
-    measured         0-d, the last measure of the criterion; infinite before there was one
-    first_norm       0-d, "relative_norm": |R| at the first step with this basis
-    first_direction  the shape of R, "displacement": R / |R| then
-    overlaps         lazy refreshes: of the last ones, on the host
-
     Args:
         projected: of the shape, dtype and device of R.
         subspace: its criterion and laziness.
     """
     measures = {}
     if subspace.criterion is not None:
+        # The last one; infinite before there was one.
         measures["measured"] = projected.new_full((), float("inf"))
+    # What later ones are compared with: |R|, or R / |R|, at the first step with this basis.
     if subspace.criterion == "relative_norm":
         measures["first_norm"] = projected.new_zeros(())
     elif subspace.criterion == "displacement":
         measures["first_direction"] = torch.zeros_like(projected)
     if subspace.lazy is not None:
+        # Of the last refreshes, on the host.
         measures["overlaps"] = torch.zeros(LAZY_REFRESHES, dtype=torch.float32, device="cpu")
     return measures
 
@@ -68,14 +66,32 @@ def is_measured(state: Mapping[str, Any], completed_steps: int, subspace: Subspa
     return subspace.criterion is not None and age > 0 and age % subspace.check_gap == 0
 
 
+def next_look(
+    state: Mapping[str, Any], completed_steps: int, gap: int, phase: int, subspace: Subspace
+) -> int:
+    """The first count from `completed_steps` on at which the basis is due or a criterion asked."""
+    basis_step = state["basis_step"]
+    if basis_step < 0:
+        return completed_steps
+    look: int = ((basis_step + phase) // gap + 1) * gap - phase
+    if state["gap_factor"] > 1:
+        look = basis_step + gap * state["gap_factor"]
+    if subspace.criterion is not None:
+        age = max(1, completed_steps - basis_step)
+        look = min(look, basis_step + -(-age // subspace.check_gap) * subspace.check_gap)
+    return max(look, completed_steps)
+
+
 def measure(
     state: dict[str, Any], projected: Tensor, completed_steps: int, subspace: Subspace
 ) -> bool:
     """Takes the criterion's measure of a step that has just been computed; it stays on the device.
 
+    It is written into the state if the next step looks at it; at a basis' first step, so is what
+    later ones are compared with.
+
     Args:
-        state: of the matrix; `measured` is written if the next step looks at it, and at a basis'
-            first step what later ones are compared with.
+        state: of the matrix.
         projected: R.
         completed_steps: before this step.
         subspace: its criterion.
@@ -84,8 +100,8 @@ def measure(
         Whether the next step looks at it.
     """
     age = completed_steps - int(state["basis_step"])
-    looked_at = (age + 1) % subspace.check_gap == 0
-    if not (looked_at or age == 0):
+    looked_at = is_measured(state, completed_steps + 1, subspace)
+    if not looked_at and age > 0:
         return False
     norm = torch.linalg.vector_norm(projected)
     if subspace.criterion == "norm":
@@ -129,17 +145,15 @@ class Readback:
         return float(on_host)
 
 
-def lazier(overlaps: Tensor, count: int, factor: int, subspace: Subspace) -> int:
-    """The factor on the interval after a refresh: doubled if the last bases overlapped enough.
-
-    Args:
-        overlaps: the last `LAZY_REFRESHES` overlaps.
-        count: refreshes so far that had a previous basis.
-        factor: so far.
-        subspace: its `lazy`.
+def note_overlap(state: dict[str, Any], overlap: float, subspace: Subspace) -> None:
+    """Lazy refreshes: doubles the factor on the interval if the last bases overlapped enough.
 
     Source: Q-GaLore (arXiv 2407.08296), with an overlap that no sign of a vector changes.
     """
-    if subspace.lazy is None or count < LAZY_REFRESHES or float(overlaps.mean()) < subspace.lazy:
-        return factor
-    return min(2 * factor, MAX_GAP_FACTOR)
+    if subspace.lazy is None:
+        return
+    overlaps = state["overlaps"].roll(-1)
+    overlaps[-1] = overlap
+    state["overlaps"] = overlaps
+    if state["refreshes"] >= LAZY_REFRESHES and float(overlaps.mean()) >= subspace.lazy:
+        state["gap_factor"] = min(2 * state["gap_factor"], MAX_GAP_FACTOR)

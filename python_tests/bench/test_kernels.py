@@ -82,14 +82,13 @@ def test_bytes_and_flops_of_a_square_of_7b():
 
 def sabotaged(operation, spoil):
     """The native backend with one operation that spoils its result."""
-    module = types.SimpleNamespace(**vars(native))
 
-    def wrong(*args, **kwargs):
-        result = getattr(native, operation)(*args, **kwargs)
-        return spoil(result, args)
+    def wrong(self, matrices, *rest):
+        result = getattr(native.Operations, operation)(self, matrices, *rest)
+        return spoil(result, matrices)
 
-    setattr(module, operation, wrong)
-    return module
+    operations = type("Sabotaged", (native.Operations,), {operation: wrong})
+    return types.SimpleNamespace(Operations=operations, batch_size=native.batch_size)
 
 
 def spoil_direction(projection, _):
@@ -101,8 +100,8 @@ def spoil_factor(factor, _):
     return factor * 1.001
 
 
-def spoil_weight(_, args):
-    args[0][0][3, 4] += 0.01
+def spoil_weight(_, matrices):
+    matrices.params[0][3, 4] += 0.01
 
 
 SABOTAGE = [
@@ -117,8 +116,8 @@ SABOTAGE = [
 @pytest.mark.parametrize("shape", [(96, 64), (64, 96)])
 def test_right_backends_pass_the_check(shape, dtype, method):
     case = Case(*shape, 16, dtype, method, 2)
-    modules = {"native": native, "torch": hybrid}
-    assert check(case, modules, make_inputs(case, CPU, 0)) == {"native": [], "torch": []}
+    modules = {"native": native, "foreach": load("foreach"), "torch": hybrid}
+    assert check(case, modules, make_inputs(case, CPU, 0)) == {name: [] for name in modules}
 
 
 @pytest.mark.parametrize(("operation", "spoil", "output"), SABOTAGE)
@@ -146,7 +145,7 @@ def test_the_command_writes_a_record_and_fails_on_a_wrong_kernel(tmp_path, monke
     row = record["rows"][0]
     best = row["results"]["native"]
     assert best["share_of_floor"] == pytest.approx(row["floor_ms"] / best["ms"])
-    assert set(record["rows"][3]["results"]) == {"native", "torch", "torch fused AdamW"}
+    assert set(record["rows"][3]["results"]) == {"native", "foreach", "torch", "torch fused AdamW"}
 
     wrong = sabotaged("channel_scale", spoil_factor)
     monkeypatch.setattr(kernels, "load", lambda name: wrong if name == "native" else load(name))

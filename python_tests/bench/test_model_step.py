@@ -42,12 +42,13 @@ def test_every_optimizer_is_in_the_record_or_named_as_missing(tmp_path, capsys):
 
 
 def test_a_wrong_step_is_reported_and_not_timed(monkeypatch, capsys, tmp_path):
-    right = native.back_project_update
+    right = native.Operations.back_project_update
 
-    def slightly_wrong(*args, scale, **others):
-        right(*args, scale=1.001 * scale, **others)
+    def slightly_wrong(self, matrices, projection, factor, scalars):
+        wrong = scalars._replace(scale=1.001 * scalars.scale)
+        right(self, matrices, projection, factor, wrong)
 
-    monkeypatch.setattr(native, "back_project_update", slightly_wrong)
+    monkeypatch.setattr(native.Operations, "back_project_update", slightly_wrong)
     command = [*QUICK, "--optimizers", "adamw,fira", "--out", str(tmp_path / "r.json")]
     with pytest.raises(SystemExit, match="ours is not the reference's step"):
         model_step.main(command)

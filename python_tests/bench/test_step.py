@@ -40,12 +40,13 @@ def test_both_optimizers_of_a_case_have_its_side_and_its_rank(method, proj_type)
 
 
 def test_a_wrong_step_is_reported_and_not_timed(monkeypatch, capsys):
-    right = native.back_project_update
+    right = native.Operations.back_project_update
 
-    def slightly_wrong(*args, scale, **others):
-        right(*args, scale=1.001 * scale, **others)
+    def slightly_wrong(self, matrices, projection, factor, scalars):
+        wrong = scalars._replace(scale=1.001 * scalars.scale)
+        right(self, matrices, projection, factor, wrong)
 
-    monkeypatch.setattr(native, "back_project_update", slightly_wrong)
+    monkeypatch.setattr(native.Operations, "back_project_update", slightly_wrong)
     with pytest.raises(SystemExit, match="ours is not the official step"):
         step.main([*QUICK, "--dtypes", "fp32", "--methods", "galore"])
     assert "WRONG" in capsys.readouterr().out

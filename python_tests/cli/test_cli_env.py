@@ -37,7 +37,7 @@ def test_what_auto_takes(json_of):
         ("cuda", "float32"),
         ("cuda", "bfloat16"),
     ]
-    assert [row["backend"] for row in rows] == ["native", "native", "reference", "reference"]
+    assert [row["backend"] for row in rows] == ["native", "native", "foreach", "foreach"]
     assert all(row["reason"] for row in rows)
 
 

@@ -67,7 +67,7 @@ def test_how_fast_each_parameter_moves(command, json_of, tiny_config):
 
 
 def test_the_backend_is_that_of_the_device(json_of):
-    for device, backend in (("cpu", "native"), ("cuda", "reference")):
+    for device, backend in (("cpu", "native"), ("cuda", "foreach")):
         rows = json_of(f"explain --model nano --device {device}")["parameters"]
         assert {row["backend"] for row in rows if row["projected"]} == {backend}
         assert {row["reason"] for row in rows if row["projected"]} != {""}

@@ -20,6 +20,12 @@ def test_every_available_backend_passes(json_of):
         assert sum(each[0] == backend for each in tried) == dtypes * 2 * 2
 
 
+def spoil(monkeypatch, operation, change):
+    """The operation of `native` with another result."""
+    right = getattr(native.Operations, operation)
+    monkeypatch.setattr(native.Operations, operation, lambda *args: change(right(*args)))
+
+
 def scaled(result):
     return 1.01 * result
 
@@ -30,9 +36,7 @@ def scaled_projection(result):
 
 @pytest.mark.parametrize("operation", ["project_moments", "channel_scale"])
 def test_a_result_that_is_off_by_a_hundredth_is_wrong(command, monkeypatch, operation):
-    right = getattr(native, operation)
-    change = scaled_projection if operation == "project_moments" else scaled
-    monkeypatch.setattr(native, operation, lambda *args: change(right(*args)))
+    spoil(monkeypatch, operation, scaled_projection if operation == "project_moments" else scaled)
     status, out, _ = command("selftest")
     assert status == 1
     wrong = [line for line in out.splitlines() if line.endswith("WRONG")]
@@ -45,12 +49,13 @@ def test_a_result_that_is_off_by_a_hundredth_is_wrong(command, monkeypatch, oper
 
 def test_a_wrong_backend_is_found_although_another_is_asked_for(command, monkeypatch):
     monkeypatch.setenv("LOWRANK_BACKEND", "reference")
-    right = native.back_project_update
+    right = native.Operations.back_project_update
 
-    def update(*args, step_size, **options):
-        right(*args, step_size=1.01 * step_size, **options)
+    def update(*args):
+        *others, scalars = args
+        right(*others, scalars._replace(step_size=1.01 * scalars.step_size))
 
-    monkeypatch.setattr(native, "back_project_update", update)
+    monkeypatch.setattr(native.Operations, "back_project_update", update)
     assert command("selftest")[0] == 1
     assert os.environ["LOWRANK_BACKEND"] == "reference"
 
@@ -73,8 +78,7 @@ def test_no_projected_gradient_is_near_zero():
 
 
 def test_a_nan_is_wrong(command, monkeypatch):
-    right = native.channel_scale
-    monkeypatch.setattr(native, "channel_scale", lambda *args: right(*args) * float("nan"))
+    spoil(monkeypatch, "channel_scale", lambda factor: factor * float("nan"))
     assert command("selftest")[0] == 1
 
 

@@ -269,6 +269,20 @@ def test_empty_matrices_have_zero_sums(shape, rows_are_channels, device):
 
 
 @DEVICES
+@SIDES
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("shape", [(37, 61), (3, 40000)], ids=str)
+def test_without_sums_all_else_has_the_same_bits(shape, threads, rows_are_channels, device):
+    summed, without = (Problem(*shape, rows_are_channels, device) for _ in "ab")
+    expected = summed.run(threads=threads)
+    got = without.run(threads=threads, direction_sq=None, projected_sq=None)
+    for name in NAMES[:4]:
+        assert torch.equal(got[name], expected[name]), name
+    for name in NAMES[4:]:
+        assert got[name].isnan().all()
+
+
+@DEVICES
 def test_null_pointers_are_allowed_for_nothing(device):
     nothing = Problem(0, 0, True, device)
     nothing.run(**{name: [0] for name in NAMES})
@@ -299,6 +313,8 @@ def rejected() -> list[tuple[str, Any, str]]:
         ),
         ("threads", 0, "threads"),
         ("device", -2, "device"),
+        ("direction_sq", None, "direction_sq and projected_sq go together"),
+        ("projected_sq", None, "direction_sq and projected_sq go together"),
     ]
 
 

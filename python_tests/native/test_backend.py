@@ -1,81 +1,58 @@
 """What the native backend adds to its passes: products in tiles, any layout, no large copies."""
 
-from dataclasses import dataclass
+import dataclasses
 
 import pytest
 import torch
 from guarded import DTYPES, assert_same_bits
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from ops.test_operations import take_step
 from oracles.low_rank import balanced_gradients, orthonormal
 from pairs import pairwise
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lowrank_kernels.ops import AdamScalars, Noise, Projection, Residual, Side, native, reference
+from lowrank_kernels.ops import (
+    AdamScalars,
+    Matrices,
+    Projection,
+    Residual,
+    Scalars,
+    Side,
+    native,
+    prepare,
+)
 from lowrank_kernels.ops.contract import basis_shape, projected_shape
 
-ADAM = AdamScalars(0.9, 0.999, 1e-6)
+SCALARS = Scalars(AdamScalars(0.9, 0.999, 1e-6), scale=0.25, step_size=0.1, decay=0.01)
 FORMS = {"galore": None, "official": Residual(0.25, 1.0), "paper": Residual(1.0, 0.25)}
 SIDES = pytest.mark.parametrize("side", list(Side))
 
 
-@dataclass
-class Problem:
-    params: list
-    grads: list
-    bases: list
-    side: Side
-    exp_avgs: list
-    exp_avg_sqs: list
-    norms: list
-    residual: Residual | None
+def written(matrices):
+    """What a step writes."""
+    lists = (matrices.params, matrices.exp_avgs, matrices.exp_avg_sqs, matrices.limiter_norms)
+    return [tensor for tensors in lists for tensor in tensors]
 
-    def tensors(self):
-        return [*self.params, *self.exp_avgs, *self.exp_avg_sqs, *self.norms]
 
-    def step(self, backend=native, noise=None):
-        """A step in two parts, so that each matrix of the group enters both."""
-        projection = backend.project_moments(
-            self.grads,
-            self.bases,
-            self.side,
-            self.exp_avgs,
-            self.exp_avg_sqs,
-            ADAM,
-            self.residual,
-        )
-        factor = None
-        if self.residual is not None:
-            factor = backend.channel_scale(projection.sums, self.norms)
-        backend.back_project_update(
-            self.params,
-            self.grads,
-            self.bases,
-            self.side,
-            projection,
-            self.residual,
-            factor,
-            scale=0.25,
-            step_size=0.1,
-            decay=0.01,
-            noise=noise,
-        )
-        return self
+def step(matrices, backend="native", scalars=SCALARS):
+    take_step(prepare(matrices, backend=backend), matrices, scalars)
+    return matrices
 
-    def alone(self, index):
-        lists = (self.params, self.grads, self.bases, self.exp_avgs, self.exp_avg_sqs, self.norms)
-        params, grads, bases, *state = ([tensors[index].clone()] for tensors in lists)
-        return Problem(params, grads, bases, self.side, *state, self.residual)
 
-    def to(self, dtype):
-        """The same numbers in one dtype."""
+def with_lists(matrices, change):
+    """A batch in which every list of tensors is another."""
+    return Matrices(*matrices[:2], *map(change, matrices[2:8]), matrices.salts)
 
-        def cast(tensors):
-            return [tensor.to(dtype, copy=True) for tensor in tensors]
 
-        params, grads, bases = cast(self.params), cast(self.grads), cast(self.bases)
-        state = (cast(self.exp_avgs), cast(self.exp_avg_sqs), cast(self.norms))
-        return Problem(params, grads, bases, self.side, *state, self.residual)
+def alone(matrices, index):
+    """One of them, as a batch of its own."""
+    return with_lists(matrices, lambda tensors: [tensors[index].clone()])
+
+
+def in_dtype(matrices, dtype):
+    """The same numbers in one dtype."""
+    return with_lists(matrices, lambda tensors: [one.to(dtype, copy=True) for one in tensors])
 
 
 def problem(
@@ -99,15 +76,15 @@ def problem(
     bases = [orthonormal(size, rank, rng) for _ in range(count)]
     left = side is Side.LEFT
     grads = [grad for basis in bases for grad in balanced_gradients(shape, basis, left, 1, rng)]
-    return Problem(
+    return Matrices(
+        side,
+        FORMS[form],
         [layout(param.to(dtype)) for param in params],
         [grad_layout(grad.to(grad_dtype or dtype)) for grad in grads],
         [basis.to(dtype) for basis in bases],
-        side,
         [torch.zeros(low) for _ in range(count)],
         [torch.zeros(low) for _ in range(count)],
         [torch.tensor(0.5) for _ in range(count)],
-        FORMS[form],
     )
 
 
@@ -116,10 +93,12 @@ def assert_right(made):
 
     It may be lucky in a single number: eight roundings of the largest are allowed.
     """
-    exact, plain = made.to(torch.float64).step(reference), made.to(torch.float32).step(reference)
-    dtypes = [tensor.dtype for tensor in made.tensors()]
-    made.step()
-    every = zip(made.tensors(), plain.tensors(), exact.tensors(), dtypes, strict=True)
+    exact, plain = (
+        written(step(in_dtype(made, dtype), "reference"))
+        for dtype in (torch.float64, torch.float32)
+    )
+    dtypes = [tensor.dtype for tensor in written(made)]
+    every = zip(written(step(made)), plain, exact, dtypes, strict=True)
     for got, torch32, value, dtype in every:
         assert got.dtype is dtype
         coarse = min(made.grads[0].dtype, dtype, key=lambda one: -torch.finfo(one).eps)
@@ -183,22 +162,21 @@ def test_any_shape_in_any_tiles(rows, cols, rank, tile_elements, tile_rows, **ma
 @pytest.mark.parametrize("grad_dtype", DTYPES, ids=str)
 def test_broadcast_gradient(grad_dtype, side):
     """As `weight.sum().backward()` leaves one."""
-    made = problem((45, 83), 9, side, grad_dtype=grad_dtype)
-    made.grads = [torch.tensor(0.5, dtype=grad_dtype).expand(45, 83)]
-    assert_right(made)
+    grads = [torch.tensor(0.5, dtype=grad_dtype).expand(45, 83)]
+    assert_right(problem((45, 83), 9, side)._replace(grads=grads))
 
 
 @pytest.mark.parametrize(
     ("dtype", "form", "side", "threads"), pairwise(DTYPES, FORMS, Side, (1, 2)), ids=str
 )
-def test_a_group_has_the_bits_of_its_matrices(dtype, threads, side, form):
+def test_a_batch_has_the_bits_of_its_matrices(dtype, threads, side, form):
     torch.set_num_threads(threads)
     for shape, rank in (((37, 61), 13), ((128, 200), 16)):
         together = problem(shape, rank, side, form, count=7, dtype=dtype)
-        alone = [together.alone(index).step() for index in range(7)]
-        together.step()
-        for index, one in enumerate(alone):
-            assert_same_bits(together.alone(index).tensors(), one.tensors())
+        apart = [step(alone(together, index)) for index in range(7)]
+        step(together)
+        for index, one in enumerate(apart):
+            assert_same_bits(written(alone(together, index)), written(one))
 
 
 class Allocations(TorchDispatchMode):
@@ -232,9 +210,8 @@ def test_nothing_of_the_size_of_the_weight_is_allocated(dtype, layout, grad_layo
     """A tile is the largest, or the two low-rank matrices of the step's workspace."""
     layouts = {"layout": LAYOUTS[layout], "grad_layout": LAYOUTS[grad_layout]}
     made = problem((2100, 2100), 16, side, form, dtype=dtype, **layouts)
-    known = [*made.tensors(), *made.grads, *made.bases]
-    with Allocations(known) as allocations:
-        made.step()
+    with Allocations([*written(made), *made.grads, *made.bases]) as allocations:
+        step(made)
     assert 0 < allocations.largest <= 2**20 + 512 * native.ALIGNED_ELEMENTS < 2100**2 / 3
 
 
@@ -243,96 +220,71 @@ def test_stochastic_rounding_is_that_of_the_reference_in_any_tiles(side, monkeyp
     """A basis of ones and zeros and a direction that bfloat16 holds: the products are exact."""
     shape, rank = (70, 90), 8
     made = problem(shape, rank, side, "galore", count=2, dtype=torch.bfloat16)
+    made = made._replace(salts=(3, 2**31 - 1))
     for basis in made.bases:
         basis.copy_(torch.eye(*basis.shape)[torch.randperm(len(basis))])
     rng = torch.Generator().manual_seed(0)
     direction = torch.randint(-8, 8, (2, *made.exp_avgs[0].shape), generator=rng) / 8
     projection = Projection(direction, direction, None)
-    noise = Noise((3, 2**31 - 1), 17)
+    scalars = SCALARS._replace(scale=1.0, step_size=0.01, decay=0.001, step=17)
 
     def rounded(backend):
-        params = [param.clone() for param in made.params]
-        backend.back_project_update(
-            params,
-            made.grads,
-            made.bases,
-            side,
-            projection,
-            None,
-            None,
-            scale=1.0,
-            step_size=0.01,
-            decay=0.001,
-            noise=noise,
-        )
-        return params
+        matrices = made._replace(params=[param.clone() for param in made.params])
+        operations = prepare(matrices, backend=backend)
+        operations.back_project_update(matrices, projection, None, scalars)
+        return matrices.params
 
-    expected = rounded(reference)
-    assert_same_bits(rounded(native), expected)
+    expected = rounded("reference")
+    assert_same_bits(rounded("native"), expected)
     monkeypatch.setattr(native, "TILE_ELEMENTS", {"cpu": 32 * 16})
     monkeypatch.setattr(native, "TILE_ROWS", {"cpu": 16})
-    assert_same_bits(rounded(native), expected)
-    made.params = [LAYOUTS["transposed"](param) for param in made.params]
-    assert_same_bits(rounded(native), expected)
+    assert_same_bits(rounded("native"), expected)
+    made = made._replace(params=[LAYOUTS["transposed"](param) for param in made.params])
+    assert_same_bits(rounded("native"), expected)
 
 
 def test_autograd_sees_that_the_weights_were_written():
     made = problem((8, 12), 4, Side.LEFT, count=2)
     versions = [param._version for param in made.params]
-    made.step()
+    step(made)
     assert all(
         param._version > version for param, version in zip(made.params, versions, strict=True)
     )
     with torch.inference_mode():
-        problem((8, 12), 4, Side.LEFT).step()
+        step(problem((8, 12), 4, Side.LEFT))
 
 
-def test_group_size_fills_a_tile():
+def test_batch_size_fills_a_tile():
     small, large = torch.empty(64, 64), torch.empty(4096, 1024)
-    assert native.group_size(small, small, 8) == 2**20 // 2**12
-    assert native.group_size(large, large, 8) == 1
-    assert native.group_size(torch.empty(0, 5), torch.empty(0, 5), 0) >= 1
+    assert native.batch_size(small, small, 8) == 2**20 // 2**12
+    assert native.batch_size(large, large, 8) == 1
+    assert native.batch_size(torch.empty(0, 5), torch.empty(0, 5), 0) >= 1
 
 
-def assert_refused(made, match, change):
-    before = [tensor.clone() for tensor in made.tensors()]
-    with pytest.raises(TypeError, match=match):
-        change(made)
-    assert_same_bits(made.tensors(), before)
-
-
-def test_what_it_does_not_take_is_an_error_before_any_write(monkeypatch):
+def test_float64_state_is_refused():
     made = problem((8, 12), 4, Side.LEFT)
-    moments = [[torch.zeros(4, 12, dtype=torch.float64)] for _ in "mv"]
-    wide = Problem(made.params, made.grads, made.bases, Side.LEFT, *moments, made.norms, None)
+    moments = [torch.zeros(4, 12, dtype=torch.float64)]
+    wide = made._replace(residual=None, exp_avgs=moments, exp_avg_sqs=moments)
     with pytest.raises(TypeError, match=r"exp_avg is torch\.float64"):
-        wide.step()
-    assert not moments[0][0].any()
+        prepare(wide, backend="native")
 
-    device_scalars = AdamScalars(0.9, 0.999, 1e-6, torch.ones(1, dtype=torch.float64))
-    monkeypatch.setattr("test_backend.ADAM", device_scalars)
-    assert_refused(made, "bias_correction1 is a tensor", Problem.step)
-    monkeypatch.undo()
 
-    projection = Projection(torch.ones(1, 4, 12), torch.ones(1, 4, 12), None)
+@pytest.mark.parametrize("name", ["bias_correction1", "bias_correction2"])
+def test_corrections_on_the_device_are_refused_before_any_write(name):
+    made = problem((8, 12), 4, Side.LEFT)
+    before = [tensor.clone() for tensor in written(made)]
+    one = torch.ones(1, dtype=torch.float64)
+    scalars = SCALARS._replace(adam=dataclasses.replace(SCALARS.adam, **{name: one}))
+    with pytest.raises(TypeError, match=f"{name} is a tensor"):
+        step(made, scalars=scalars)
+    assert_same_bits(written(made), before)
 
-    def update(made, projection=projection, noise=None, **scalars):
-        native.back_project_update(
-            made.params,
-            made.grads,
-            made.bases,
-            made.side,
-            projection,
-            None,
-            None,
-            **{"scale": 0.25, "step_size": 0.1, "decay": 0.0, "noise": noise, **scalars},
-        )
 
-    for name in ("step_size", "decay"):
-        scalars = {name: torch.ones(1, dtype=torch.float64)}
-        assert_refused(made, f"{name} is a tensor", lambda made, s=scalars: update(made, **s))
-    wide = Projection(*(tensor.double() for tensor in projection[:2]), None)
-    assert_refused(made, "projection is torch.float64", lambda made: update(made, wide))
-    rounded = problem((8, 12), 4, Side.LEFT, dtype=torch.bfloat16)
-    noise = Noise((1,), torch.ones(1, dtype=torch.int32))
-    assert_refused(rounded, "noise.step is a tensor", lambda made: update(made, noise=noise))
+@pytest.mark.parametrize("name", ["step_size", "decay", "step"])
+def test_scalars_on_the_device_are_refused_before_any_write(name):
+    made = problem((8, 12), 4, Side.LEFT, dtype=torch.bfloat16)._replace(salts=(1,))
+    before = made.params[0].clone()
+    scalars = SCALARS._replace(**{name: torch.ones(1, dtype=torch.int32)})
+    with pytest.raises(TypeError, match=f"{name} is a tensor"):
+        step(made, scalars=scalars)
+    assert_same_bits(made.params, [before])

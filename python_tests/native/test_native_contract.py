@@ -7,12 +7,24 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lowrank_kernels import FiraAdamW, GaLoreAdamW
-from lowrank_kernels.ops import AdamScalars, Residual, Side, project_moments
+from lowrank_kernels.ops import AdamScalars, Matrices, Residual, Side, prepare
 from lowrank_kernels.ops.contract import basis_shape, projected_shape
 
 SHAPES = pytest.mark.parametrize("shape", [(24, 40), (40, 24)], ids=["left", "right"])
 SIDES = pytest.mark.parametrize("side", list(Side), ids=lambda side: side.name.lower())
 LR, CACHE_LINE = 0.5, 64
+
+
+def project(grads, bases, side, residual, backend="native", dtype=torch.float32):
+    """Operation 1 from moments of zero."""
+    shape = tuple(grads[0].shape)
+    low = projected_shape(shape, side, bases[0].shape[1])
+    params = [torch.zeros(shape, dtype=grads[0].dtype) for _ in grads]
+    moments = [[torch.zeros(low, dtype=dtype) for _ in grads] for _ in "mv"]
+    norms = [torch.zeros((), dtype=dtype) for _ in grads]
+    matrices = Matrices(side, residual, params, grads, bases, *moments, norms)
+    operations = prepare(matrices, backend=backend)
+    return operations.project_moments(matrices, AdamScalars(0.9, 0.999, 1e-6))
 
 
 def among_nan(shape, strides, dtype):
@@ -69,9 +81,7 @@ def test_a_residual_next_to_a_rounded_basis_is_formed(basis_dtype, side, rng):
     basis = basis.to(basis_dtype)
 
     def residual_sq(dtype, grad, basis, backend):
-        moments = [[torch.zeros(low.shape, dtype=dtype)] for _ in "mv"]
-        adam, residual = AdamScalars(0.9, 0.999, 1e-6), Residual(1.0, 0.25)
-        made = project_moments([grad], [basis], side, *moments, adam, residual, backend=backend)
+        made = project([grad], [basis], side, Residual(1.0, 0.25), backend, dtype)
         return made.sums.residual[0].double()
 
     exact = residual_sq(torch.float64, grad.double(), basis.double(), "reference")
@@ -98,23 +108,17 @@ class Products(TorchDispatchMode):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @SIDES
-def test_products_begin_at_cache_lines_and_have_the_same_bits_in_any_group(side, dtype, rng):
-    """What BLAS computes may depend on where it is written to, and a group is one memory."""
+def test_products_begin_at_cache_lines_and_have_the_same_bits_in_any_batch(side, dtype, rng):
+    """What BLAS computes may depend on where it is written to, and a batch is one memory."""
     shape, rank, count = (37, 61), 3, 7
     size, _ = basis_shape(shape, side, rank)
     grads = [torch.randn(shape, generator=rng).to(dtype) for _ in range(count)]
     bases = [orthonormal(size, rank, rng).to(dtype) for _ in range(count)]
 
-    def project(some):
-        moments = [
-            [torch.zeros(projected_shape(shape, side, rank)) for _ in grads[some]] for _ in "mv"
-        ]
-        adam = AdamScalars(0.9, 0.999, 1e-6)
-        return project_moments(grads[some], bases[some], side, *moments, adam, backend="native")
-
     with Products() as products:
-        together = project(slice(count))
+        together = project(grads, bases, side, None)
     assert products.aligned
     assert all(products.aligned)
     for index, projected in enumerate(together.projected):
-        assert torch.equal(project(slice(index, index + 1)).projected[0], projected)
+        alone = project(grads[index : index + 1], bases[index : index + 1], side, None)
+        assert torch.equal(alone.projected[0], projected)

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lowrank_kernels import _native
-from lowrank_kernels.ops import Noise, Side
+from lowrank_kernels.ops import Side
 from lowrank_kernels.ops.reference import stochastically_rounded
 
 HALVES = [torch.bfloat16, torch.float16]
@@ -25,7 +25,7 @@ def every(dtype):
     return torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
 
 
-def update(param, product, rows_are_channels=True, device="cpu", noise=None, **overrides):
+def update(param, product, rows_are_channels=True, device="cpu", **overrides):
     _native.update(
         **{
             "param": of(param),
@@ -38,8 +38,8 @@ def update(param, product, rows_are_channels=True, device="cpu", noise=None, **o
             "step_size": -1.0,
             "decay": 0.0,
             "rho": 0.0,
-            "salts": None if noise is None else noise.salts,
-            "step": 0 if noise is None else noise.step,
+            "salts": None,
+            "step": 0,
             "first_row": 0,
             "first_col": 0,
             **place(device),
@@ -166,13 +166,12 @@ def test_stochastic_rounding_has_the_bits_of_the_reference(
     values = torch.randint(-(2**31), 2**31, (rows, cols), generator=rng)
     values = values.to(torch.int32).view(torch.float32).to(device)
     side = Side.RIGHT if rows_are_channels else Side.LEFT
-    noise = Noise((salt,), step)
-    expected = stochastically_rounded(values, side, noise, 0).to(torch.bfloat16)
+    expected = stochastically_rounded(values, side, salt, step).to(torch.bfloat16)
     if device == "cuda":  # There the product has the dtype of the weight.
         values = values.to(torch.bfloat16)
-        expected = stochastically_rounded(values.float(), side, noise, 0).to(torch.bfloat16)
+        expected = stochastically_rounded(values.float(), side, salt, step).to(torch.bfloat16)
     zeros = torch.zeros(rows, cols, dtype=torch.bfloat16, device=device)
-    rounded = update(zeros, values, rows_are_channels, device, noise)
+    rounded = update(zeros, values, rows_are_channels, device, salts=(salt,), step=step)
     assert torch.equal(rounded.isnan(), expected.isnan())
     assert torch.equal(rounded.nan_to_num(), expected.nan_to_num())
 
@@ -181,7 +180,7 @@ def test_stochastic_rounding_keeps_inf_and_nan():
     """What tells these apart lies in the bits that are dropped, or would carry into the sign."""
     bits = [0x7F800000, -0x800000, 0x7F800001, 0x7FFFFFFF, -0x7FFFFF, -1]
     values = torch.tensor(bits, dtype=torch.int32).view(torch.float32).repeat(16, 1)
-    rounded = update(torch.zeros(16, 6).bfloat16(), values, noise=Noise((3,), 5))
+    rounded = update(torch.zeros(16, 6).bfloat16(), values, salts=(3,), step=5)
     assert torch.equal(rounded[:, :2].float(), values[:, :2])
     assert rounded[:, 2:].isnan().all()
 
@@ -189,14 +188,14 @@ def test_stochastic_rounding_keeps_inf_and_nan():
 @SIDES
 def test_noise_of_a_part_is_that_of_its_place(rows_are_channels, rng):
     values = torch.randn(50, 1100, generator=rng)
-    noise = Noise((11,), 5)
-    whole = update(torch.zeros_like(values).bfloat16(), values, rows_are_channels, noise=noise)
+    noise = {"salts": (11,), "step": 5}
+    whole = update(torch.zeros_like(values).bfloat16(), values, rows_are_channels, **noise)
     part = values[20:, 30:].contiguous()
     cut = update(
         torch.zeros_like(part).bfloat16(),
         part,
         rows_are_channels,
-        noise=noise,
+        **noise,
         first_row=20,
         first_col=30,
     )
@@ -206,11 +205,11 @@ def test_noise_of_a_part_is_that_of_its_place(rows_are_channels, rng):
 def test_noise_wants_bfloat16_weights_and_a_salt_a_matrix():
     weight, product = torch.zeros(3, 5), torch.ones(3, 5)
     with pytest.raises(ValueError, match="salts are for a bfloat16 param only"):
-        update(weight, product, noise=Noise((1,), 1))
+        update(weight, product, salts=(1,), step=1)
     weight = weight.bfloat16()
     with pytest.raises(ValueError, match="salts must have 1 values, got 2"):
-        update(weight, product, noise=Noise((1, 2), 1))
-    for wrong in (Noise((-1,), 1), Noise((1,), 2**32)):
+        update(weight, product, salts=(1, 2), step=1)
+    for salt, step in ((-1, 1), (1, 2**32)):
         with pytest.raises(TypeError):
-            update(weight, product, noise=wrong)
+            update(weight, product, salts=(salt,), step=step)
     assert not weight.any()

@@ -33,11 +33,13 @@ def small_optimizer(dtype=FLOAT, **options):
         ("auto", Kind("cpu", FLOAT, FLOAT), "native", "compiled"),
         ("auto", Kind("cpu", BF16, BF16), "native", "compiled"),
         ("auto", Kind("cpu", DOUBLE, DOUBLE), "reference", "float64"),
-        ("auto", Kind("mps", FLOAT, FLOAT), "reference", "mps"),
-        ("auto", Kind("cpu", BF16, BF16, capturable=True), "reference", "capturable"),
+        ("auto", Kind("cuda", DOUBLE, DOUBLE), "reference", "float64"),
+        ("foreach", Kind("cpu", DOUBLE, DOUBLE), "foreach", "asked for"),
+        ("auto", Kind("mps", FLOAT, FLOAT), "foreach", "mps"),
+        ("auto", Kind("cpu", BF16, BF16, capturable=True), "foreach", "capturable"),
         ("reference", Kind("cpu", FLOAT, FLOAT), "reference", "asked for"),
         ("native", Kind("cpu", BF16, BF16), "native", "asked for"),
-        ("auto", Kind("cuda", BF16, BF16), "reference", "measured on a GPU"),
+        ("auto", Kind("cuda", BF16, BF16), "foreach", "measured on a GPU"),
     ],
 )
 def test_choice_and_reason(request_, kind, backend, reason):
@@ -68,7 +70,7 @@ def test_environment_variable_overrides_the_argument(monkeypatch):
 
 
 def test_unknown_backend_lists_the_known_ones():
-    with pytest.raises(ValueError, match="auto, reference, native, triton"):
+    with pytest.raises(ValueError, match="auto, reference, foreach, native, triton"):
         requested_backend("fast")
 
 
@@ -109,8 +111,8 @@ def test_slow_path_is_logged_once(caplog):
             small_optimizer(FLOAT).step()
     slow = [r for r in caplog.records if r.levelno == logging.WARNING]
     assert [r.getMessage() for r in slow] == [
-        "cpu float64 weights, float64 gradients: reference backend (the native backend has no"
-        " float64 here)"
+        "cpu float64 weights, float64 gradients: reference backend (float64 is left to the"
+        " specification)"
     ]
     assert sum("native backend (compiled" in r.getMessage() for r in caplog.records) == 1
 
@@ -118,7 +120,7 @@ def test_slow_path_is_logged_once(caplog):
 def test_missing_compiled_module_is_reported(monkeypatch):
     monkeypatch.setattr(dispatch_module.native, "import_error", "no such file")
     choice = choose("auto", torch.ones(2, 2))
-    assert choice == ("reference", "the compiled module does not load: no such file")
+    assert choice == ("foreach", "the compiled module does not load: no such file")
     with pytest.raises(BackendUnavailable, match="no such file"):
         requested_backend("native")
 

@@ -11,17 +11,9 @@ import torch
 from oracles.low_rank import Matrix, balanced_gradients, literal_step, orthonormal
 from pairs import pairwise
 
-from lowrank_kernels.ops import (
-    AdamScalars,
-    Noise,
-    Residual,
-    Side,
-    back_project_update,
-    channel_scale,
-    project_moments,
-)
+from lowrank_kernels.ops import AdamScalars, Matrices, Residual, Scalars, Side, prepare
 from lowrank_kernels.ops.reference import stochastically_rounded
-from lowrank_kernels.optim.schedule import step_scalars
+from lowrank_kernels.optim.batches import residual_of, step_scalars
 
 STEPS = 3
 FORMS = [None, "official", "paper"]
@@ -41,10 +33,24 @@ BACKEND_DTYPES = [
     ("reference", torch.float64),
     ("reference", torch.float32),
     ("reference", torch.bfloat16),
+    ("foreach", torch.float64),
+    ("foreach", torch.float32),
+    ("foreach", torch.bfloat16),
+    ("foreach", torch.float16),
     ("native", torch.float32),
     ("native", torch.bfloat16),
     ("triton", torch.float32),
 ]
+
+
+def take_step(operations, matrices, scalars):
+    """The three operations; returns phi'."""
+    projection = operations.project_moments(matrices, scalars.adam)
+    factor = None
+    if matrices.residual is not None:
+        factor = operations.channel_scale(matrices, projection.sums)
+    operations.back_project_update(matrices, projection, factor, scalars)
+    return factor
 
 
 class Run:
@@ -84,7 +90,7 @@ class Run:
     def step(self, index):
         """One step of the package's operations and of the literal code."""
         self.literal_step(index)
-        Run.step_group([self], index)
+        Run.step_batch([self], index)
 
     def literal_step(self, index):
         grad = self.grads[index]
@@ -92,43 +98,23 @@ class Run:
         literal_step(self.plain, grad, form=self.form, **self.options)
 
     @staticmethod
-    def step_group(runs, index, device_scalars=False):
-        """One step of the package's operations on equal matrices; returns phi'."""
+    def matrices(runs, index):
+        """Equal matrices as one batch, with the gradients of a step."""
         first = runs[0]
-        side, backend, grads = first.side, first.backend, [run.grads[index] for run in runs]
-        bases = [run.basis for run in runs]
+        names = ("weight", "basis", "exp_avg", "exp_avg_sq", "limiter_norm")
+        params, *rest = ([getattr(run, name) for run in runs] for name in names)
+        grads = [run.grads[index] for run in runs]
+        residual = residual_of(first.form, first.options["scale"])
+        return Matrices(first.side, residual, params, grads, *rest)
+
+    @staticmethod
+    def step_batch(runs, index, device_scalars=False):
+        """One step of the package's operations on equal matrices; returns phi'."""
+        first, matrices = runs[0], Run.matrices(runs, index)
         step = torch.full((len(runs),), index + 1.0) if device_scalars else index + 1
-        scalars = step_scalars(
-            {**first.options, "betas": (0.9, 0.999)}, step, first.form, first.form == "paper"
-        )
-        projection = project_moments(
-            grads,
-            bases,
-            side,
-            [run.exp_avg for run in runs],
-            [run.exp_avg_sq for run in runs],
-            scalars.adam,
-            scalars.residual,
-            backend=backend,
-        )
-        factor = None
-        if scalars.residual:
-            norms = [run.limiter_norm for run in runs]
-            factor = channel_scale(projection.sums, norms, backend=backend)
-        back_project_update(
-            [run.weight for run in runs],
-            grads,
-            bases,
-            side,
-            projection,
-            scalars.residual,
-            factor,
-            scale=scalars.scale,
-            step_size=scalars.step_size,
-            decay=scalars.decay,
-            backend=backend,
-        )
-        return factor
+        group = {**first.options, "betas": (0.9, 0.999)}
+        scalars = step_scalars(group, step, first.form == "paper")
+        return take_step(prepare(matrices, backend=first.backend), matrices, scalars)
 
     def outputs(self):
         yield "weight", self.weight, self.plain.weight, self.oracle.weight
@@ -156,14 +142,17 @@ def assert_as_accurate(run):
     for name, value, plain, exact in run.outputs():
         if exact.numel():
             roundings = 8 * unit(value.dtype) * float(exact.abs().max())
-            assert error(value, exact) <= 2 * error(plain, exact) + roundings, name
+            # In float16 plain torch ends in NaN where the limiter divides by what underflows.
+            of_plain = error(plain, exact) if plain.isfinite().all() else 0.0
+            assert error(value, exact) <= 2 * of_plain + roundings, name
     if run.form and run.weight.numel():
         norms = (run.limiter_norm, run.plain.limiter_norm, run.oracle.limiter_norm)
         # A basis that spans everything leaves nothing to store, which is -1.
         got, plain, exact = (max(float(norm), 0.0) ** 2 for norm in norms)
         scaled = run.oracle.factor * run.grads[run.oracle.step - 1].double()
         energy = float(scaled.square().sum())
-        allowed = 2 * max(abs(plain - exact), unit(run.weight.dtype) * energy)
+        of_plain = abs(plain - exact) if math.isfinite(plain) else 0.0
+        allowed = 2 * max(of_plain, unit(run.weight.dtype) * energy)
         roundings = 8 * unit(run.limiter_norm.dtype) * energy
         assert abs(got - exact) <= allowed + roundings, "limiter_norm"
 
@@ -190,14 +179,15 @@ def test_residual_norms_of_a_gradient_near_the_span_of_the_basis(
     backend, dtype, side, scale, outside
 ):
     """At scale 1 all but `outside` of the gradient cancels in the residual."""
-    run = Run(backend, dtype, (96, 160), 24, side, "official", outside=outside)
+    run = Run(backend, dtype, (96, 160), 24, side, "official", scale=scale, outside=outside)
     grad, axis = run.grads[0], 0 if side is Side.LEFT else 1
 
     def residual_sq(matrix, grad):
         return (grad - scale * matrix.back(matrix.down(grad))).double().square().sum(axis)
 
-    state = ([run.exp_avg], [run.exp_avg_sq], AdamScalars(0.9, 0.999, 1e-6), Residual(scale, 1.0))
-    sums = project_moments([grad], [run.basis], side, *state, backend=backend).sums
+    matrices = Run.matrices([run], 0)
+    operations = prepare(matrices, backend=backend)
+    sums = operations.project_moments(matrices, AdamScalars(0.9, 0.999, 1e-6)).sums
     exact = residual_sq(run.oracle, grad.double())
     plain = error(residual_sq(run.plain, grad), exact)
     grad_sq = grad.double().square().sum(axis)
@@ -288,75 +278,10 @@ def test_limiter_bounds_growth_and_skips_zero_and_non_finite_norms(backend, dtyp
     assert float(run.limiter_norm) == pytest.approx(1.01 * (first + 1e-8), rel=1e-6)
 
 
-def test_wrong_arguments_name_the_argument_and_write_nothing():
-    run = Run("reference", torch.float32, (8, 12), 4, Side.LEFT, "official")
-    adam = AdamScalars(0.9, 0.999, 1e-6)
-    good = {
-        "grads": [run.grads[0]],
-        "bases": [run.basis],
-        "side": Side.LEFT,
-        "exp_avgs": [run.exp_avg],
-        "exp_avg_sqs": [run.exp_avg_sq],
-    }
-    wrong = [
-        ("grad", torch.ones(8), ValueError),
-        ("grad", torch.ones(8, 12, dtype=torch.int32), ValueError),
-        ("basis", torch.ones(12, 4), ValueError),
-        ("exp_avg", torch.zeros(12, 4), ValueError),
-        ("exp_avg", torch.zeros(4, 12, dtype=torch.bfloat16), TypeError),
-        ("exp_avg", torch.zeros(12, 4).T, ValueError),
-        ("exp_avg_sq", torch.zeros(4, 12, dtype=torch.float64), TypeError),
-        ("exp_avg_sq", torch.zeros(4, 12, device="meta"), ValueError),
-    ]
-    plural = {"grad": "grads", "basis": "bases", "exp_avg": "exp_avgs", "exp_avg_sq": "exp_avg_sqs"}
-    for name, value, exception in wrong:
-        with pytest.raises(exception, match=name):
-            project_moments(**{**good, plural[name]: [value]}, adam=adam)
-    assert not run.exp_avg.any()
-
-    projection = project_moments(**good, adam=adam, residual=Residual(0.25, 1.0))
-    with pytest.raises(TypeError, match="limiter_norm"):
-        channel_scale(projection.sums, [torch.zeros((), dtype=torch.float64)])
-    weight = run.weight.clone()
-    fira = (run.grads[:1], [run.basis], Side.LEFT, projection, Residual(0.25, 1.0))
-    scalars = {"scale": 0.25, "step_size": 0.1, "decay": 0.0}
-    with pytest.raises(ValueError, match="residual and factor"):
-        back_project_update([weight], *fira, **scalars)
-    with pytest.raises(ValueError, match="factor"):
-        back_project_update([weight], *fira, torch.ones(1, 8), **scalars)
-    with pytest.raises(TypeError, match="stochastic rounding serves bfloat16"):
-        back_project_update([weight], *fira, torch.ones(1, 12), noise=Noise((1,), 1), **scalars)
-    with pytest.raises(ValueError, match="overlap"):
-        back_project_update([weight[:1].expand(8, 12)], *fira, torch.ones(1, 12), **scalars)
-    assert torch.equal(weight, run.weight)
-
-
-def test_matrices_of_a_group_have_to_be_alike():
-    grads, basis = [torch.ones(8, 12), torch.ones(8, 12)], torch.ones(8, 4)
-    moments = [torch.zeros(4, 12), torch.zeros(4, 12)]
-
-    def project(**changed):
-        arguments = {"grads": grads, "bases": [basis] * 2, "exp_avgs": moments, **changed}
-        adam = AdamScalars(0.9, 0.999, 1e-6)
-        project_moments(**arguments, side=Side.LEFT, exp_avg_sqs=moments, adam=adam)
-
-    with pytest.raises(ValueError, match=r"grad 1 must have shape \(8, 12\)"):
-        project(grads=[grads[0], torch.ones(7, 12)])
-    with pytest.raises(ValueError, match=r"grad 1 must have the strides .* \(12, 1\)"):
-        project(grads=[grads[0], torch.ones(12, 8).T])
-    with pytest.raises(TypeError, match=r"basis 1 must be torch.float32"):
-        project(bases=[basis, basis.double()])
-    with pytest.raises(ValueError, match="basis: a group needs 2 tensors, got 1"):
-        project(bases=[basis])
-    with pytest.raises(ValueError, match="grad: a group needs at least 1"):
-        project(grads=[])
-    assert not any(moment.any() for moment in moments)
-
-
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("side", list(Side))
 @pytest.mark.parametrize(("backend", "dtype"), BACKEND_DTYPES)
-def test_a_group_is_its_matrices_one_by_one(backend, dtype, side, form):
+def test_a_batch_is_its_matrices_one_by_one(backend, dtype, side, form):
     def runs():
         made = [Run(backend, dtype, (37, 61), 13, side, form) for _ in range(3)]
         for factor, run in enumerate(made, start=1):
@@ -367,7 +292,7 @@ def test_a_group_is_its_matrices_one_by_one(backend, dtype, side, form):
     alone, together = runs(), runs()
     for run in alone:
         run.step(1)
-    Run.step_group(together, 1)
+    Run.step_batch(together, 1)
     for one, other in zip(alone, together, strict=True):
         for name in ("weight", "exp_avg", "exp_avg_sq", "limiter_norm"):
             assert torch.equal(getattr(one, name), getattr(other, name)), name
@@ -375,15 +300,16 @@ def test_a_group_is_its_matrices_one_by_one(backend, dtype, side, form):
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_scalars_on_the_device_give_the_same_step(dtype, form):
+@pytest.mark.parametrize("backend", ["reference", "foreach"])
+def test_scalars_on_the_device_give_the_same_step(backend, dtype, form):
     """As numbers and as tensors with one value a matrix, which need not be equal.
 
     1 - beta^t is as wrong as beta^t, which may be another in its last bit, 1 / (1 - beta) times.
     """
-    numbers = steps_through("reference", dtype, (37, 61), 13, Side.LEFT, form)
-    tensors = [Run("reference", dtype, (37, 61), 13, Side.LEFT, form) for _ in range(2)]
+    numbers = steps_through(backend, dtype, (37, 61), 13, Side.LEFT, form)
+    tensors = [Run(backend, dtype, (37, 61), 13, Side.LEFT, form) for _ in range(2)]
     for index in range(STEPS):
-        Run.step_group(tensors, index, device_scalars=True)
+        Run.step_batch(tensors, index, device_scalars=True)
     for run in tensors:
         for name in ("weight", "exp_avg", "exp_avg_sq", "limiter_norm"):
             got, expected = getattr(run, name), getattr(numbers, name).double()
@@ -392,7 +318,7 @@ def test_scalars_on_the_device_give_the_same_step(dtype, form):
 
 
 def rounded(values, side=Side.RIGHT, salt=7, step=3):
-    return stochastically_rounded(values, side, Noise((salt,), step), 0)
+    return stochastically_rounded(values, side, salt, step)
 
 
 def test_stochastic_rounding_is_unbiased_and_reproducible():
@@ -440,22 +366,16 @@ def test_bfloat16_weights_move_in_the_mean_under_stochastic_rounding():
     grad, basis = torch.ones(64, 48), torch.zeros(48, 4)
     basis[:4] = torch.eye(4)
     weights = {}
-    for rounding, noise in (("nearest", None), ("stochastic", Noise((5,), 1))):
+    for rounding, salts in (("nearest", None), ("stochastic", (5,))):
         weights[rounding] = torch.ones(64, 48, dtype=torch.bfloat16)
-        moments = [[torch.zeros(64, 4)] for _ in range(2)]
-        arguments = ([grad], [basis], Side.RIGHT)
-        adam, residual = AdamScalars(0.9, 0.999, 1e-6), Residual(0.0, 1.0)
-        projection = project_moments(*arguments, *moments, adam, residual)
-        back_project_update(
-            [weights[rounding]],
-            *arguments,
-            projection,
-            residual,
-            torch.full((1, 64), 2.0**-12),
-            scale=0.0,
-            step_size=1.0,
-            decay=0.0,
-            noise=noise,
+        state = ([torch.zeros(64, 4)], [torch.zeros(64, 4)], [torch.zeros(())])
+        matrices = Matrices(
+            Side.RIGHT, Residual(0.0, 1.0), [weights[rounding]], [grad], [basis], *state, salts
         )
+        scalars = Scalars(AdamScalars(0.9, 0.999, 1e-6), 0.0, step_size=1.0, decay=0.0, step=1)
+        operations = prepare(matrices)
+        projection = operations.project_moments(matrices, scalars.adam)
+        factor = torch.full((1, 64), 2.0**-12)
+        operations.back_project_update(matrices, projection, factor, scalars)
     assert (weights["nearest"] == 1).all()
     assert float(weights["stochastic"].float().mean()) == pytest.approx(1 - 2**-12, abs=5e-5)

@@ -1,32 +1,34 @@
-"""What only the Triton kernels can get wrong: tiles, groups, split sums, workspaces, launches.
+"""What only the Triton kernels can get wrong: tiles, batches, split sums, workspaces, launches.
 
 Without a GPU they run in Triton's interpreter, in float32. It has no bounds checks, so every buffer
 lies between zones of NaN: a read outside spoils the result, a write outside spoils the zone.
 """
 
-import json
+import ctypes
 import logging
+import os
 import subprocess
 import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
-from ops.test_operations import Run, assert_as_accurate
+from ops.test_operations import Run, assert_as_accurate, take_step
 from pairs import pairwise
 
 from lowrank_kernels import FiraAdamW, GaLoreAdamW
-from lowrank_kernels.ops import Noise, Side, notices
+from lowrank_kernels.ops import Matrices, Side, notices
 from lowrank_kernels.ops.reference import stochastically_rounded
-from lowrank_kernels.optim.schedule import step_scalars
+from lowrank_kernels.optim.batches import step_scalars
 
 pytest.importorskip("triton")
 from triton.runtime import interpreter
 
 from lowrank_kernels.ops import triton as kernels
-from lowrank_kernels.ops.triton import config, groups, tuned
-from lowrank_kernels.ops.triton.config import Gpu, forced, project_config, update_config
-from lowrank_kernels.ops.triton.tuned import Problem, ProjectConfig, UpdateConfig
+from lowrank_kernels.ops.triton import addresses, config
+from lowrank_kernels.ops.triton import launch as launches
+from lowrank_kernels.ops.triton.addresses import Addresses
+from lowrank_kernels.ops.triton.config import Config, Gpu, Problem, candidates, config_of, forced
 
 FORMS = [None, "official", "paper"]
 SHAPES_AND_RANKS = [((18, 37), 13), ((21, 20), 20), ((16, 67), 7)]
@@ -35,16 +37,16 @@ ROLES = ("weight", "basis", "exp_avg", "exp_avg_sq", "limiter_norm")
 
 # The interpreter pays for each program: few large ones for larger matrices.
 WHOLE = {
-    "project": ProjectConfig(256, 64, 64, split=1, cuts=0, warps=8, stages=1),
-    "update": UpdateConfig(256, 256, 64, cuts=0, warps=8, stages=1),
+    "project": Config(256, 64, 64, cuts=0, warps=8, stages=1),
+    "update": Config(256, 64, 256, cuts=0, warps=8, stages=1),
 }
 
 
 def small_tiles(split=1):
     """Many tiles and pieces even in a small matrix."""
     return forced(
-        project=ProjectConfig(16, 16, 16, split=split, cuts=1, warps=4, stages=1),
-        update=UpdateConfig(16, 16, 16, cuts=1, warps=4, stages=1),
+        project=Config(16, 16, 16, cuts=1, warps=4, stages=1, split=split),
+        update=Config(16, 16, 16, cuts=1, warps=4, stages=1),
     )
 
 
@@ -66,39 +68,19 @@ def made(count, shape=(19, 37), rank=13, side=Side.RIGHT, form="official"):
     return runs
 
 
-def launch(runs, index=0, *, device_scalars=False, noise=None):
-    """One step of a group through the launchers themselves."""
-    first = runs[0]
-    side, grads, bases = first.side, [run.grads[index] for run in runs], [r.basis for r in runs]
-    step = torch.full((len(runs),), index + 1.0) if device_scalars else index + 1
-    scalars = step_scalars(
-        {**first.options, "betas": (0.9, 0.999)}, step, first.form, first.form == "paper"
+def scalars_of(run, index, count, *, device_scalars=False, noise_step=0):
+    step = torch.full((count,), index + 1.0) if device_scalars else index + 1
+    group = {**run.options, "betas": (0.9, 0.999)}
+    return step_scalars(group, step, run.form == "paper")._replace(step=noise_step)
+
+
+def launch(runs, index=0, *, device_scalars=False, salts=None, noise_step=0):
+    """One step of a batch, prepared for it."""
+    matrices = Run.matrices(runs, index)._replace(salts=salts)
+    scalars = scalars_of(
+        runs[0], index, len(runs), device_scalars=device_scalars, noise_step=noise_step
     )
-    projection = kernels.project_moments(
-        grads,
-        bases,
-        side,
-        [run.exp_avg for run in runs],
-        [run.exp_avg_sq for run in runs],
-        scalars.adam,
-        scalars.residual,
-    )
-    factor = None
-    if scalars.residual:
-        factor = kernels.channel_scale(projection.sums, [run.limiter_norm for run in runs])
-    kernels.back_project_update(
-        [run.weight for run in runs],
-        grads,
-        bases,
-        side,
-        projection,
-        scalars.residual,
-        factor,
-        scale=scalars.scale,
-        step_size=scalars.step_size,
-        decay=scalars.decay,
-        noise=noise,
-    )
+    take_step(kernels.Operations(matrices), matrices, scalars)
 
 
 def assert_equal(runs, others):
@@ -135,7 +117,7 @@ def test_larger_shapes_against_oracle(shape, rank, side, form):
 
 @pytest.mark.parametrize("rows_cols", [(0, 5), (5, 0), (0, 0)])
 @pytest.mark.parametrize("side", list(Side))
-def test_empty_groups(side, rows_cols):
+def test_empty_batches(side, rows_cols):
     runs = [Run("triton", torch.float32, rows_cols, 0, side, "official") for _ in range(2)]
     launch(runs)
     for run in runs:
@@ -155,7 +137,7 @@ def test_split_sums_and_many_tiles(shape_rank, parts, form, side, poisoned_works
         run.step(0)
         run.step(1)
     assert_as_accurate(run)
-    assert not groups.arrival_counters(1, torch.device("cpu")).any()
+    assert not addresses.arrival_counters(1, torch.device("cpu")).any()
 
 
 @pytest.mark.parametrize("rank", [13, 18])
@@ -195,13 +177,13 @@ def scattered(runs, gap, backwards):
     [(1, 4096, 16, False), (3, 4096, 16, True), (2, 4099, 1, False)],
 )
 @pytest.mark.parametrize(("side", "form"), [(Side.LEFT, "paper"), (Side.RIGHT, "official")])
-def test_a_group_is_its_matrices_one_by_one(
+def test_a_batch_is_its_matrices_one_by_one(
     side, form, count, gap, unit, backwards, poisoned_workspaces
 ):
     """Bit for bit, wherever they lie, and nothing outside of them is read or written."""
     alone, together = (made(count, rank=18, side=side, form=form) for _ in "ab")
     buffers = scattered(together, gap, backwards)
-    assert groups.group([run.weight for run in together]).unit == unit
+    assert addresses.addresses_of([run.weight for run in together]).unit == unit
     with small_tiles(3 if backwards else 1):
         for run in alone:
             launch([run])
@@ -222,7 +204,7 @@ def test_nothing_is_touched_outside_the_tensors(side, shape_rank, poisoned_works
     sizes = (rows, cols) if side is Side.RIGHT else (cols, rows)
     problem = Problem(side, *sizes, rank, 2, (torch.float32,) * 2, wide=False)
     gpu = config.gpu_of(torch.device("cpu"))
-    with forced(project=project_config(problem, gpu), update=update_config(problem, gpu)):
+    with forced(**{name: config_of(name, problem, gpu) for name in WHOLE}):
         launch(plain)
     launch(guarded)
     assert_equal(plain, guarded)
@@ -231,7 +213,7 @@ def test_nothing_is_touched_outside_the_tensors(side, shape_rank, poisoned_works
 
 
 @pytest.mark.parametrize(("parts", "form"), [(5, "official"), (9, None)])
-def test_split_groups_leave_no_count_behind(parts, form):
+def test_split_batches_leave_no_count_behind(parts, form):
     """A second launch would wait for arrivals that the first one counted."""
     runs = made(2, (16, 70), 18, Side.RIGHT, form)
     for run in runs:
@@ -241,7 +223,7 @@ def test_split_groups_leave_no_count_behind(parts, form):
             launch(runs, index)
             for run in runs:
                 run.literal_step(index)
-            for counters in groups._counters.values():
+            for counters in addresses._counters.values():
                 assert not counters.any()
     for run in runs:
         assert_as_accurate(run)
@@ -272,7 +254,7 @@ def test_two_runs_are_bitwise_equal():
     """At the tiles that the heuristics choose, parts included."""
     first, second = (made(1, (40, 1100), 20, Side.RIGHT) for _ in "ab")
     one = problem(40, 1100, 20, dtype=torch.float32)
-    assert project_config(one, config.gpu_of(torch.device("cpu"))).split == 2
+    assert config_of("project", one, config.gpu_of(torch.device("cpu"))).split == 2
     launch(first)
     launch(second)
     assert_equal(first, second)
@@ -289,7 +271,7 @@ def test_scalars_on_the_device_equal_numbers(side, form):
 
 
 def test_each_matrix_has_its_own_scalars_on_the_device(monkeypatch):
-    """As in a group whose parameters were added at different steps."""
+    """As in a batch whose parameters were added at different steps."""
     alone, together = made(2, form="paper"), made(2, form="paper")
     steps = [torch.tensor([1.0]), torch.tensor([9.0])]
     monkeypatch.setattr(torch, "full", lambda *_: torch.cat(steps))
@@ -315,12 +297,12 @@ def test_stochastic_rounding_is_the_references_bit_for_bit(side, on_device):
         run.weight = run.weight.float()
     salts, step = (7, 2**32 - 1), 70000
     steps = torch.tensor([step, step + 1], dtype=torch.int32)
-    noise = Noise(salts, steps if on_device else step)
     with small_tiles():
         launch(exact)
-        launch(rounded, noise=noise)
+        launch(rounded, salts=salts, noise_step=steps if on_device else step)
     for index, (run, other) in enumerate(zip(exact, rounded, strict=True)):
-        expected = stochastically_rounded(run.weight, side, noise, index)
+        of_matrix = step + index if on_device else step
+        expected = stochastically_rounded(run.weight, side, salts[index], of_matrix)
         assert torch.equal(other.weight.float(), expected)
         assert not torch.equal(expected, run.weight)
 
@@ -328,34 +310,26 @@ def test_stochastic_rounding_is_the_references_bit_for_bit(side, on_device):
 def test_stochastic_rounding_keeps_inf_and_nan():
     (run,) = half_weights(made(1, (16, 16), 4))
     run.weight[0, :3] = torch.tensor([float("inf"), -float("inf"), float("nan")])
-    launch([run], noise=Noise((3,), 1))
+    launch([run], salts=(3,), noise_step=1)
     assert run.weight[0, 0] == float("inf")
     assert run.weight[0, 1] == -float("inf")
     assert run.weight[0, 2].isnan()
     assert run.weight.isfinite().sum() == 253
 
 
-class Counted:
-    """Stands for a kernel: counts its launches, and runs it unless told not to."""
-
-    def __init__(self, kernel, log, run):
-        self.kernel, self.log, self.run = kernel, log, run
-
-    def __getitem__(self, grid):
-        self.log.append(self.kernel.__name__)
-        return self.kernel[grid] if self.run else lambda *args, **options: None
-
-
 def count_launches(monkeypatch, run=True):
-    log = []
-    for name in ("project_kernel", "channel_scale_kernel", "update_kernel"):
-        kernel = getattr(kernels, name)
-        monkeypatch.setattr(kernels, name, Counted(kernel, log, run))
+    log, by_jit = [], launches.by_jit
+
+    def counted(kernel, *arguments):
+        log.append(kernel.__name__)
+        return by_jit(kernel, *arguments) if run else None
+
+    monkeypatch.setattr(launches, "by_jit", counted)
     return log
 
 
 @pytest.mark.parametrize("parts", [1, 4])
-def test_a_group_is_three_launches_for_fira_and_two_for_galore(parts, monkeypatch):
+def test_a_batch_is_three_launches_for_fira_and_two_for_galore(parts, monkeypatch):
     log = count_launches(monkeypatch)
     with small_tiles(parts):
         launch(made(3, (16, 64)))
@@ -378,7 +352,7 @@ def test_an_optimizer_launches_no_more_than_that(cls, launches, monkeypatch):
 def test_launching_asks_nothing_of_the_device(monkeypatch):
     """Each of these methods would wait for a GPU."""
     numbers, tensors = made(2), made(2)
-    noise = Noise((1, 2), torch.tensor([3, 4], dtype=torch.int32))
+    steps = torch.tensor([3, 4], dtype=torch.int32)
     log = count_launches(monkeypatch, run=False)
 
     def refuse(*_, **__):
@@ -387,7 +361,7 @@ def test_launching_asks_nothing_of_the_device(monkeypatch):
     for method in ("item", "tolist", "cpu", "numpy", "__bool__", "__float__", "__int__", "nonzero"):
         monkeypatch.setattr(torch.Tensor, method, refuse)
     launch(numbers)
-    launch(tensors, device_scalars=True, noise=noise)
+    launch(half_weights(tensors), device_scalars=True, salts=(1, 2), noise_step=steps)
     assert len(log) == 6
 
 
@@ -436,7 +410,7 @@ def test_obstacles_are_named():
         reason = kernels.obstacle(strided, strided)
         assert "dense weights" in reason
         assert str(strided.stride()) in reason
-    longest = 2**31 // tuned.LARGEST_TILE
+    longest = 2**31 // config.LARGEST_TILE
     long = torch.empty_strided((2, longest - 2), (longest - 2, 1), device="meta")
     assert kernels.obstacle(long, long) is None
     longer = torch.empty_strided((2, longest - 1), (longest - 1, 1), device="meta")
@@ -486,35 +460,197 @@ def problem(channels, depth, rank, matrices=1, dtype=torch.bfloat16, side=Side.R
     return Problem(side, channels, depth, rank, matrices, (dtype, dtype))
 
 
+def tile(operation, one):
+    """Its size in channels, and in directions or depth."""
+    found = config_of(operation, one, H200)
+    return found.channels, found.rank if operation == "project" else found.depth
+
+
 def test_tiles_are_large_where_enough_of_them_occupy_the_processors():
-    assert project_config(problem(4096, 4096, 1024), H200)[:2] == (128, 256)
-    assert project_config(problem(2048, 2048, 512), H200)[:2] == (64, 128)
-    assert project_config(problem(2048, 2048, 512, matrices=4), H200)[:2] == (128, 256)
-    alone = project_config(problem(512, 4096, 128), H200)
-    assert alone[:2] == (64, 64)
-    assert alone.split == 132 // 16
-    assert update_config(problem(4096, 4096, 1024), H200)[:2] == (128, 256)
-    assert update_config(problem(512, 512, 128), H200)[:2] == (64, 64)
+    assert tile("project", problem(4096, 4096, 1024)) == (128, 256)
+    assert tile("project", problem(2048, 2048, 512)) == (64, 128)
+    assert tile("project", problem(2048, 2048, 512, matrices=4)) == (128, 256)
+    alone = problem(512, 4096, 128)
+    assert tile("project", alone) == (64, 64)
+    assert config_of("project", alone, H200).split == 132 // 16
+    assert tile("update", problem(4096, 4096, 1024)) == (128, 256)
+    assert tile("update", problem(512, 512, 128)) == (64, 64)
 
 
-def test_groups_that_16_does_not_divide_have_no_tile_that_spills_there():
+def test_batches_that_16_does_not_divide_have_no_tile_that_spills_there():
     one = problem(4096, 4096, 1024)
-    assert project_config(one._replace(wide=False), H200)[:3] == (128, 128, 32)
-    assert update_config(one._replace(wide=False), H200)[:2] == (128, 128)
+    assert config_of("project", one._replace(wide=False), H200)[:3] == (128, 128, 32)
+    assert tile("update", one._replace(wide=False)) == (128, 128)
     mixed = one._replace(dtypes=(torch.float32, torch.bfloat16))
-    assert project_config(mixed, H200)[:2] == (64, 128)
+    assert tile("project", mixed) == (64, 128)
 
 
 @pytest.mark.parametrize(("gap", "wide"), [(4096, True), (4099, False)])
-def test_launchers_see_what_16_does_not_divide(gap, wide, monkeypatch):
-    seen = []
-    for name, choose in (("project_config", project_config), ("update_config", update_config)):
-        monkeypatch.setattr(kernels, name, lambda *a, f=choose: seen.append(a[0]) or f(*a))
-    runs = made(2)
+def test_launches_have_the_tiles_for_what_16_does_not_divide(gap, wide, monkeypatch):
+    """Told apart by stages, which change nothing in the interpreter."""
+
+    def marked(operation, problem, gpu):
+        return config_of(operation, problem, gpu)._replace(stages=7 if problem.wide else 8)
+
+    monkeypatch.setattr(kernels, "config_of", marked)
+    runs, seen = made(2), []
     scattered(runs, gap, False)
+    monkeypatch.setattr(launches, "by_jit", lambda *args: seen.append(args[3].get("num_stages")))
     launch(runs)
-    assert [each.wide for each in seen] == [wide, wide]
-    assert {each.matrices for each in seen} == {2}
+    assert seen == [7 if wide else 8, None, 7 if wide else 8]
+
+
+def at(address, like):
+    """A tensor of the same dtype that begins at an address; numbers stay, tuples go by element."""
+    if isinstance(like, torch.Tensor):
+        return torch.frombuffer((ctypes.c_char * 8).from_address(address), dtype=like.dtype)
+    assert type(address) is tuple if isinstance(like, tuple) else type(address) is type(like)
+    return type(like)(*map(at, address, like)) if isinstance(like, Addresses) else address
+
+
+@pytest.fixture
+def bound_launches(monkeypatch):
+    """Launches are bound as on a GPU, and run in the interpreter; logs how each was made."""
+    log, by_jit = [], launches.by_jit
+
+    def first(*arguments):
+        log.append("jit")
+        by_jit(*arguments)
+        return arguments
+
+    def bound(compiled, grid):
+        kernel, _, first, options = compiled
+
+        def run(*numbers, stream):
+            log.append("bound")
+            constants = dict(
+                zip(kernel.arg_names[len(first) :], numbers[len(first) :], strict=True)
+            )
+            assert constants.items() <= options.items()
+            kernel[grid](*map(at, numbers[: len(first)], first), **options)
+
+        return run
+
+    monkeypatch.setattr(launches, "by_jit", first)
+    monkeypatch.setattr(launches, "bound", bound)
+    return log
+
+
+def moved(grads, skipped):
+    """The gradients somewhere else, elements off a multiple of 16 bytes."""
+    return [g.new_empty(g.numel() + skipped)[skipped:].view(g.shape).copy_(g) for g in grads]
+
+
+@pytest.mark.parametrize(("side", "form"), pairwise(Side, FORMS), ids=str)
+@pytest.mark.parametrize("parts", [1, 3])
+def test_bound_launches_have_the_bits_of_the_jits(side, form, parts, bound_launches):
+    """Wherever the gradients lie; Triton's JIT is asked once for each kind of alignment."""
+    plain, prepared = (made(3, side=side, form=form) for _ in "ab")
+    kernels_of_step = 2 if form is None else 3
+    with small_tiles(parts):
+        operations = kernels.Operations(Run.matrices(prepared, 0))
+    expected = [["jit"] * kernels_of_step, ["bound"] * kernels_of_step]
+    expected += [["jit", "bound", "jit"] if form else ["jit", "bound"]]
+    expected += [["bound"] * kernels_of_step] * 3
+    for turn, (skipped, how) in enumerate(zip((0, 0, 1, 1, 0, 4), expected, strict=True)):
+        index = turn % 3
+        matrices = Run.matrices(prepared, index)
+        matrices = matrices._replace(grads=moved(matrices.grads, skipped))
+        bound_launches.clear()
+        take_step(operations, matrices, scalars_of(prepared[0], index, 3))
+        assert bound_launches == how, skipped
+        with small_tiles(parts):
+            launch(plain, index)
+        assert_equal(plain, prepared)
+
+
+def test_the_types_of_scalars_tell_kinds_of_launches_apart_and_their_values_do_not(bound_launches):
+    """Triton is asked not to compile for a scalar that is 1 or that 16 divides."""
+    runs = half_weights(made(2))
+    matrices = Run.matrices(runs, 0)._replace(salts=(1, 2))
+    operations = kernels.Operations(matrices)
+    on_device = {"device_scalars": True, "noise_step": torch.tensor([3, 4], dtype=torch.int32)}
+    for options, new in (
+        ({"noise_step": 17}, 3),
+        ({"noise_step": 1}, 0),
+        ({"noise_step": 16}, 0),
+        (on_device, 1),
+        (on_device, 0),
+    ):
+        bound_launches.clear()
+        take_step(operations, matrices, scalars_of(runs[0], 0, 2, **options))
+        assert bound_launches.count("jit") == new, options
+        assert len(bound_launches) == 3
+    scalars = scalars_of(runs[0], 0, 2, noise_step=18)._replace(decay=1)
+    bound_launches.clear()
+    take_step(operations, matrices, scalars)
+    assert bound_launches == ["bound", "bound", "jit"]
+
+
+def test_triton_does_not_compile_for_the_values_of_scalars():
+    """In a process of its own: the interpreter knows nothing of it."""
+    code = (
+        "from lowrank_kernels.ops.triton import project_kernel, update_kernel\n"
+        "for kernel in (project_kernel, update_kernel):\n"
+        "    print(*[x.name for x in kernel.params if x.do_not_specialize])"
+    )
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    command = [sys.executable, "-c", code]
+    run = subprocess.run(command, capture_output=True, text=True, env=environment)
+    varying = kernels.project_kernel.arg_names[7:14], kernels.update_kernel.arg_names[6:10]
+    assert run.stdout.split() == [*varying[0], *varying[1]], run.stderr
+
+
+def test_a_captured_launch_is_never_bound_and_one_of_another_stream_anew(
+    bound_launches, monkeypatch
+):
+    """A graph owns the tables of its launches; another stream would not wait for their copies."""
+    runs = made(2)
+    matrices, scalars = Run.matrices(runs, 0), scalars_of(runs[0], 0, 2)
+    operations = kernels.Operations(matrices)
+    for stream, how in ((None, "jit"), (1, "jit"), (1, "bound"), (2, "jit"), (None, "jit")):
+        monkeypatch.setattr(kernels, "current_stream", lambda _, stream=stream: stream)
+        bound_launches.clear()
+        take_step(operations, matrices, scalars)
+        assert bound_launches == [how] * 3, stream
+
+
+def test_the_users_precision_is_read_at_every_step(bound_launches, monkeypatch):
+    runs = made(1)
+    matrices, scalars = Run.matrices(runs, 0), scalars_of(runs[0], 0, 1)
+    operations = kernels.Operations(matrices)
+    for precision, new in (("ieee", 3), ("tf32", 2), ("ieee", 0), ("tf32", 0)):
+        switches = SimpleNamespace(fp32_precision=precision)
+        monkeypatch.setattr(torch.backends.cuda, "matmul", switches)
+        bound_launches.clear()
+        take_step(operations, matrices, scalars)
+        assert bound_launches.count("jit") == new
+
+
+def on_meta(matrices):
+    return Matrices(
+        *(
+            [tensor.to("meta") for tensor in field] if isinstance(field, list) else field
+            for field in matrices
+        )
+    )
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("shape_rank", [((40, 1100), 20), ((19, 37), 13)], ids=str)
+def test_a_step_on_the_meta_device_allocates_what_a_real_one_does(shape_rank, form, monkeypatch):
+    """By its operations; at (40, 1100) the sums are split."""
+    runs = made(2, *shape_rank, form=form)
+    sizes = {}
+    matrices, scalars = Run.matrices(runs, 0), scalars_of(runs[0], 0, 2)
+    for each in (matrices, on_meta(matrices)):
+        found = sizes[each.params[0].device.type] = []
+        operations = kernels.Operations(each)
+        new = operations._empty
+        operations._empty = lambda *size, new=new, found=found: (found.append(size), new(*size))[1]
+        take_step(operations, each, scalars)
+    assert sizes["cpu"] == sizes["meta"]
+    assert len(sizes["meta"]) == (2 if form is None else 5) + 2 * (shape_rank[1] == 20)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
@@ -524,15 +660,15 @@ def test_configurations_fit_into_shared_memory(shared, dtype):
     gpu = H200._replace(shared_bytes=shared)
     for rank in (16, 128, 1024):
         one = problem(4096, 4096, rank, dtype=dtype)
-        for candidate in (project_config(one, gpu), *config.project_candidates(one, gpu)):
+        for candidate in (config_of("project", one, gpu), *candidates("project", one, gpu)):
             tiles = candidate.depth * (candidate.channels + candidate.rank)
             assert candidate.stages * tiles * dtype.itemsize <= shared
-        for candidate in (update_config(one, gpu), *config.update_candidates(one, gpu)):
+        for candidate in (config_of("update", one, gpu), *candidates("update", one, gpu)):
             tiles = candidate.channels * 8 + candidate.depth * dtype.itemsize
             assert candidate.stages * candidate.rank * tiles <= shared
 
 
-def test_group_sizes_fill_half_of_the_l2_cache(monkeypatch):
+def test_batch_sizes_fill_half_of_the_l2_cache(monkeypatch):
     monkeypatch.setattr(kernels, "gpu_of", lambda _: H200)
     for shape, expected in (
         ((512, 512), 50),
@@ -541,82 +677,12 @@ def test_group_sizes_fill_half_of_the_l2_cache(monkeypatch):
         ((0, 5), None),
     ):
         weight = torch.empty(shape, dtype=torch.bfloat16, device="meta")
-        size = kernels.group_size(weight, weight, 64)
+        size = kernels.batch_size(weight, weight, 64)
         assert size == expected or (expected is None and size >= 1)
 
 
-@pytest.fixture
-def tables(tmp_path, monkeypatch):
-    """An empty folder of tuned tables."""
-
-    def forget():
-        for cached in (tuned.table_of, config._project_choice, config._update_choice):
-            cached.cache_clear()
-
-    monkeypatch.setattr(tuned, "TABLES", tmp_path)
-    forget()
-    yield tmp_path
-    forget()
-
-
-PROJECT = {"channels": 32, "rank": 16, "depth": 64, "split": 2, "cuts": 0, "warps": 2, "stages": 2}
-UPDATE = {"channels": 64, "depth": 32, "rank": 16, "cuts": 0, "warps": 2, "stages": 2}
-
-
-def test_a_tuned_table_is_asked_first(tables, monkeypatch):
-    monkeypatch.setattr(kernels, "gpu_of", lambda _: H200)
-    (tables / "nvidia-h200-x.json").write_text(
-        json.dumps(
-            {
-                "project": {"right 4096x4096 r64 bfloat16": PROJECT},
-                "update": {"left 4096x2048 r64 float32": UPDATE},
-                "group": {"4096x4096 r64 bfloat16": {"matrices": 7}},
-            }
-        )
-    )
-    tuned_one = problem(4000, 2049, 33)
-    assert project_config(tuned_one, H200) == ProjectConfig(**PROJECT)
-    assert project_config(problem(4097, 2049, 33), H200) != ProjectConfig(**PROJECT)
-    assert project_config(problem(4000, 2049, 33, side=Side.LEFT), H200) != ProjectConfig(**PROJECT)
-    left = problem(4096, 2048, 64, dtype=torch.float32, side=Side.LEFT)
-    assert update_config(left, H200) == UpdateConfig(**UPDATE)
-    weight = torch.empty(4000, 2049, dtype=torch.bfloat16, device="meta")
-    assert kernels.explain(weight, weight, Side.RIGHT, 33) == {
-        "project": "tuned for NVIDIA H200 (x)",
-        "update": "heuristic tiles",
-    }
-    assert kernels.group_size(weight, weight, 33) == 7
-    other = H200._replace(name="NVIDIA A100")
-    assert project_config(tuned_one, other) != ProjectConfig(**PROJECT)
-    with forced(project=ProjectConfig(**PROJECT)._replace(warps=1)):
-        assert project_config(tuned_one, H200).warps == 1
-        assert kernels.explain(weight, weight, Side.RIGHT, 33)["project"] == "forced"
-    assert project_config(tuned_one, H200).warps == 2
-
-
-@pytest.mark.parametrize(
-    ("text", "reason"),
-    [
-        ("{", "Expecting"),
-        ("[]", "list"),
-        ('{"projection": {}}', "projection"),
-        (json.dumps({"project": {"k": {**PROJECT, "wraps": 4}}}), "wraps"),
-        (json.dumps({"project": {"k": {"channels": 32}}}), "rank"),
-        (json.dumps({"update": {"k": {**UPDATE, "depth": 48}}}), "depth is 48"),
-        (json.dumps({"update": {"k": {**UPDATE, "depth": 512}}}), "depth is 512"),
-        (json.dumps({"update": {"k": {**UPDATE, "warps": "4"}}}), "warps is '4'"),
-        (json.dumps({"group": {"k": {"matrices": 0}}}), "matrices is 0"),
-        (json.dumps({"group": {"k": 3}}), "mapping"),
-    ],
-)
-def test_a_malformed_table_names_its_file(tables, text, reason):
-    (tables / "nvidia-h200-x.json").write_text(text)
-    with pytest.raises(ValueError, match=rf"nvidia-h200-x\.json is not a table.*{reason}"):
-        project_config(problem(64, 64, 16), H200)
-
-
 class FakeCuda(SimpleNamespace):
-    """torch as `groups` sees it on a GPU: a stream that may be capturing, pinned sources."""
+    """torch as `addresses` sees it on a GPU: a stream that may be capturing, pinned sources."""
 
     int64, int32, Tensor, device = torch.int64, torch.int32, torch.Tensor, torch.device
 
@@ -624,8 +690,8 @@ class FakeCuda(SimpleNamespace):
         self.capturing, self.stream, self.pinned = False, 1, []
         self.cuda = SimpleNamespace(
             is_current_stream_capturing=lambda: self.capturing,
-            current_stream=lambda _: SimpleNamespace(cuda_stream=self.stream),
         )
+        self._C = SimpleNamespace(_cuda_getCurrentRawStream=lambda _: self.stream)
 
     def tensor(self, values, dtype, device, pin_memory):
         assert (device, pin_memory) == ("cpu", True)
@@ -639,41 +705,41 @@ class FakeCuda(SimpleNamespace):
 @pytest.fixture
 def fake_cuda(monkeypatch):
     fake = FakeCuda()
-    monkeypatch.setattr(groups, "torch", fake)
-    monkeypatch.setattr(groups, "_counters", {})
-    monkeypatch.setattr(groups, "_sources_of_graphs", [])
-    groups._uploaded.cache_clear()
+    monkeypatch.setattr(addresses, "torch", fake)
+    monkeypatch.setattr(addresses, "_counters", {})
+    monkeypatch.setattr(addresses, "_sources_of_graphs", [])
+    addresses._uploaded.cache_clear()
     yield fake
-    groups._uploaded.cache_clear()
+    addresses._uploaded.cache_clear()
 
 
 def test_a_table_is_uploaded_once_a_stream_and_anew_in_a_graph(fake_cuda):
     device = torch.device("cuda", 0)
-    first = groups.device_table((0, 5), device)
+    first = addresses.device_table((0, 5), device)
     assert first == ((0, 5), True)
-    assert groups.device_table((0, 5), device) is first
+    assert addresses.device_table((0, 5), device) is first
     fake_cuda.stream = 2
-    assert groups.device_table((0, 5), device) is not first
-    assert not groups._sources_of_graphs
+    assert addresses.device_table((0, 5), device) is not first
+    assert not addresses._sources_of_graphs
     fake_cuda.capturing = True
     uploads = len(fake_cuda.pinned)
-    captured = [groups.device_table((0, 5), device) for _ in "ab"]
+    captured = [addresses.device_table((0, 5), device) for _ in "ab"]
     assert captured[0] is not captured[1]
-    assert groups._sources_of_graphs == fake_cuda.pinned[uploads:]
+    assert addresses._sources_of_graphs == fake_cuda.pinned[uploads:]
     fake_cuda.capturing, fake_cuda.stream = False, 1
-    assert groups.device_table((0, 5), device) is first
+    assert addresses.device_table((0, 5), device) is first
 
 
 def test_counters_belong_to_a_stream_or_to_a_graph(fake_cuda):
     device = torch.device("cuda", 0)
-    first = groups.arrival_counters(3, device)
-    assert groups.arrival_counters(first.numel(), device) is first
-    grown = groups.arrival_counters(first.numel() + 1, device)
+    first = addresses.arrival_counters(3, device)
+    assert addresses.arrival_counters(first.numel(), device) is first
+    grown = addresses.arrival_counters(first.numel() + 1, device)
     assert grown.numel() > first.numel()
-    assert groups.arrival_counters(3, device) is grown
+    assert addresses.arrival_counters(3, device) is grown
     fake_cuda.stream = 2
-    assert groups.arrival_counters(3, device) is not grown
+    assert addresses.arrival_counters(3, device) is not grown
     fake_cuda.capturing = True
-    captured = groups.arrival_counters(3, device)
-    assert groups.arrival_counters(3, device) is not captured
+    captured = addresses.arrival_counters(3, device)
+    assert addresses.arrival_counters(3, device) is not captured
     assert captured.numel() == 3

@@ -87,3 +87,43 @@ def test_aligned_rows_are_read_and_written_16_bytes_at_a_time(records):
     ]
     assert aligned
     assert not narrow, report(narrow)
+
+
+BOUND = """
+import torch
+from bench.no_launch import no_launch
+from lowrank_kernels.ops import AdamScalars, Matrices, Residual, Scalars, Side, prepare
+from lowrank_kernels.ops.triton.launch import _numbers
+
+def tensors(*size):
+    return [torch.zeros(size) for _ in "ab"]
+
+matrices = Matrices(Side.RIGHT, Residual(0.25, 1.0), *(tensors(48, 32) for _ in "WG"),
+                    tensors(32, 16), *(tensors(48, 16) for _ in "MV"), tensors())
+scalars = Scalars(AdamScalars(0.9, 0.999, 1e-8), 0.25, step_size=0.01, decay=0.0, step=17)
+with no_launch() as launches:
+    steps = []
+    type(launches).__call__ = lambda self, *arguments: steps[-1].append(arguments)
+    operations = prepare(matrices, backend="triton")
+    for _ in range(2):
+        steps.append([])
+        projection = operations.project_moments(matrices, scalars.adam)
+        factor = operations.channel_scale(matrices, projection.sums)
+        operations.back_project_update(matrices, projection, factor, scalars)
+assert list(map(len, steps)) == [3, 3]
+for by_jit, bound in zip(*steps):
+    assert by_jit[:6] == bound[:6]  # the grid, the stream, the function
+    given, got = (each[-1] if isinstance(each[-1], tuple) else each for each in (by_jit, bound))
+    assert any(isinstance(x, torch.Tensor) for x in given)
+    assert list(map(type, _numbers(given))) == list(map(type, got))
+    # Behind the pointers to what a step allocates, everything is the same.
+    assert _numbers(given)[8:] == got[8:]
+"""
+
+
+def test_bound_launches_hand_over_what_tritons_jit_does():
+    """Up to the C function that launches."""
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    command = [sys.executable, "-c", BOUND]
+    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr

@@ -100,7 +100,7 @@ def test_every_part_is_another_trajectory():
             assert not torch.equal(ends[name], ends[other]), (name, other)
 
 
-@pytest.mark.parametrize("backend", ["reference", "native", "triton"])
+@pytest.mark.parametrize("backend", ["reference", "foreach", "native", "triton"])
 def test_the_rank_follows_the_gradient_and_the_state_with_it(backend):
     subspace = Subspace(residual_energy=0.05, moments="carry", stagger=False)
     params, optimizer = start(subspace=subspace, backend=backend)
@@ -245,7 +245,7 @@ def test_a_carried_moment_still_points_where_it_did(moments):
     item = refresh.Due("weight", params[0].grad, state, 8, GAP, 0, (0.9, 0.999))
     zeros = torch.zeros(1, dtype=torch.bool)
     found = range_finders.Found(turned.unsqueeze(0), torch.full((1, 8), 0.1), zeros, 0.0)
-    refresh._take([item], found, [0], Subspace(moments=moments))
+    refresh._adopt([item], found, Subspace(moments=moments), {})
     after = state["exp_avg"] @ state["basis"].T
     relative = float(torch.dist(after, before) / torch.linalg.norm(before))
     assert (relative <= 1e-6) == (moments == "carry")
@@ -435,7 +435,14 @@ def test_a_refresh_stacks_no_more_than_its_share(monkeypatch):
         ({"power_iterations": 0}, "power_iterations must be"),
         ({"residual_energy": 1.5}, r"residual_energy must be in \[0, 1\] or None, got 1.5"),
         ({"lazy": -1.0}, "lazy must be"),
-        ({"threshold": float("nan")}, "threshold must be at least 0"),
+        ({"criterion": "norm"}, "criterion='norm' needs a threshold above 0"),
+        ({"criterion": "norm", "threshold": float("nan")}, "above 0, .*, got nan"),
+        ({"criterion": "norm", "threshold": -1.0}, "above 0, .*, got -1.0"),
+        ({"threshold": 0.1}, "threshold=0.1 does nothing without criterion"),
+        ({"check_gap": 5}, "check_gap=5 does nothing without criterion"),
+        ({"min_rank": 2}, "min_rank=2 does nothing without residual_energy"),
+        ({"rank_multiple": 8}, "rank_multiple=8 does nothing without residual_energy"),
+        ({"range_finder": "svd", "power_iterations": 2}, "=2 does nothing with range_finder='svd'"),
         ({"range_finder": "random", "residual_energy": 0.1}, "needs directions in the order"),
         ({"range_finder": "gaussian", "moments": "carry"}, "needs an orthonormal basis"),
     ],
@@ -445,11 +452,25 @@ def test_wrong_subspaces_are_refused(options, text):
         Subspace(**options)
 
 
+@pytest.mark.parametrize("residual_energy", [None, 0.01])
+@pytest.mark.parametrize("criterion", [None, "norm"])
+def test_adarankgrad_without_its_parts(criterion, residual_energy):
+    """A default threshold is no mistake of who asks for no criterion."""
+    parts = {"criterion": criterion, "residual_energy": residual_energy}
+    params, optimizer = start(AdaRankGradAdamW, **parts)
+    run(params, optimizer, range(2))
+    assert optimizer.subspace.threshold == (0.0 if criterion is None else 0.1)
+    unused = {"check_gap": 7} if criterion is None else {"threshold": 0.0}
+    with pytest.raises(ValueError, match=r"does nothing without|needs a threshold"):
+        start(AdaRankGradAdamW, **parts, **unused)
+
+
 def test_what_does_not_go_together_is_refused():
     with pytest.raises(ValueError, match="needs an orthonormal basis, which range_finder='gauss"):
         start(FiraAdamW, subspace="gaussian")
     start(GaLoreAdamW, subspace="gaussian")
-    for options in ({"residual_energy": 0.1}, {"moments": "reset"}, {"criterion": "norm"}):
+    criterion = {"criterion": "norm", "threshold": 1.0}
+    for options in ({"residual_energy": 0.1}, {"moments": "reset"}, criterion):
         with pytest.raises(ValueError, match="capturable=True replays one step"):
             start(FiraAdamW, subspace=Subspace(**options), capturable=True)
 

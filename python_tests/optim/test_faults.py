@@ -51,7 +51,7 @@ def differing(before, after):
     }
 
 
-@pytest.mark.parametrize("backend", ["reference", "native", "triton"])
+@pytest.mark.parametrize("backend", ["reference", "foreach", "native", "triton"])
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_zero_gradient_first_is_as_if_it_had_never_been(method, shape, backend):
@@ -91,7 +91,7 @@ def test_zero_gradient_first_does_not_throttle_the_residual(method):
     assert norms[1] > 0.3 * norms[0]
 
 
-@pytest.mark.parametrize("backend", ["reference", "native", "triton"])
+@pytest.mark.parametrize("backend", ["reference", "foreach", "native", "triton"])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("shape", SHAPES)

@@ -137,7 +137,7 @@ SHARED = {
 
 
 @pytest.mark.parametrize("other", [{"rank": 4}, {}], ids=["projected", "plain"])
-@pytest.mark.parametrize("backend", ["native", "reference"])
+@pytest.mark.parametrize("backend", ["native", "foreach", "reference"])
 @pytest.mark.parametrize("shared", SHARED)
 def test_shared_memory_is_refused_before_anything_changes(shared, backend, other):
     """Two parameters of one storage would be stepped twice, a gradient be overwritten."""
@@ -197,7 +197,7 @@ def trajectory(around, subspace, backend, residual="official"):
     return torch.stack([weight.detach() for weight in weights])
 
 
-@pytest.mark.parametrize("backend", ["reference", "native"])
+@pytest.mark.parametrize("backend", ["reference", "foreach", "native"])
 @pytest.mark.parametrize("subspace", FINDERS)
 def test_autocast_changes_no_bit(subspace, backend):
     def autocast():

@@ -9,7 +9,7 @@ from torch import nn
 from lowrank_kernels import FiraAdamW, GaLoreAdamW, Subspace
 
 SHAPE, RANK = (40, 64), 16
-BACKENDS = ["reference", "native", "triton"]
+BACKENDS = ["reference", "foreach", "native", "triton"]
 
 
 def start(backend, residual="official", scale=0.25, dtype=torch.float32, method=FiraAdamW):

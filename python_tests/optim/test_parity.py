@@ -76,7 +76,7 @@ def test_same_basis_float64(shape, proj_type, method, scale, weight_decay, monke
     assert worst <= 1e-10
 
 
-@pytest.mark.parametrize("backend", ["reference", "native", "triton"])
+@pytest.mark.parametrize("backend", ["reference", "foreach", "native", "triton"])
 @pytest.mark.parametrize(
     ("shape", "method", "scale", "weight_decay"), pairwise(SHAPES, METHODS, SCALES, DECAYS)
 )

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from bench.allocations import Allocations
 from lowrank_kernels import GaLoreAdamW
 from lowrank_kernels.optim import plain
+from lowrank_kernels.optim.allocations import Allocations
 from lowrank_kernels.optim.workspace import planned_workspace
 
 # Of one block, of several with a rest, and small ones that share a block.

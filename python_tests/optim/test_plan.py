@@ -1,18 +1,18 @@
-"""What is planned is what a real step takes: state to the byte, workspace from above."""
+"""What is planned is what a real step takes, to the byte."""
 
 import pytest
 import torch
 from torch import nn
 
-from bench.allocations import Allocations
 from lowrank_kernels import AdaRankGradAdamW, FiraAdamW, GaLoreAdamW, LowRankAdamW, Subspace
+from lowrank_kernels.optim.allocations import Allocations
 from lowrank_kernels.optim.state import state_bytes
 from lowrank_kernels.optim.workspace import planned_workspace
 from lowrank_kernels.subspace import refresh_bases
 from lowrank_kernels.subspace.moments import MOMENTS
 
 DTYPES = [torch.float32, torch.bfloat16]
-BACKENDS = ["reference", "native"]
+BACKENDS = ["reference", "foreach", "native"]
 # Equal and unequal ones of either side, ranks and rows that are and are not aligned, one that is
 # larger than a tile, and a plain parameter; the largest decides.
 MODELS = {
@@ -69,7 +69,7 @@ def test_workspace_of_a_step_is_what_it_holds(dtype, backend, method, model):
     optimizer = OPTIMIZERS[method](grouped(params, rank), lr=0.01, backend=backend)
     allocations = peak_of_a_step(optimizer, params)
     planned = planned_workspace(optimizer, "cpu").step
-    assert allocations.peak_bytes <= planned <= 1.25 * allocations.peak_bytes
+    assert planned == allocations.peak_bytes > 0
     assert allocations.live_bytes == 0
 
 
@@ -85,7 +85,30 @@ def test_workspace_of_either_side(dtype, backend, method, proj_type):
     optimizer = OPTIMIZERS[method](groups, lr=0.01, backend=backend)
     allocations = peak_of_a_step(optimizer, params)
     planned = planned_workspace(optimizer, "cpu").step
+    assert planned == allocations.peak_bytes > 0
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"maximize": True},
+        {"monitor": True},
+        {"rounding": "stochastic"},
+        {"capturable": True},
+        {"subspace": Subspace(criterion="displacement", check_gap=1, threshold=1e-9)},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("backend", ["reference", "foreach", "native"])
+def test_workspace_of_what_can_be_asked_for_besides(backend, options):
+    if backend == "native" and "capturable" in options:
+        pytest.skip("the native backend is not capturable")
+    params = parameters([(210, 150)] * 2 + [(70,)], torch.bfloat16)
+    optimizer = FiraAdamW(grouped(params, 17), lr=0.01, backend=backend, **options)
+    allocations = peak_of_a_step(optimizer, params)
+    planned = planned_workspace(optimizer, "cpu").step
     assert allocations.peak_bytes <= planned <= 1.25 * allocations.peak_bytes
+    assert not optimizer.state.keys() - set(params)
 
 
 class NoKernel:
@@ -105,6 +128,7 @@ def test_workspace_of_triton(shapes, method, monkeypatch):
     optimizer = OPTIMIZERS[method](groups, lr=0.01, backend="triton")
     allocations = peak_of_a_step(optimizer, params)
     planned = planned_workspace(optimizer, "cpu").step
+    # Counters and tables, which are kept from one step to the next, are planned with each.
     assert allocations.peak_bytes <= planned <= 1.25 * allocations.peak_bytes
 
 
@@ -121,7 +145,7 @@ def test_workspace_of_triton(shapes, method, monkeypatch):
 @pytest.mark.parametrize(
     "model", ["left", "right", "square", "equal", "unequal", "tiles", "long", "thin"]
 )
-def test_workspace_of_a_refresh_bounds_what_it_holds(dtype, parts, model, monkeypatch):
+def test_workspace_of_a_refresh_is_what_it_holds(dtype, parts, model, monkeypatch):
     shapes, rank = MODELS[model]
     params = parameters(shapes, dtype)
     groups = grouped(params, rank, update_proj_gap=1)
@@ -134,12 +158,12 @@ def test_workspace_of_a_refresh_bounds_what_it_holds(dtype, parts, model, monkey
             refresh_bases(due, subspace)
         peaks.append(allocations.peak_bytes)
 
-    monkeypatch.setattr("lowrank_kernels.optim.projected.refresh_bases", measured)
+    monkeypatch.setattr("lowrank_kernels.optim.lowrank_adamw.refresh_bases", measured)
     for _ in range(2):
         set_gradients(params)
         optimizer.step()
     planned = planned_workspace(optimizer, "cpu").refresh
-    assert peaks[1] <= planned <= 1.5 * peaks[1]
+    assert planned == peaks[1] > 0
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -164,10 +188,10 @@ def test_workspace_does_not_grow_with_the_layers(backend):
         lambda params, **options: FiraAdamW(params, monitor=True, **options),
         lambda params, **options: AdaRankGradAdamW(params, residual_energy=0.0, **options),
         lambda params, **options: LowRankAdamW(
-            params, subspace=Subspace(criterion="norm"), **options
+            params, subspace=Subspace(criterion="norm", threshold=1.0), **options
         ),
         lambda params, **options: LowRankAdamW(
-            params, subspace=Subspace(criterion="displacement"), **options
+            params, subspace=Subspace(criterion="displacement", threshold=0.1), **options
         ),
     ],
     ids=["galore", "fira", "monitor", "adarankgrad", "norm", "displacement"],

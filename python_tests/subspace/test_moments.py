@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lowrank_kernels.ops import Side
-from lowrank_kernels.subspace.moments import MOMENTS, Corrections, Moments, moved
+from lowrank_kernels.subspace.moments import MOMENTS, Corrections, Moments, transferred
 
 CARRIED = [how for how in MOMENTS if how.startswith("carry")]
 CORRECTIONS = Corrections(1 - 0.9**10, 1 - 0.999**10)
@@ -36,10 +36,10 @@ def test_a_rotation_inside_the_subspace_leaves_the_first_moment(how, side, rng):
     old_basis = basis(40, 6, rng)
     new_basis = old_basis @ basis(6, 6, rng)
     old = moments((6, 25), rng)
-    new = moved(how, in_form(side, old), new_basis.T @ old_basis, side, CORRECTIONS)
+    new = transferred(how, in_form(side, old), new_basis.T @ old_basis, side, CORRECTIONS)
     carried = new.exp_avg if side is Side.LEFT else new.exp_avg.T
     torch.testing.assert_close(new_basis @ carried, old_basis @ old.exp_avg, rtol=0, atol=1e-12)
-    single = moved(
+    single = transferred(
         how,
         Moments(*(m.float() for m in in_form(side, old))),
         (new_basis.T @ old_basis).float(),
@@ -59,7 +59,7 @@ def test_shapes_and_signs_at_every_change_of_rank(how, side, ranks, rng):
     old_basis, new_basis = basis(40, old_rank, rng), basis(40, new_rank, rng)
     old = moments((old_rank, 25), rng)
     kept = Moments(*(moment.clone() for moment in in_form(side, old)))
-    new = moved(how, kept, new_basis.T @ old_basis, side, CORRECTIONS)
+    new = transferred(how, kept, new_basis.T @ old_basis, side, CORRECTIONS)
     shape = (new_rank, 25) if side is Side.LEFT else (25, new_rank)
     for before, after, unchanged in zip(kept, new, in_form(side, old), strict=True):
         assert after.shape == shape
@@ -74,27 +74,27 @@ def test_the_literal_formula_does_turn_negative(rng):
     overlap = basis(40, 6, rng).T @ basis(40, 6, rng)
     old = moments((6, 25), rng)
     assert (overlap @ old.exp_avg_sq < 0).any()
-    new = moved("carry_absolute", old, overlap, Side.LEFT, CORRECTIONS)
+    new = transferred("carry_absolute", old, overlap, Side.LEFT, CORRECTIONS)
     torch.testing.assert_close(new.exp_avg_sq, (overlap @ old.exp_avg_sq).abs())
 
 
 def test_keep_and_reset(rng):
     old = moments((4, 25), rng)
-    same = moved("keep", old, torch.eye(4), Side.LEFT, CORRECTIONS)
+    same = transferred("keep", old, torch.eye(4), Side.LEFT, CORRECTIONS)
     assert torch.equal(same.exp_avg, old.exp_avg)
-    fewer = moved("keep", old, torch.zeros(2, 4), Side.LEFT, CORRECTIONS)
+    fewer = transferred("keep", old, torch.zeros(2, 4), Side.LEFT, CORRECTIONS)
     assert torch.equal(fewer.exp_avg_sq, old.exp_avg_sq[:2])
-    more = moved("keep", old, torch.zeros(6, 4), Side.LEFT, CORRECTIONS)
+    more = transferred("keep", old, torch.zeros(6, 4), Side.LEFT, CORRECTIONS)
     assert torch.equal(more.exp_avg[:4], old.exp_avg)
     assert not more.exp_avg[4:].any()
-    for moment in moved("reset", old, torch.eye(4), Side.LEFT, CORRECTIONS):
+    for moment in transferred("reset", old, torch.eye(4), Side.LEFT, CORRECTIONS):
         assert not moment.any()
 
 
 @pytest.mark.parametrize("how", CARRIED)
 def test_the_same_basis_changes_nothing(how, rng):
     old = moments((4, 25), rng)
-    new = moved(how, old, torch.eye(4, dtype=torch.float64), Side.LEFT, CORRECTIONS)
+    new = transferred(how, old, torch.eye(4, dtype=torch.float64), Side.LEFT, CORRECTIONS)
     for before, after in zip(old, new, strict=True):
         torch.testing.assert_close(after, before, rtol=1e-12, atol=1e-15)
 
@@ -103,7 +103,7 @@ def test_ldadam_follows_its_printed_formula(rng):
     """Element by element, from LDAdam's algorithm."""
     overlap = basis(40, 3, rng).T @ basis(40, 3, rng)
     old = moments((3, 2), rng)
-    new = moved("carry_ldadam", old, overlap, Side.LEFT, CORRECTIONS)
+    new = transferred("carry_ldadam", old, overlap, Side.LEFT, CORRECTIONS)
     c1, c2 = CORRECTIONS
     for i in range(3):
         for j in range(2):
@@ -121,7 +121,7 @@ def test_ldadam_takes_the_absolute_value_where_the_difference_is_negative():
     """After a gradient that has grown V < M^2, and a direction that M does not have gets -0.15."""
     turn = torch.tensor([[1.0, -1.0], [1.0, 1.0]], dtype=torch.float64) / math.sqrt(2)
     old = Moments(*(torch.full((2, 1), value, dtype=torch.float64) for value in (0.5, 0.1)))
-    new = moved("carry_ldadam", old, turn, Side.LEFT, Corrections(1.0, 1.0))
+    new = transferred("carry_ldadam", old, turn, Side.LEFT, Corrections(1.0, 1.0))
     expected = torch.tensor([[0.15], [0.35]], dtype=torch.float64)
     torch.testing.assert_close(new.exp_avg_sq, expected)
 
@@ -132,7 +132,7 @@ def test_the_carried_variance_is_that_of_independent_entries(rng):
     mean_sq = torch.rand(4, 1, generator=rng, dtype=torch.float64)
     draws = torch.randn(4, 200_000, generator=rng, dtype=torch.float64) * mean_sq.sqrt()
     drawn = (overlap @ draws).square().mean(1, keepdim=True)
-    new = moved(
+    new = transferred(
         "carry", Moments(torch.zeros_like(mean_sq), mean_sq), overlap, Side.LEFT, CORRECTIONS
     )
     torch.testing.assert_close(new.exp_avg_sq, drawn, rtol=0.02, atol=0)

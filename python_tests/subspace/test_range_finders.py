@@ -5,7 +5,11 @@ import torch
 from oracles.low_rank import low_rank_gradient
 
 from lowrank_kernels.subspace import orthonormal, range_finders
-from lowrank_kernels.subspace.orthonormal import orthonormalized, touched_up, well_conditioned
+from lowrank_kernels.subspace.orthonormal import (
+    orthonormalized,
+    reorthonormalized,
+    well_conditioned,
+)
 from lowrank_kernels.subspace.range_finders import RANGE_FINDERS, Request
 
 SHAPES = [(40, 64), (64, 40), (32, 32), (1, 9), (9, 1), (37, 53)]
@@ -209,9 +213,9 @@ def test_columns_that_one_pass_cannot_separate_take_householder(rng, monkeypatch
     tall = torch.randn(1, 50, 6, generator=rng)
     skewed = orthonormalized(tall)[0].clone()
     skewed[0, :, 5] += 0.5 * skewed[0, :, 0]
-    basis, slow = touched_up(skewed)
+    basis, slow = reorthonormalized(skewed)
     assert slow.tolist() == [True]
-    assert touched_up(orthonormalized(tall)[0])[1].tolist() == [False]
+    assert reorthonormalized(orthonormalized(tall)[0])[1].tolist() == [False]
     results = iter([(tall, torch.tensor([True]), None), (skewed, torch.tensor([True]), None)])
     grams = iter([torch.eye(6).unsqueeze(0), (skewed.mT @ skewed)])
     monkeypatch.setattr(
@@ -232,7 +236,11 @@ def test_a_failing_cholesky_takes_householder_for_that_matrix_only(rng, monkeypa
     tall = torch.randn(3, 50, 6, generator=rng)
     right, _ = orthonormalized(tall)
     monkeypatch.setattr(torch.linalg, "cholesky_ex", second_fails)
-    for function, given in ((orthonormalized, tall), (well_conditioned, tall), (touched_up, right)):
+    for function, given in (
+        (orthonormalized, tall),
+        (well_conditioned, tall),
+        (reorthonormalized, right),
+    ):
         basis, slow = function(given)
         assert slow.tolist() == [False, True, False]
         torch.testing.assert_close(basis[1].T @ basis[1], torch.eye(6), rtol=0, atol=1e-5)

@@ -7,7 +7,7 @@ from torch import nn
 
 from lowrank_kernels import GaLoreAdamW, Subspace
 from lowrank_kernels.subspace.range_finders import RANGE_FINDERS
-from lowrank_kernels.subspace.rank import adaptive_rank
+from lowrank_kernels.subspace.refresh import adaptive_rank
 
 SPECTRA = {
     "geometric": 0.8 ** torch.arange(64).double(),
@@ -33,7 +33,7 @@ def test_the_rank_is_that_of_the_exact_tail_within_one(name, spectrum, share, tr
     found = RANGE_FINDERS[name](
         request(matrix.T if transposed else matrix, rank=64, power_iterations=2)
     )
-    rank = adaptive_rank(found.energies[0].tolist(), share, least=1, multiple=1)
+    rank = adaptive_rank(found.energies[0].tolist(), Subspace(residual_energy=share))
     assert abs(rank - exact_rank(values, share)) <= (0 if name == "svd" else 1)
 
 
@@ -42,7 +42,9 @@ def test_a_sketch_at_a_smaller_largest_rank_finds_it_too(spectrum, rng):
     values = SPECTRA[spectrum]
     matrix = spectrum_matrix(values, 64, 150, rng, torch.float32)
     energies = RANGE_FINDERS["randomized"](request(matrix, rank=20)).energies[0].tolist()
-    assert abs(adaptive_rank(energies, 0.1, 1, 1) - exact_rank(values, 0.1)) <= 1
+    assert (
+        abs(adaptive_rank(energies, Subspace(residual_energy=0.1)) - exact_rank(values, 0.1)) <= 1
+    )
 
 
 @pytest.mark.parametrize("name", ["randomized", "power"])
@@ -61,13 +63,17 @@ def test_an_optimizer_resolves_a_small_tail_where_products_in_bfloat16_are_fast(
 
 
 def test_bounds_and_multiples():
-    energies = [0.5, 0.2, 0.1, 0.05, 0.05]
-    assert adaptive_rank(energies, 0.25, 1, 1) == 3
-    assert adaptive_rank(energies, 0.25, 4, 1) == 4
-    assert adaptive_rank(energies, 0.25, 9, 1) == 5, "no more than there are"
-    assert adaptive_rank(energies, 0.25, 1, 4) == 4
-    assert adaptive_rank(energies, 0.11, 1, 4) == 5, "a multiple is cut, too"
-    assert adaptive_rank(energies, 0.0, 1, 1) == 5
-    assert adaptive_rank(energies, 1.0, 1, 1) == 1
-    assert adaptive_rank(energies, 1.0, 2, 1) == 2
-    assert adaptive_rank([0.5, 0.25, 0.25], 0.25, 1, 1) == 2, "at most: the share itself will do"
+    def rank(share, min_rank=1, rank_multiple=1, energies=(0.5, 0.2, 0.1, 0.05, 0.05)):
+        subspace = Subspace(residual_energy=share, min_rank=min_rank, rank_multiple=rank_multiple)
+        return adaptive_rank(energies, subspace)
+
+    assert rank(0.25) == 3
+    assert rank(0.25, 4) == 4
+    assert rank(0.25, 9) == 5, "no more than there are"
+    assert rank(0.25, 1, 4) == 4
+    assert rank(0.11, 1, 4) == 5, "a multiple is cut, too"
+    assert rank(0.0) == 5
+    assert rank(1.0) == 1
+    assert rank(1.0, 2) == 2
+    assert rank(0.25, energies=[0.5, 0.25, 0.25]) == 2, "at most: the share itself will do"
+    assert rank(None) == 5

@@ -4,8 +4,9 @@ import pytest
 import torch
 from subspace.test_range_finders import request, spectrum_matrix
 
+from lowrank_kernels.subspace import Subspace
 from lowrank_kernels.subspace.range_finders import RANGE_FINDERS
-from lowrank_kernels.subspace.rank import adaptive_rank
+from lowrank_kernels.subspace.refresh import adaptive_rank
 
 LARGEST = 64
 SPECTRA = {
@@ -36,7 +37,7 @@ def test_a_rank_does_not_depend_on_what_the_device_multiplies_fast(
         monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda fast=fast: fast)
         asked = request(matrix, rank=LARGEST, power_iterations=2)._replace(measured=True)
         energies = RANGE_FINDERS[name](asked).energies[0].tolist()
-        ranks.append(adaptive_rank(energies, share, least=1, multiple=1))
+        ranks.append(adaptive_rank(energies, Subspace(residual_energy=share)))
     assert ranks[0] == ranks[1]
     if dtype is torch.float32:
         assert abs(ranks[0] - exact_rank(values, share)) <= 1

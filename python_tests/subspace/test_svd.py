@@ -4,7 +4,7 @@ import pytest
 import torch
 from oracles.low_rank import low_rank_gradient
 
-from lowrank_kernels.subspace.svd import left_singular
+from lowrank_kernels.subspace.range_finders import left_singular
 
 SHAPES = [(40, 24), (24, 40), (32, 32), (1, 9), (9, 1)]
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lowrank_kernels.subspace import Subspace, is_due, is_measured, measure
-from lowrank_kernels.subspace.when import LAZY_REFRESHES, Readback, lazier
+from lowrank_kernels.subspace.when import LAZY_REFRESHES, Readback, note_overlap
 
 
 def refreshes(steps, gap, phase=0):
@@ -97,15 +97,21 @@ def test_the_first_step_of_a_basis_is_no_standstill():
 
 def test_nothing_is_measured_without_a_criterion():
     assert not is_measured({"basis_step": 0}, 50, Subspace(check_gap=50))
-    assert is_measured({"basis_step": 0}, 50, Subspace(criterion="norm"))
-    assert not is_measured({"basis_step": 50}, 50, Subspace(criterion="norm"))
+    assert is_measured({"basis_step": 0}, 50, Subspace(criterion="norm", threshold=1.0))
+    assert not is_measured({"basis_step": 50}, 50, Subspace(criterion="norm", threshold=1.0))
 
 
 def test_lazy_intervals_double_after_enough_overlap():
     subspace = Subspace(lazy=0.4)
-    close, far = torch.full((LAZY_REFRESHES,), 0.5), torch.full((LAZY_REFRESHES,), 0.3)
-    assert lazier(close, LAZY_REFRESHES, 1, subspace) == 2
-    assert lazier(close, LAZY_REFRESHES - 1, 1, subspace) == 1, "too few to tell"
-    assert lazier(far, LAZY_REFRESHES, 4, subspace) == 4
-    assert lazier(close, 99, 2**16, subspace) == 2**16, "the interval stays an int"
-    assert lazier(close, LAZY_REFRESHES, 1, Subspace()) == 1
+
+    def gap_factor(overlap, refreshes=LAZY_REFRESHES, before=1, subspace=subspace):
+        overlaps = torch.full((LAZY_REFRESHES,), overlap)
+        state = {"overlaps": overlaps, "refreshes": refreshes, "gap_factor": before}
+        note_overlap(state, overlap, subspace)
+        return state["gap_factor"]
+
+    assert gap_factor(0.5) == 2
+    assert gap_factor(0.5, LAZY_REFRESHES - 1) == 1, "too few to tell"
+    assert gap_factor(0.3, before=4) == 4
+    assert gap_factor(0.5, 99, before=2**16) == 2**16, "the interval stays an int"
+    assert gap_factor(0.5, subspace=Subspace()) == 1

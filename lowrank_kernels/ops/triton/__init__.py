@@ -1,11 +1,9 @@
-"""The Triton backend: three launches a group, two for GaLore, and no temporary of W's size.
+"""The Triton backend: three launches a batch, two for GaLore, and no temporary of W's size.
 
 In the channel coordinates of `project`, both sides are the same kernels with strides swapped.
 """
 
 import logging
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -16,53 +14,34 @@ from torch import Tensor
 from ..contract import (
     MAX_KAPPA_HALF_PRECISION,
     AdamScalars,
-    Alike,
     ChannelSums,
-    Noise,
+    Matrices,
     Projection,
-    Residual,
-    Scalar,
-    Side,
+    Scalars,
     rank_axis,
 )
+from ..foreach import channels_of_block, residual_sq_in
 from ..notices import notice_once
 from ..reference import LIMITER_GROWTH, NORM_EPS, NOTHING_STORED, STORABLE_SHARE
+from .addresses import Addresses, addresses_of, arrival_counters, current_stream, device_table
 from .config import (
+    LARGEST_TILE,
     SCALE_BLOCK,
     SCALE_WARPS,
+    Config,
+    Problem,
+    config_of,
     gpu_of,
-    group_matrices,
-    project_config,
-    project_source,
-    update_config,
-    update_source,
+    sources,
 )
-from .groups import Group, arrival_counters, device_table, group
+from .launch import Grid, Launcher, Rest
 from .project import project_kernel
 from .scale import channel_scale_kernel
-from .tuned import LARGEST_TILE, Problem
 from .update import update_kernel
 
-# Of the gradients whose residuals are formed at a time. The number was not measured.
-RESIDUAL_ELEMENTS = 2**23
+__all__ = ["Operations", "batch_size", "obstacle", "sources"]
 
-_LANGUAGE_TYPES = {
-    torch.float32: tl.float32,
-    torch.bfloat16: tl.bfloat16,
-    torch.float16: tl.float16,
-}
-
-
-class _Adam(NamedTuple):
-    """`AdamScalars` for the kernel; 1 - beta is formed here, in float64."""
-
-    beta1: float
-    one_minus_beta1: float
-    beta2: float
-    one_minus_beta2: float
-    eps: float
-    bias_correction1: Scalar
-    bias_correction2: Scalar
+_OPERANDS = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
 def obstacle(param: Tensor, grad: Tensor) -> str | None:
@@ -74,7 +53,7 @@ def obstacle(param: Tensor, grad: Tensor) -> str | None:
     if not (param.is_contiguous() or param.T.is_contiguous()):
         return f"the triton backend takes dense weights, not strides {param.stride()}"
     for name, matrix in (("weight", param), ("gradient", grad)):
-        if not _fits_32_bits(matrix.stride()):
+        if LARGEST_TILE * sum(map(abs, matrix.stride())) >= 2**31:
             return (
                 f"the triton backend has 32-bit offsets within {LARGEST_TILE} rows and columns,"
                 f" too few for the strides {matrix.stride()} of the {name}"
@@ -82,315 +61,258 @@ def obstacle(param: Tensor, grad: Tensor) -> str | None:
     return None
 
 
-def _fits_32_bits(strides: Sequence[int]) -> bool:
-    return LARGEST_TILE * sum(abs(stride) for stride in strides) < 2**31
-
-
-def group_size(param: Tensor, grad: Tensor, rank: int) -> int:
-    """As many matrices as have their gradients in half of the L2 cache, unless a table knows.
+def batch_size(param: Tensor, grad: Tensor, rank: int) -> int:
+    """As many matrices as have their gradients in half of the L2 cache, at least 1.
 
     Operation 3 then reads most of G from L2, and the other half is left to everything else.
     """
-    rows, cols = param.shape
-    return group_matrices((rows, cols), rank, grad.dtype, gpu_of(param.device))
+    return max(1, gpu_of(param.device).l2_bytes // 2 // max(1, grad.numel() * grad.itemsize))
 
 
-def workspace_bytes(alike: Alike, residual: Residual | None) -> int:
-    """Bytes of temporaries at the peak: N, R and the sums; partial products, or phi'.
+class _Tiles(NamedTuple):
+    """How operations 1 and 3 are cut up."""
 
-    The configurations are those of the GPU at hand, without one of the interpreter's.
+    project: Config
+    update: Config
+    project_grid: Grid
+    update_grid: Grid
+    slots: int  # rank tiles of operation 1, with channel sums of their own
+
+
+class Operations:
+    """See `contract.Operations`; the channel sums come as slots, one row a rank tile.
+
+    On the meta device they allocate what they do on a GPU, and launch nothing.
     """
-    gpu = gpu_of(torch.device(alike.device_type if torch.cuda.is_available() else "cpu"))
-    count = min(alike.matrices, group_matrices(alike.shape, alike.rank, alike.dtype, gpu))
-    sizes = (alike.side, alike.channels, alike.depth, alike.rank, count)
-    problem = Problem(*sizes, (alike.dtype, alike.dtype))
-    config = project_config(problem, gpu)
-    tiles_k = triton.cdiv(alike.rank, config.rank)
-    tiles = count * triton.cdiv(alike.channels, config.channels) * tiles_k
-    pieces = tiles * config.split * config.channels if config.split > 1 else 0
-    held = 2 * count * alike.rank * alike.channels
-    scale = 0
-    if residual is not None:
-        held += 3 * count * tiles_k * alike.channels
-        scale = count * (alike.channels + 2 * triton.cdiv(alike.channels, SCALE_BLOCK))
-    formed = 0
-    if residual is not None and _forms_residuals(residual, problem):
-        formed = 2 * min(alike.numel, RESIDUAL_ELEMENTS) + alike.depth * alike.rank
-    tables = 4 * 8 * count
-    return 4 * (held + max(pieces * (config.rank + 1), scale, formed)) + tables
 
+    def __init__(self, matrices: Matrices) -> None:
+        param, grad, basis = matrices.params[0], matrices.grads[0], matrices.bases[0]
+        moment, axis = matrices.exp_avgs[0], rank_axis(matrices.side)
+        self._device = param.device
+        self._problem = Problem(
+            matrices.side,
+            channels=param.shape[1 - axis],
+            depth=param.shape[axis],
+            rank=basis.shape[1],
+            matrices=len(matrices.params),
+            dtypes=(grad.dtype, basis.dtype),
+        )
+        self._low = (len(matrices.params), *moment.shape)
+        self._empty = torch.empty(0, dtype=moment.dtype, device=param.device).new_empty
+        self._copies_grads = 1 not in grad.stride()
+        if self._copies_grads:
+            notice_once(
+                logging.WARNING,
+                f"gradients with strides {grad.stride()} are copied at every step: the triton"
+                " backend reads rows or columns that are contiguous",
+            )
+        (readable,) = self._readable(matrices.grads[:1])
+        # Along the channels and along the other axis.
+        self._grad_strides, self._low_strides, self._param_strides = (
+            (matrix.stride(1 - axis), matrix.stride(axis)) for matrix in (readable, moment, param)
+        )
+        self._placed: tuple[int | None, list[int]] | None = None
+        self._tiles = [self._cut(matrices, wide) for wide in (False, True)]
+        self._project = Launcher(project_kernel, param.device)
+        self._scale = Launcher(channel_scale_kernel, param.device)
+        self._update = Launcher(update_kernel, param.device)
 
-def explain(param: Tensor, grad: Tensor, side: Side, rank: int) -> dict[str, str]:
-    """Where the configurations of operations 1 and 3 come from, the basis being like the weight."""
-    axis, gpu = rank_axis(side), gpu_of(param.device)
-    sizes = (side, param.shape[1 - axis], param.shape[axis], rank, 1)
-    return {
-        "project": project_source(Problem(*sizes, (grad.dtype, param.dtype)), gpu),
-        "update": update_source(Problem(*sizes, (param.dtype, param.dtype)), gpu),
-    }
+    def _cut(self, matrices: Matrices, wide: bool) -> _Tiles:
+        """The tiles for gradients that are wide (see `Addresses`) or not."""
 
+        def all_wide(*roles: list[Tensor]) -> bool:
+            return wide and all(addresses_of(tensors).wide for tensors in (matrices.bases, *roles))
 
-def project_moments(
-    grads: Sequence[Tensor],
-    bases: Sequence[Tensor],
-    side: Side,
-    exp_avgs: Sequence[Tensor],
-    exp_avg_sqs: Sequence[Tensor],
-    adam: AdamScalars,
-    residual: Residual | None,
-) -> Projection:
-    """As `reference.project_moments`; the channel sums come as slots, one row a rank tile."""
-    grads = _readable(grads)
-    first, basis, moment = grads[0], bases[0], exp_avgs[0]
-    groups = [group(tensors) for tensors in (grads, bases, exp_avgs, exp_avg_sqs)]
-    problem = _problem(first, side, basis, (first.dtype, basis.dtype), groups)
-    config = project_config(problem, gpu_of(first.device))
-    tiles_k = triton.cdiv(problem.rank, config.rank)
-    tiles = len(grads) * triton.cdiv(problem.channels, config.channels) * tiles_k
-    stacked = (len(grads), *moment.shape)
-    direction, projected = moment.new_empty(stacked), moment.new_empty(stacked)
-    sums = moment.new_empty((3, len(grads), tiles_k, problem.channels) if residual else (0,))
-    split = config.split > 1
-    pieces = tiles * config.split * config.channels if split else 0
-    partial, partial_sq = moment.new_empty(pieces * config.rank), moment.new_empty(pieces)
-    if tiles:
-        with _device_of(first):
-            project_kernel[(tiles, config.split)](
-                groups[0],
-                _channel_strides(first, side),
-                groups[1],
-                basis.stride(),
-                *groups[2:],
-                _channel_strides(moment, side),
-                direction,
-                projected,
-                sums,
-                partial,
-                partial_sq,
-                arrival_counters(tiles if split else 0, first.device),
+        problem, gpu = self._problem, gpu_of(self._device)
+        one = problem._replace(wide=all_wide(matrices.exp_avgs, matrices.exp_avg_sqs))
+        three = problem._replace(
+            wide=all_wide(matrices.params), dtypes=(matrices.bases[0].dtype,) * 2
+        )
+        project, update = config_of("project", one, gpu), config_of("update", three, gpu)
+        slots = triton.cdiv(problem.rank, project.rank)
+        rows = problem.matrices * triton.cdiv(problem.channels, project.channels)
+        tiles = problem.matrices * triton.cdiv(problem.channels, update.channels)
+        tiles *= triton.cdiv(problem.depth, update.depth)
+        return _Tiles(project, update, (rows * slots, project.split, 1), (tiles, 1, 1), slots)
+
+    def project_moments(self, matrices: Matrices, adam: AdamScalars) -> Projection:
+        problem, residual = self._problem, matrices.residual
+        stream, grads = current_stream(self._device), self._readable(matrices.grads)
+        base, offsets, unit = located = self._located(grads, stream)
+        tiles = self._tiles[located.wide]
+        config, (programs, split, _) = tiles.project, tiles.project_grid
+        precision = _precision(*problem.dtypes)
+        direction, projected = self._empty(*self._low), self._empty(*self._low)
+        sums = parts = parts_sq = direction
+        if residual:
+            sums = self._empty(3, problem.matrices, tiles.slots, problem.channels)
+        if split > 1:
+            pieces = programs * split * config.channels
+            parts, parts_sq = self._empty(pieces * config.rank), self._empty(pieces)
+
+        def rest() -> Rest:
+            kappa = residual.kappa if residual else 0.0
+            grad_dtype, basis_dtype = problem.dtypes
+            # Two operands of one kind stay as they are; anything mixed is float32.
+            operand = grad_dtype if grad_dtype is basis_dtype else torch.float32
+            arguments = (
+                arrival_counters(programs if split > 1 else 0, self._device),
+                unit,
+                *map(addresses_of, (matrices.bases, matrices.exp_avgs, matrices.exp_avg_sqs)),
+                self._grad_strides,
+                matrices.bases[0].stride(),
+                self._low_strides,
                 problem.channels,
                 problem.depth,
                 problem.rank,
-                config.split,
-                _adam(adam),
-                2 * residual.kappa - residual.kappa**2 if residual else 0.0,
-                OPERAND=_LANGUAGE_TYPES[_operand(*problem.dtypes)],
-                PRECISION=_precision(*problem.dtypes),
-                SUMS=residual is not None,
-                SPLIT=split,
-                DEVICE_SCALARS=isinstance(adam.bias_correction1, Tensor),
-                BC=config.channels,
-                BR=config.rank,
-                BD=config.depth,
-                CUTS=config.cuts,
-                num_warps=config.warps,
-                num_stages=config.stages,
-                maxnreg=config.registers,
+                split,
+                2 * kappa - kappa**2,
             )
-    if residual and _forms_residuals(residual, problem):
-        _form_residuals(grads, bases, side, projected, residual.kappa, sums[2])
-    return Projection(direction, projected, ChannelSums(*sums) if residual else None)
+            options = {
+                "OPERAND": _OPERANDS[operand],
+                "PRECISION": precision,
+                "SUMS": residual is not None,
+                "SPLIT": split > 1,
+                "DEVICE_SCALARS": isinstance(adam.bias_correction1, Tensor),
+            }
+            return Rest(tiles.project_grid, arguments, options | config.options())
 
+        if programs:
+            # 1 - beta is formed here, in float64.
+            betas = adam.beta1, 1 - adam.beta1, adam.beta2, 1 - adam.beta2
+            self._project(
+                (precision, unit),
+                stream,
+                (direction, projected, sums, parts, parts_sq, base, offsets),
+                (*betas, adam.eps, adam.bias_correction1, adam.bias_correction2),
+                rest,
+            )
+        if residual is None:
+            return Projection(direction, projected, None)
+        channel_sums = ChannelSums(*sums.unbind())
+        # The kernel's difference is lost in what R and its basis were rounded to.
+        rounded = precision == "tf32" or min(dtype.itemsize for dtype in problem.dtypes) < 4
+        if rounded and residual.kappa > MAX_KAPPA_HALF_PRECISION:
+            _form_residuals(
+                matrices._replace(grads=grads), residual.kappa, projected, channel_sums.residual
+            )
+        return Projection(direction, projected, channel_sums)
 
-def _forms_residuals(residual: Residual, problem: Problem) -> bool:
-    """Whether the kernel's difference is lost in what R and its basis were rounded to."""
-    rounded = min(dtype.itemsize for dtype in problem.dtypes) < 4
-    rounded = rounded or _precision(*problem.dtypes) == "tf32"
-    return rounded and residual.kappa > MAX_KAPPA_HALF_PRECISION
+    def channel_scale(self, matrices: Matrices, sums: ChannelSums) -> Tensor:
+        count, channels = self._problem.matrices, self._problem.channels
+        slots = sums.direction.shape[1] if sums.direction.dim() == 3 else 1
+        programs = -(-channels // SCALE_BLOCK)
+        factor = self._empty(count, channels)
+
+        def rest() -> Rest:
+            counters = arrival_counters(count, self._device)
+            bounds = (LIMITER_GROWTH, NORM_EPS, STORABLE_SHARE, NOTHING_STORED)
+            arguments = (counters, addresses_of(matrices.limiter_norms), channels, slots, *bounds)
+            options = {"BC": SCALE_BLOCK, "num_warps": SCALE_WARPS}
+            return Rest((count * programs, 1, 1), arguments, options)
+
+        if programs:
+            shares = self._empty(2, count, programs)
+            stream = current_stream(self._device)
+            self._scale(slots, stream, (*sums, factor, shares), (), rest)
+        return factor
+
+    def back_project_update(
+        self,
+        matrices: Matrices,
+        projection: Projection,
+        factor: Tensor | None,
+        scalars: Scalars,
+    ) -> None:
+        problem, residual, basis = self._problem, matrices.residual, matrices.bases[0]
+        stream, direction = current_stream(self._device), projection.direction
+        tiles, base, offsets, unit = self._tiles[True], direction, direction, 1
+        if residual:
+            grads = self._readable(matrices.grads)  # copies have to live until the launch
+            base, offsets, unit = located = self._located(grads, stream)
+            tiles = self._tiles[located.wide]
+        salts, noise_step = direction, 0 if matrices.salts is None else scalars.step
+        if matrices.salts is not None:
+            salts = device_table(matrices.salts, self._device)
+        precision = _precision(basis.dtype, basis.dtype)
+
+        def rest() -> Rest:
+            arguments = (
+                unit,
+                addresses_of(matrices.params),
+                addresses_of(matrices.bases),
+                self._param_strides,
+                self._grad_strides,
+                basis.stride(),
+                self._low_strides,
+                problem.channels,
+                problem.depth,
+                problem.rank,
+                residual.rho if residual else 0.0,
+                residual.kappa if residual else 0.0,
+            )
+            options = {
+                "OPERAND": _OPERANDS[basis.dtype],
+                "PRECISION": precision,
+                "RESIDUAL": residual is not None,
+                "DEVICE_SCALARS": isinstance(scalars.step_size, Tensor),
+                "NOISE": matrices.salts is not None,
+                "DEVICE_STEP": isinstance(noise_step, Tensor),
+            }
+            return Rest(tiles.update_grid, arguments, options | tiles.update.options())
+
+        if tiles.update_grid[0]:
+            factor = direction if factor is None else factor
+            self._update(
+                (precision, unit),
+                stream,
+                (direction, projection.projected, factor, salts, base, offsets),
+                (scalars.scale, scalars.step_size, scalars.decay, noise_step),
+                rest,
+            )
+
+    def _readable(self, grads: list[Tensor]) -> list[Tensor]:
+        """The gradients, copied if no axis is contiguous: each element would cost a line."""
+        return [grad.contiguous() for grad in grads] if self._copies_grads else grads
+
+    def _located(self, grads: list[Tensor], stream: int | None) -> Addresses:
+        """Where the gradients lie, of which a table is made anew only if they have moved."""
+        placed = stream, [grad.data_ptr() for grad in grads]
+        if stream is None or placed != self._placed:
+            self._placed, (_, self._offsets, self._unit) = placed, addresses_of(grads)
+        return Addresses(grads[0], self._offsets, self._unit)
 
 
 def _form_residuals(
-    grads: Sequence[Tensor],
-    bases: Sequence[Tensor],
-    side: Side,
-    projected: Tensor,
-    kappa: float,
-    residual_sq: Tensor,
+    matrices: Matrices, kappa: float, projected: Tensor, residual_sq: Tensor
 ) -> None:
-    """|e|^2 of each channel, literally, in the place of the kernel's difference of large sums.
+    """|e|^2 of each channel, literally, into the first of its slots, and 0 into the others.
 
-    A block of channels at a time, in float32 by torch: a gradient is read once more and multiplied
-    once more.
-
-    Args:
-        grads: G of each matrix.
-        bases: P of each matrix.
-        side: of the basis.
-        projected: R, stacked.
-        kappa: of the residual G - kappa back(R).
-        residual_sq: B x rank tiles x channels; the first slot gets the sum, the others 0.
+    By torch in float32, a block of channels at a time: G is read and multiplied once more.
     """
-    axis = 1 - rank_axis(side)
-    at_once = max(1, RESIDUAL_ELEMENTS // max(1, grads[0].shape[1 - axis]))
     residual_sq.zero_()
-    for grad, basis, low, slots in zip(grads, bases, projected, residual_sq, strict=True):
+    side, axis = matrices.side, 1 - rank_axis(matrices.side)
+    at_once = channels_of_block(matrices.grads[0], side)
+    each = zip(matrices.grads, matrices.bases, projected, residual_sq[:, 0], strict=True)
+    for grad, basis, low, total in each:
         wide = basis.float()
         blocks = torch.split(grad, at_once, axis), torch.split(low, at_once, axis)
-        for block, part, sums in zip(*blocks, torch.split(slots[0], at_once), strict=True):
-            left, right = (wide, part) if side is Side.LEFT else (part, wide.T)
-            outside = torch.addmm(block.float(), left, right, alpha=-kappa)
-            torch.sum(outside.square_(), 1 - axis, out=sums)
-
-
-def channel_scale(sums: ChannelSums, limiter_norms: Sequence[Tensor]) -> Tensor:
-    """As `reference.channel_scale`, in one launch."""
-    matrices, *slots, channels = sums.direction.shape
-    device = sums.direction.device
-    programs = triton.cdiv(channels, SCALE_BLOCK)
-    factor = sums.direction.new_empty((matrices, channels))
-    if programs:
-        with _device_of(factor):
-            channel_scale_kernel[(matrices * programs,)](
-                *sums,
-                factor,
-                sums.direction.new_empty((2, matrices, programs)),
-                group(limiter_norms),
-                arrival_counters(matrices, device),
-                channels,
-                slots[0] if slots else 1,
-                LIMITER_GROWTH,
-                NORM_EPS,
-                STORABLE_SHARE,
-                NOTHING_STORED,
-                BC=SCALE_BLOCK,
-                num_warps=SCALE_WARPS,
-            )
-    return factor
-
-
-def back_project_update(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    bases: Sequence[Tensor],
-    side: Side,
-    projection: Projection,
-    residual: Residual | None,
-    factor: Tensor | None,
-    *,
-    scale: float,
-    step_size: Scalar,
-    decay: Scalar,
-    noise: Noise | None,
-) -> None:
-    """As `reference.back_project_update`, in one launch."""
-    if residual is not None:
-        grads = _readable(grads)
-    param, basis, direction = params[0], bases[0], projection.direction
-    groups = [group(tensors) for tensors in (params, grads, bases)]
-    problem = _problem(param, side, basis, (basis.dtype, basis.dtype), groups)
-    config = update_config(problem, gpu_of(param.device))
-    tiles_c = triton.cdiv(problem.channels, config.channels)
-    tiles = len(params) * tiles_c * triton.cdiv(problem.depth, config.depth)
-    if not tiles:
-        return
-    with _device_of(param):
-        update_kernel[(tiles,)](
-            groups[0],
-            _channel_strides(param, side),
-            groups[1],
-            _channel_strides(grads[0], side),
-            groups[2],
-            basis.stride(),
-            direction,
-            projection.projected,
-            _channel_strides(direction[0], side),
-            direction if factor is None else factor,
-            problem.channels,
-            problem.depth,
-            problem.rank,
-            scale,
-            residual.rho if residual else 0.0,
-            residual.kappa if residual else 0.0,
-            step_size,
-            decay,
-            device_table(noise.salts, param.device) if noise else direction,
-            noise.step if noise else 0,
-            OPERAND=_LANGUAGE_TYPES[basis.dtype],
-            PRECISION=_precision(*problem.dtypes),
-            RESIDUAL=residual is not None,
-            DEVICE_SCALARS=isinstance(step_size, Tensor),
-            NOISE=noise is not None,
-            DEVICE_STEP=noise is not None and isinstance(noise.step, Tensor),
-            BC=config.channels,
-            BD=config.depth,
-            BR=config.rank,
-            CUTS=config.cuts,
-            num_warps=config.warps,
-            num_stages=config.stages,
-            maxnreg=config.registers,
-        )
-
-
-def _problem(
-    matrix: Tensor,
-    side: Side,
-    basis: Tensor,
-    dtypes: tuple[torch.dtype, torch.dtype],
-    groups: Sequence[Group],
-) -> Problem:
-    axis = rank_axis(side)
-    wide = all(each.unit == 16 and each.base.data_ptr() % 16 == 0 for each in groups)
-    return Problem(
-        side,
-        channels=matrix.shape[1 - axis],
-        depth=matrix.shape[axis],
-        rank=basis.shape[1],
-        matrices=len(groups[0].offsets),
-        dtypes=dtypes,
-        wide=wide,
-    )
-
-
-def _readable(grads: Sequence[Tensor]) -> Sequence[Tensor]:
-    """The gradients, copied if no axis of theirs is contiguous: each element would cost a line."""
-    strides = grads[0].stride()
-    if 1 in strides:
-        return grads
-    notice_once(
-        logging.WARNING,
-        f"gradients with strides {strides} are copied at every step: the triton backend reads rows"
-        " or columns that are contiguous",
-    )
-    return [grad.contiguous() for grad in grads]
-
-
-def _adam(adam: AdamScalars) -> _Adam:
-    return _Adam(
-        adam.beta1,
-        1 - adam.beta1,
-        adam.beta2,
-        1 - adam.beta2,
-        adam.eps,
-        adam.bias_correction1,
-        adam.bias_correction2,
-    )
-
-
-def _channel_strides(matrix: Tensor, side: Side) -> tuple[int, int]:
-    """Strides along the channels and along the other axis."""
-    axis = rank_axis(side)
-    return matrix.stride(1 - axis), matrix.stride(axis)
-
-
-def _operand(grad: torch.dtype, basis: torch.dtype) -> torch.dtype:
-    """Two half-precision operands of one kind stay as they are; anything mixed is float32."""
-    return grad if grad is basis else torch.float32
+        for block, part, sums in zip(*blocks, torch.split(total, at_once), strict=True):
+            copy = block.to(torch.float32, copy=True)
+            sums.copy_(residual_sq_in(copy, part, wide, side, kappa))
 
 
 def _precision(grad: torch.dtype, basis: torch.dtype) -> str:
-    """How float32 is multiplied: by what the user allows; the rest is of no effect.
+    """How float32 is multiplied: by what the user allows; nothing else has a choice.
 
     Triton 3.7.1 takes "ieee" for TF32 on sm_100 where it sees that an operand was half precision;
     three TF32 products, which keep 22 bits of either operand, it leaves alone.
     """
+    if grad is basis and grad.itemsize < 4:
+        return "ieee"
     matmul = torch.backends.cuda.matmul
     # torch raises on the old switch once the new one was set.
     switch = getattr(matmul, "fp32_precision", None)
     if matmul.allow_tf32 if switch is None else switch == "tf32":
         return "tf32"
     return "ieee" if grad is basis else "tf32x3"
-
-
-def _device_of(tensor: Tensor) -> AbstractContextManager[object]:
-    """Launches go to the current device, which need not be the tensor's."""
-    return torch.cuda.device(tensor.device) if tensor.device.type == "cuda" else nullcontext()

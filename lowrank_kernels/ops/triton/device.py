@@ -6,9 +6,15 @@ import triton.language as tl
 
 
 @triton.jit
-def locate(group, matrix):
-    """Pointer to the first element of one matrix of a group."""
-    return group.base + tl.load(group.offsets + matrix) * group.unit
+def first_of(base, offsets, unit, matrix):
+    """Pointer to the first element of one matrix of a batch: see `Addresses`."""
+    return base + tl.load(offsets + matrix) * unit
+
+
+@triton.jit
+def locate(addresses, matrix):
+    """As `first_of`."""
+    return first_of(addresses.base, addresses.offsets, addresses.unit, matrix)
 
 
 @triton.jit

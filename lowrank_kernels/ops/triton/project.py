@@ -19,46 +19,47 @@ order, and alone goes on to Adam. Which part that is changes no bit, nor does an
 import triton
 import triton.language as tl
 
-from .device import arrives_last, locate, piece, scalar
+from .device import arrives_last, first_of, locate, piece, scalar
 
 
-@triton.jit
-def _adam(low, exp_avg, exp_avg_sq, inside, matrix, adam, DEVICE_SCALARS: tl.constexpr):
-    """M, V and N of R; an element of R whose square is not finite keeps its moments and moves
-    nothing.
-    """
-    finite = low * low < float("inf")
-    low = tl.where(finite, low, 0.0)
-    new_avg = adam.beta1 * exp_avg + adam.one_minus_beta1 * low
-    new_avg_sq = adam.beta2 * exp_avg_sq + adam.one_minus_beta2 * (low * low)
-    exp_avg = tl.where(finite, new_avg, exp_avg)
-    exp_avg_sq = tl.where(finite, new_avg_sq, exp_avg_sq)
-    inverse1 = 1.0 / scalar(adam.bias_correction1, matrix, DEVICE_SCALARS)
-    inverse2 = 1.0 / scalar(adam.bias_correction2, matrix, DEVICE_SCALARS)
-    direction = exp_avg * inverse1 / (tl.sqrt(exp_avg_sq * inverse2) + adam.eps)
-    return low, exp_avg, exp_avg_sq, tl.where(finite & inside, direction, 0.0)
-
-
-@triton.jit
+@triton.jit(
+    do_not_specialize=[
+        "beta1",
+        "one_minus_beta1",
+        "beta2",
+        "one_minus_beta2",
+        "eps",
+        "bias_correction1",
+        "bias_correction2",
+    ]
+)
 def project_kernel(
-    grads,
-    grad_strides,  # of c and d
-    bases,
-    basis_strides,  # of d and k
-    exp_avgs,
-    exp_avg_sqs,
-    low_strides,  # of c and k
     direction_ptr,  # [B, shape of R]
     projected_ptr,  # [B, shape of R]
-    sums_ptr,  # [3, B, rank tiles, C]
+    sums_ptr,  # [3, B, rank tiles, C], if SUMS
     partial_ptr,  # [tiles, parts, BC, BR], if SPLIT
     partial_sq_ptr,  # [tiles, parts, BC], if SPLIT
-    arrived_ptr,  # [tiles], if SPLIT
+    grads_ptr,
+    grads_offsets,
+    beta1,
+    one_minus_beta1,
+    beta2,
+    one_minus_beta2,
+    eps,
+    bias_correction1,
+    bias_correction2,
+    arrived_ptr,  # [tiles], if SPLIT; all from here on is equal in launches of a kind
+    grads_unit,
+    bases,
+    exp_avgs,
+    exp_avg_sqs,
+    grad_strides,  # of c and d
+    basis_strides,  # of d and k
+    low_strides,  # of c and k
     channels,
     depth,
     rank,
     parts,
-    adam,
     cancelled,
     OPERAND: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -85,7 +86,8 @@ def project_kernel(
     c, k, d = tl.arange(0, BC), tl.arange(0, BR), tl.arange(0, BD)
     inside_c = (c < channels - first_c)[:, None]
     inside_k = (k < rank - first_k)[None, :]
-    grad_ptr = locate(grads, matrix) + first_c * grad_strides[0]
+    grad_ptr = first_of(grads_ptr, grads_offsets, grads_unit, matrix)
+    grad_ptr += first_c * grad_strides[0]
     basis_ptr = locate(bases, matrix) + first_k * basis_strides[1]
     grad_offsets = c[:, None] * grad_strides[0] + d[None, :] * grad_strides[1]
     basis_offsets = d[:, None] * basis_strides[0] + k[None, :] * basis_strides[1]
@@ -144,15 +146,20 @@ def project_kernel(
                 piece_k = index * WIDTH + tl.arange(0, WIDTH)
                 offsets = c[:, None] * low_strides[0] + piece_k[None, :] * low_strides[1]
                 inside = inside_c & (piece_k < rank - first_k)[None, :]
-                new, exp_avg, exp_avg_sq, direction = _adam(
-                    low_piece,
-                    tl.load(exp_avg_ptr + offsets, mask=inside, other=0.0),
-                    tl.load(exp_avg_sq_ptr + offsets, mask=inside, other=0.0),
-                    inside,
-                    matrix,
-                    adam,
-                    DEVICE_SCALARS,
-                )
+                exp_avg = tl.load(exp_avg_ptr + offsets, mask=inside, other=0.0)
+                exp_avg_sq = tl.load(exp_avg_sq_ptr + offsets, mask=inside, other=0.0)
+                # An entry whose square is not finite keeps its moments and moves nothing.
+                finite = low_piece * low_piece < float("inf")
+                new = tl.where(finite, low_piece, 0.0)
+                new_avg = beta1 * exp_avg + one_minus_beta1 * new
+                new_avg_sq = beta2 * exp_avg_sq + one_minus_beta2 * (new * new)
+                exp_avg = tl.where(finite, new_avg, exp_avg)
+                exp_avg_sq = tl.where(finite, new_avg_sq, exp_avg_sq)
+                # In here, for in front of the loop they make large tiles spill.
+                inverse1 = 1.0 / scalar(bias_correction1, matrix, DEVICE_SCALARS)
+                inverse2 = 1.0 / scalar(bias_correction2, matrix, DEVICE_SCALARS)
+                direction = exp_avg * inverse1 / (tl.sqrt(exp_avg_sq * inverse2) + eps)
+                direction = tl.where(finite & inside, direction, 0.0)
                 tl.store(exp_avg_ptr + offsets, exp_avg, mask=inside)
                 tl.store(exp_avg_sq_ptr + offsets, exp_avg_sq, mask=inside)
                 tl.store(direction_ptr + offsets, direction, mask=inside)

@@ -15,7 +15,7 @@ the L2 cache when this kernel reads G again.
 import triton
 import triton.language as tl
 
-from .device import locate, piece, scalar
+from .device import first_of, locate, piece, scalar
 
 
 @triton.jit
@@ -44,28 +44,30 @@ def _rounded_at_random(weight, key, channel, d):
     return tl.where(tl.abs(weight) < float("inf"), rounded, weight)
 
 
-@triton.jit(do_not_specialize=["noise_step"])
+@triton.jit(do_not_specialize=["scale", "step_size", "decay", "noise_step"])
 def update_kernel(
-    weights,  # Triton generates a launcher with a local of its own called `params`
-    weight_strides,  # of c and d
-    grads,
-    grad_strides,  # of c and d
-    bases,
-    basis_strides,  # of d and k
     direction_ptr,  # [B, shape of R]
     projected_ptr,  # [B, shape of R]
-    low_strides,  # of c and k
     factor_ptr,  # [B, C], if RESIDUAL
+    salts,  # [B], if NOISE
+    grads_ptr,  # if RESIDUAL
+    grads_offsets,
+    scale,
+    step_size,
+    decay,
+    noise_step,
+    grads_unit,  # all from here on is equal in launches of a kind
+    weights,  # Triton generates a launcher with a local of its own called `params`
+    bases,
+    weight_strides,  # of c and d
+    grad_strides,  # of c and d
+    basis_strides,  # of d and k
+    low_strides,  # of c and k
     channels,
     depth,
     rank,
-    scale,
     rho,
     kappa,
-    step_size,
-    decay,
-    salts,  # [B], if NOISE
-    noise_step,
     OPERAND: tl.constexpr,
     PRECISION: tl.constexpr,
     RESIDUAL: tl.constexpr,
@@ -116,7 +118,9 @@ def update_kernel(
         total = tl.dot(combined.to(OPERAND), basis.to(OPERAND), total, input_precision=PRECISION)
 
     weight_ptr = locate(weights, matrix) + first_c * weight_strides[0] + first_d * weight_strides[1]
-    grad_ptr = locate(grads, matrix) + first_c * grad_strides[0] + first_d * grad_strides[1]
+    if RESIDUAL:
+        grad_ptr = first_of(grads_ptr, grads_offsets, grads_unit, matrix)
+        grad_ptr += first_c * grad_strides[0] + first_d * grad_strides[1]
     step = scalar(step_size, matrix, DEVICE_SCALARS)
     keep = 1.0 - scalar(decay, matrix, DEVICE_SCALARS)
     # A piece at a time: whole tiles of W and G would spill.

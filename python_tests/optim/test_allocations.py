@@ -2,7 +2,7 @@
 
 import torch
 
-from bench.allocations import Allocations
+from lowrank_kernels.optim.allocations import Allocations
 
 
 def test_temporaries_count_while_they_live():

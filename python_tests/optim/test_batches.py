@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lowrank_kernels import FiraAdamW, Subspace, ops
+from lowrank_kernels import FiraAdamW, Subspace
 from lowrank_kernels.ops import reference
 
 SHAPES = [(12, 20), (20, 12), (12, 20), (12, 20), (12, 12), (20, 12), (12, 20)]
@@ -32,35 +32,35 @@ def step(params, optimizer, seed, skip=()):
 
 @pytest.fixture
 def seen(monkeypatch):
-    """Parameters of each call of operation 3, with three matrices a group."""
+    """Weights of each call of operation 3, with three matrices a batch."""
     calls = []
-    update = ops.back_project_update
+    update = reference.Operations.back_project_update
 
-    def record(params, *args, **kwargs):
-        calls.append(params)
-        update(params, *args, **kwargs)
+    def record(operations, matrices, *args):
+        calls.append([param.data_ptr() for param in matrices.params])
+        update(operations, matrices, *args)
 
-    monkeypatch.setattr(ops, "back_project_update", record)
-    monkeypatch.setattr(reference, "group_size", lambda *_: 3)
+    monkeypatch.setattr(reference.Operations, "back_project_update", record)
+    monkeypatch.setattr(reference, "batch_size", lambda *_: 3)
     return calls
 
 
 def places(params, calls):
-    index = {id(param): place for place, param in enumerate(params)}
-    return [[index[id(param)] for param in call] for call in calls]
+    index = {param.data_ptr(): place for place, param in enumerate(params)}
+    return [[index[address] for address in call] for call in calls]
 
 
-def test_equal_matrices_go_together_up_to_the_size_of_a_group(seen):
+def test_equal_matrices_go_together_up_to_the_size_of_a_batch(seen):
     params, optimizer = make()
     step(params, optimizer, 0)
     assert places(params, seen) == [[0, 2, 3], [6], [1, 5], [4]]
 
 
 @pytest.mark.parametrize("options", [{}, {"capturable": True}], ids=str)
-def test_groups_of_any_size_give_the_same_bits(options, monkeypatch):
+def test_batches_of_any_size_give_the_same_bits(options, monkeypatch):
     results = []
     for size in (1, 3, 100):
-        monkeypatch.setattr(reference, "group_size", lambda *_, size=size: size)
+        monkeypatch.setattr(reference, "batch_size", lambda *_, size=size: size)
         params, optimizer = make(**options)
         for seed in range(6):
             step(params, optimizer, seed)
@@ -103,7 +103,7 @@ def test_matrices_of_different_layout_are_not_mixed(seen, change):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_counting_on_the_device_keeps_each_matrix_with_its_own_count(dtype, monkeypatch):
     """With bfloat16 weights each also keeps its own noise."""
-    monkeypatch.setattr(reference, "group_size", lambda *_: 2)
+    monkeypatch.setattr(reference, "batch_size", lambda *_: 2)
     results = []
     for capturable in (False, True):
         params, optimizer = make(capturable=capturable, rounding="stochastic")

@@ -1,0 +1,323 @@
+"""What Python costs a step: microseconds a matrix, and the way of a gradient through the package.
+
+    python -m bench.host                                # LLaMA-like blocks, 224 matrices; a minute
+    python -m bench.host --blocks 8 --hidden 512 --ffn 1376 --rank 128
+    python -m bench.host --quick                        # seconds, figures of no use
+
+Steps between two refreshes, on one thread of the CPU, and beside them the calls that such a step
+makes to compute, alone in a loop: of the native backend the matrix products and the compiled
+passes, each with its arguments taken from Python; of the reference and of torch's AdamW every
+operation that computes. "Python" is a step less these: whatever decides about the calls, with the
+temporaries and views that it makes. The reference's calls find its temporaries cold, so that too
+much is taken off. Triton's kernels are compiled for sm_90 and called, and nothing is launched: see
+`bench.no_launch`. Gradients lie where they lay at the step before, or have moved. The garbage
+collector sleeps.
+
+The way of a gradient is that of one step of two equal matrices and a bias; no clock is in it.
+Another version of the package is measured where a folder that holds nothing but it comes first:
+
+    PYTHONPATH=/folder/of/another:. python -P -m bench.host
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from rich.table import Table
+from torch import Tensor
+
+from bench import no_launch
+from bench.calls import PACKAGE, Way, followed
+from bench.cases import DTYPES
+from bench.options import QUICK_ROUNDS, words
+from bench.record import commit, head, result, write_lines
+from bench.replay import Calls, recorded_operations, recorded_passes
+from bench.tables import SPREAD, missing_text, new_table, show
+from bench.timing import Samples, interleaved
+from lowrank_kernels import FiraAdamW, GaLoreAdamW, backends
+
+CPU = torch.device("cpu")
+OURS = {"fira": FiraAdamW, "galore": GaLoreAdamW}
+ADAMW = {"adamw": {"fused": True}, "adamw-foreach": {"foreach": True}}
+IN_PLACE, MOVED = "in place", "moved"
+NEVER = 2**40
+ALIGNED_ELEMENTS = 16
+
+
+@dataclass(frozen=True)
+class Size:
+    """Blocks of a LLaMA: four squares, two matrices up and one down."""
+
+    blocks: int
+    hidden: int
+    ffn: int
+    rank: int
+
+    def shapes(self) -> list[tuple[int, int]]:
+        hidden, ffn = self.hidden, self.ffn
+        return [*[(hidden, hidden)] * 4, *[(ffn, hidden)] * 2, (hidden, ffn)] * self.blocks
+
+
+class Gradients:
+    """The gradients of some weights, which can be brought to another place."""
+
+    def __init__(self, params: list[torch.nn.Parameter]) -> None:
+        self._params = params
+        starts = [0]
+        for param in params:
+            starts.append(starts[-1] - (-param.numel() // ALIGNED_ELEMENTS) * ALIGNED_ELEMENTS)
+        self._starts = starts
+        rng = torch.Generator().manual_seed(1)
+        self._values = torch.empty(starts[-1]).normal_(0, 1e-3, generator=rng)
+        self._values = self._values.to(params[0].dtype)
+
+    def stay(self) -> None:
+        self._lie_in(self._values)
+
+    def move(self, turn: int) -> None:
+        """To where they were at no turn before."""
+        size, first = len(self._values), (turn + 1) * ALIGNED_ELEMENTS
+        room = self._values.new_empty(first + size)[first:]
+        self._lie_in(room.copy_(self._values))
+
+    def _lie_in(self, memory: Tensor) -> None:
+        for param, start in zip(self._params, self._starts, strict=False):
+            param.grad = memory[start : start + param.numel()].view(param.shape)
+
+
+@dataclass(frozen=True)
+class Subject:
+    """An optimizer after some steps, and what it calls in one."""
+
+    optimizer: str
+    backend: str | None
+    step: torch.optim.Optimizer
+    calls: Calls | None
+    count: int
+
+    @property
+    def name(self) -> str:
+        return " ".join(filter(None, (self.optimizer, self.backend)))
+
+    def runs(self) -> Iterator[tuple[str, object]]:
+        yield f"{self.name} step", lambda _: self.step.step()
+        if self.calls is not None:
+            yield f"{self.name} calls", lambda _: self.calls.run()
+
+
+def parameters(size: Size, dtype: str) -> list[torch.nn.Parameter]:
+    rng = torch.Generator().manual_seed(0)
+    weights = (torch.randn(shape, generator=rng).mul_(0.02) for shape in size.shapes())
+    return [torch.nn.Parameter(weight.to(DTYPES[dtype])) for weight in weights]
+
+
+def ours(
+    method: str, backend: str, params: list[torch.nn.Parameter], rank: int
+) -> torch.optim.Optimizer:
+    """With names, as `param_groups` gives them."""
+    named = [(f"layers.{place}.weight", param) for place, param in enumerate(params)]
+    groups = [{"params": named, "rank": rank, "update_proj_gap": NEVER}]
+    return OURS[method](groups, lr=1e-4, weight_decay=0.1, backend=backend)
+
+
+def subjects(
+    size: Size, params: list[torch.nn.Parameter], options: argparse.Namespace
+) -> Iterator[Subject]:
+    """Ours by every backend and torch's, all of the same weights."""
+    for method in options.methods:
+        for backend in options.backends:
+            optimizer = ours(method, backend, params, size.rank)
+            for _ in range(3):
+                optimizer.step()
+            if backend == "triton":
+                before = options.launches.count
+                optimizer.step()
+                yield Subject(method, backend, optimizer, None, options.launches.count - before)
+                continue
+            record = recorded_passes if backend == "native" else recorded_operations
+            calls = record(optimizer.step)
+            yield Subject(method, backend, optimizer, calls, len(calls))
+    for name, how in ADAMW.items():
+        optimizer = torch.optim.AdamW(params, lr=1e-4, weight_decay=0.1, **how)
+        optimizer.step()
+        calls = recorded_operations(optimizer.step)
+        yield Subject(name, None, optimizer, calls, len(calls))
+
+
+def bench_dtype(size: Size, dtype: str, options: argparse.Namespace) -> list[dict]:
+    """A row a subject and place of the gradients."""
+    params = parameters(size, dtype)
+    gradients = Gradients(params)
+    gradients.stay()
+    found = list(subjects(size, params, options))
+    runs = {name: run for subject in found for name, run in subject.runs()}
+    with _without_collector():
+        stayed, moved = (
+            interleaved(runs, CPU, options.rounds, clock=time.process_time, prepare=prepare)
+            for prepare in (None, gradients.move)
+        )
+    return [
+        row(subject, dtype, where, len(params), times)
+        for subject in found
+        for where, times in ((IN_PLACE, stayed), (MOVED, moved))
+    ]
+
+
+def row(subject: Subject, dtype: str, where: str, matrices: int, times: dict[str, Samples]) -> dict:
+    """A step, the calls in it and what is left, in microseconds a matrix."""
+    step, calls = times[f"{subject.name} step"], times.get(f"{subject.name} calls")
+    seconds = {"step": step.median, "calls": calls.median if calls else 0.0}
+    seconds["python"] = seconds["step"] - seconds["calls"]
+    return {
+        "dtype": dtype,
+        "optimizer": subject.optimizer,
+        "backend": subject.backend,
+        "gradients": where,
+        "matrices": matrices,
+        "calls": subject.count,
+        "us_a_matrix": {name: 1e6 * value / matrices for name, value in seconds.items()},
+        "results": {"step": result(step), **({"calls": result(calls)} if calls else {})},
+    }
+
+
+@contextmanager
+def _without_collector() -> Iterator[None]:
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
+def way_of_a_gradient(method: str, backend: str = "native", *, nameless: bool = False) -> Way:
+    """One step of two equal matrices and a bias, between two refreshes."""
+    rng = torch.Generator().manual_seed(0)
+    shapes = {"first": (64, 64), "second": (64, 64), "bias": (64,)}
+    named = []
+    for name, shape in shapes.items():
+        param = torch.nn.Parameter(torch.randn(shape, generator=rng))
+        param.grad = torch.randn(shape, generator=rng)
+        named.append((name, param))
+    matrices = {"params": named[:2], "rank": 16, "update_proj_gap": NEVER}
+    optimizer = OURS[method]([matrices, {"params": named[2:]}], lr=1e-3, backend=backend)
+    for _ in range(3):
+        optimizer.step()
+    return followed(optimizer.step, nameless=nameless)
+
+
+def ways(methods: list[str]) -> dict[str, dict]:
+    """By method; with comprehensions and their like, too, where they are functions."""
+    return {
+        method: {
+            "named": way_of_a_gradient(method)._asdict(),
+            "all": way_of_a_gradient(method, nameless=True)._asdict(),
+        }
+        for method in methods
+    }
+
+
+def table(record: dict, rows: list[dict]) -> Table:
+    """A row a subject: gradients in place, and moved."""
+    size = record["size"]
+    found = new_table(
+        f"{record['environment']['device']}, one thread: microseconds a matrix of"
+        f" {rows[0]['matrices']} ({size['blocks']} blocks, {size['hidden']} and {size['ffn']},"
+        f" rank {size['rank']}), package {(record['package_commit'] or 'unknown')[:7]}",
+        f"{SPREAD}; triton's calls are launches, which do nothing;"
+        f" {missing_text(record['missing'])}",
+        ("dtype", "optimizer", "backend"),
+        ("calls", "step", "calls alone", "Python", "moved: step", "moved: Python"),
+    )
+    pairs = {}
+    for each in rows:
+        key = each["dtype"], each["optimizer"], each["backend"]
+        pairs.setdefault(key, {})[each["gradients"]] = each
+    for (dtype, optimizer, backend), pair in pairs.items():
+        stayed, moved = (pair[where]["us_a_matrix"] for where in (IN_PLACE, MOVED))
+        spread = pair[IN_PLACE]["results"]["step"]["spread"]
+        found.add_row(
+            *(dtype, optimizer, backend or "", str(pair[IN_PLACE]["calls"])),
+            f"{stayed['step']:.1f} ± {100 * spread:.0f} %",
+            *(f"{stayed[name]:.1f}" for name in ("calls", "python")),
+            *(f"{moved[name]:.1f}" for name in ("step", "python")),
+        )
+    return found
+
+
+def table_of_ways(found: dict[str, dict]) -> Table:
+    result = new_table(
+        "one step of two equal matrices and a bias, native backend: what Python goes through",
+        f"Python {sys.version_info.major}.{sys.version_info.minor}",
+        ("method", "functions counted"),
+        ("functions", "files", "changes of file", "calls"),
+    )
+    texts = {"named": "with a name", "all": "and comprehensions, generators' and lambdas"}
+    for method, counts in found.items():
+        for which, text in texts.items():
+            result.add_row(method, text, *map(str, counts[which].values()))
+    return result
+
+
+def _parse(arguments: list[str]) -> argparse.Namespace:
+    line = argparse.ArgumentParser(prog="python -m bench.host")
+    for name, known in (("methods", OURS), ("backends", backends()), ("dtypes", ("fp32", "bf16"))):
+        every = ",".join(known)
+        line.add_argument(f"--{name}", type=words(known), default=every, help=f"of {every}")
+    for name, value in (("blocks", 32), ("hidden", 64), ("ffn", 172), ("rank", 16)):
+        line.add_argument(f"--{name}", type=int, default=value, help="default: %(default)s")
+    line.add_argument("--rounds", type=int, default=25, help="default: %(default)s")
+    line.add_argument("--quick", action="store_true", help="seconds: figures of no use")
+    line.add_argument("--out", type=Path, help="the JSON record; none by default")
+    options = line.parse_args(arguments)
+    if options.quick:
+        options.rounds, options.blocks = QUICK_ROUNDS, 2
+    return options
+
+
+def missing_backends(names: list[str]) -> dict[str, str]:
+    """Those that cannot be measured here, and why not; a GPU is not asked for."""
+    status = {**backends(), "triton": (no_launch.obstacle() is None, no_launch.obstacle())}
+    return {name: status[name][1] for name in names if not status[name][0]}
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    arguments = sys.argv[1:] if arguments is None else arguments
+    options = _parse(arguments)
+    missing = missing_backends(options.backends)
+    options.backends = [name for name in options.backends if name not in missing]
+    size = Size(options.blocks, options.hidden, options.ffn, options.rank)
+    with ExitStack() as stack:
+        stack.enter_context(_one_thread())
+        if "triton" in options.backends:
+            options.launches = stack.enter_context(no_launch.no_launch())
+        rows = [row for dtype in options.dtypes for row in bench_dtype(size, dtype, options)]
+        facts = {"size": vars(size), "missing": missing, "package_commit": commit(PACKAGE)}
+        facts["ways"] = ways(options.methods)
+        record = head("host", "cpu", arguments, **facts)
+    if options.out:
+        write_lines(options.out, record, "rows", rows)
+    show(table(record, rows))
+    show(table_of_ways(record["ways"]))
+
+
+if __name__ == "__main__":
+    main()

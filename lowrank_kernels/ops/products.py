@@ -1,0 +1,40 @@
+"""What the backends share of products with a basis, and of what such a product takes as it is."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .contract import Side
+
+
+def project(grad: Tensor, basis: Tensor, side: Side, out: Tensor | None = None) -> Tensor:
+    """P^T G on the left, G P on the right."""
+    left, right = (basis.T, grad) if side is Side.LEFT else (grad, basis)
+    return torch.mm(left, right, out=out)
+
+
+def factors(projected: Tensor, basis: Tensor, side: Side) -> tuple[Tensor, Tensor]:
+    """P and X on the left, X and P^T on the right, whose product is back(X)."""
+    return (basis, projected) if side is Side.LEFT else (projected, basis.T)
+
+
+def product_dtype(dtype: torch.dtype, device_type: str) -> torch.dtype:
+    """Of the products with a gradient or for a weight: CPUs hardly have any in float16."""
+    return torch.float32 if dtype is torch.float16 and device_type == "cpu" else dtype
+
+
+def rows_are_dense(matrix: Tensor) -> bool:
+    """A pass can walk along its rows: elements of one are adjacent, and rows do not overlap."""
+    (rows, cols), (row_stride, col_stride) = matrix.shape, matrix.stride()
+    return (col_stride == 1 or cols <= 1) and (row_stride >= cols or rows <= 1)
+
+
+def is_dense(matrix: Tensor) -> bool:
+    """BLAS takes it as it is, without a copy."""
+    return rows_are_dense(matrix) or rows_are_dense(matrix.T)
+
+
+def stacked(tensors: Sequence[Tensor]) -> Tensor:
+    """As torch.stack, but one tensor is not copied."""
+    return tensors[0].unsqueeze(0) if len(tensors) == 1 else torch.stack(list(tensors))

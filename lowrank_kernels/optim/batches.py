@@ -1,0 +1,378 @@
+"""Equal matrices of a parameter group, prepared once and stepped together."""
+
+import itertools
+import operator
+import zlib
+from collections.abc import Hashable, Iterator, Mapping
+from operator import attrgetter, itemgetter
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import ops
+from ..ops import AdamScalars, Matrices, Projection, Scalars, Side
+from ..ops.contract import adam_of, scalar_of
+from ..subspace import Due, Readback, Subspace, is_due, is_measured, measure, next_look
+from .checks import check_shared, extent, is_unresolved, overlap, resolved
+from .groups import OPTIONS, Group, is_projected
+from .parts import Method, residual_of
+from .plain import Plain
+from .state import State
+
+# Called by `map` over all matrices before each step, without a Python function a matrix.
+_GRAD, _MEMORY_LAYOUT = attrgetter("grad"), attrgetter("layout")
+_LAYOUT = attrgetter("shape", "dtype", "device")
+_STEP, _BASIS_STEP = itemgetter("step"), itemgetter("basis_step")
+_MOMENTS = itemgetter("exp_avg", "exp_avg_sq")
+_LOW_RANK = itemgetter("basis", "exp_avg", "exp_avg_sq")
+_LIMITED = itemgetter("basis", "exp_avg", "exp_avg_sq", "limiter_norm")
+_NUMBERS = itemgetter("side", "salt", "moments_step")
+
+
+class Member(NamedTuple):
+    """A parameter with a gradient: its name, state, place in its group, and, if it is projected,
+    its backend.
+    """
+
+    name: str
+    param: Tensor
+    state: State
+    place: int = 0
+    backend: str = ""
+
+
+class Batch:
+    """Equal matrices with the operations that a backend has prepared for them.
+
+    Between steps it keeps parameters and their states, but neither gradients nor a tensor of a
+    state, so that what is replaced or taken away elsewhere is freed.
+
+    Args:
+        group: the options.
+        members: parameters that are equal in all that `batches_of` compares.
+        method: the optimizer's parts.
+    """
+
+    def __init__(self, group: Group, members: list[Member], method: Method) -> None:
+        self.group, self.members = group, members
+        self.params = [member.param for member in members]
+        self.states = [member.state for member in members]
+        self.side = Side(self.states[0]["side"])
+        self.residual = residual_of(method.residual, float(group["scale"]))
+        rounds = method.rounding == "stochastic" and self.params[0].dtype is torch.bfloat16
+        self.salts = tuple(state["salt"] for state in self.states) if rounds else None
+        self._resolves = any(is_unresolved(grad) for grad in map(_GRAD, self.params))
+        self._tensors = _LOW_RANK if self.residual is None else _LIMITED
+        self.operations = ops.prepare(self.matrices(), backend=members[0].backend)
+        self.counts: list[int] = []
+        self._basis_steps: list[int] = []
+        self._looks: list[int] = []
+
+    def matrices(self) -> Matrices:
+        """The tensors of this step."""
+        grads = list(map(_GRAD, self.params))
+        if self._resolves:
+            grads = [resolved(grad) for grad in grads]
+        if self.group["maximize"]:
+            grads = [-grad for grad in grads]
+        tensors = map(list, zip(*map(self._tensors, self.states), strict=True))
+        bases, exp_avgs, exp_avg_sqs, *norms = tensors
+        return Matrices(
+            self.side,
+            self.residual,
+            self.params,
+            grads,
+            bases,
+            exp_avgs,
+            exp_avg_sqs,
+            norms[0] if norms else [],
+            self.salts,
+        )
+
+    def is_looked_at(self, subspace: Subspace) -> bool:
+        """Whether a basis may be due, or a criterion asked, before this step."""
+        basis_steps = list(map(_BASIS_STEP, self.states))
+        if basis_steps != self._basis_steps:
+            gap, self._basis_steps = self.group["update_proj_gap"], basis_steps
+            self._looks = [
+                next_look(state, steps, gap, phase_of(state, gap, subspace), subspace)
+                for state, steps in zip(self.states, self.counts, strict=True)
+            ]
+        return any(map(operator.ge, self.counts, self._looks))
+
+    def due(self, subspace: Subspace, readback: Readback) -> Iterator[tuple[int, Due]]:
+        """Those whose interval is over, or whose basis has done its work by the criterion, with
+        their places in the group.
+        """
+        group, gap = self.group, self.group["update_proj_gap"]
+        betas = (float(group["betas"][0]), float(group["betas"][1]))
+        for member, steps in zip(self.members, self.counts, strict=True):
+            param, state = member.param, member.state
+            phase = phase_of(state, gap, subspace)
+            due = is_due(steps, state["basis_step"], gap, phase, state["gap_factor"])
+            if is_measured(state, steps, subspace):
+                value = readback.finish(param, state["measured"])
+                due = due or value <= subspace.threshold
+            if due and param.grad is not None:
+                # 32 bits, since torch's generator on a CPU takes no more of a seed.
+                seed = zlib.crc32(f"{state['salt']} {steps}".encode())
+                found = Due(member.name, param.grad, state, group["rank"], steps, seed, betas)
+                yield member.place, found
+        self._basis_steps = []
+
+    def count(self) -> bool:
+        """Brings the steps that each matrix has taken from the states; False if they differ."""
+        self.counts = list(map(int, map(_STEP, self.states)))
+        return self.counts.count(self.counts[0]) == len(self.counts)
+
+    def measure(self, projection: Projection, subspace: Subspace, readback: Readback) -> None:
+        """What the criterion wants to know of this step, for a decision at the next one."""
+        every = zip(self.params, self.states, self.counts, projection.projected, strict=True)
+        for param, state, steps, projected in every:
+            if measure(state, projected, steps, subspace):
+                readback.start(param, state["measured"])
+
+
+class Prepared:
+    """All batches of a step, and what they were prepared for.
+
+    Attributes:
+        facts: equal before a step for which these batches may serve.
+        method: the optimizer's parts.
+        by_group: the batches of a group on one device, a list for each.
+        batches: all of them.
+        states: of all projected parameters, those without elements too.
+        plain: groups of AdamW parameters.
+    """
+
+    def __init__(
+        self, facts: object, members: list[tuple[Group, list[Member]]], method: Method
+    ) -> None:
+        self.facts, self.method = facts, method
+        self.by_group: list[list[Batch]] = []
+        self.states: list[State] = []
+        self.plain: list[Plain] = []
+        for group, own in members:
+            states = [member.state for member in own]
+            if not is_projected(group):
+                params = [member.param for member in own]
+                self.plain.append(Plain(group, params, states, method.capturable))
+                continue
+            self.states += states
+            with_elements = [member for member in own if member.param.numel()]
+            for device in dict.fromkeys(member.param.device for member in with_elements):
+                there = [member for member in with_elements if member.param.device == device]
+                self.by_group.append(batches_of(group, there, method))
+        self.batches = [batch for batches in self.by_group for batch in batches]
+        self._owners = [
+            (member.name, member.param, is_projected(group))
+            for group, own in members
+            for member in own
+        ]
+        self._params = [param for _, param, _ in self._owners]
+        grads = list(map(_GRAD, self._params))
+        self._extents = list(map(extent, self._params + grads))
+        self._addresses: list[int] = list(map(Tensor.data_ptr, grads))
+
+    def check_moved_gradients(self) -> None:
+        """Raises ValueError if a gradient moved into memory that a step writes."""
+        addresses = list(map(Tensor.data_ptr, map(_GRAD, self._params)))
+        if addresses != self._addresses:
+            weights = list(map(Tensor.data_ptr, self._params))
+            if overlap(weights + addresses, self._extents):
+                check_shared(self._owners)
+            self._addresses = addresses
+
+
+def batches_of(group: Group, members: list[Member], method: Method) -> list[Batch]:
+    """A group's matrices that one launch can serve, as many together as suit their backend.
+
+    Args:
+        group: the options.
+        members: on one device, with elements.
+        method: the optimizer's parts.
+    """
+    alike: dict[Hashable, list[Member]] = {}
+    for member in members:
+        alike.setdefault(_kind(member, method), []).append(member)
+    batches = []
+    for equal in alike.values():
+        _, param, state, _, backend = equal[0]
+        assert param.grad is not None
+        size = ops.batch_size(param, param.grad, state["basis"].shape[1], backend=backend)
+        parts = (equal[start : start + size] for start in range(0, len(equal), size))
+        batches += [Batch(group, part, method) for part in parts]
+    return batches
+
+
+def _kind(member: Member, method: Method) -> Hashable:
+    """Equal for matrices that one launch can serve.
+
+    Their steps have to be the same in a batch, too, unless the device counts them.
+    """
+    param, state = member.param, member.state
+    layouts = (
+        (tensor.shape, tensor.stride(), tensor.dtype, is_unresolved(tensor))
+        for tensor in (param, param.grad, state["basis"])
+        if tensor is not None
+    )
+    age = None if method.capturable else (int(state["step"]), state["moments_step"])
+    return member.backend, state["side"], age, *layouts
+
+
+class Facts(NamedTuple):
+    """All that batches are prepared for, to be compared before each step; no tensor is held.
+
+    Attributes:
+        groups: of each group, what is prepared with it, and its parameters that have a gradient.
+        layouts: of weights and gradients.
+        places: of weights, states and the tensors in states.
+        numbers: of the states.
+    """
+
+    groups: list[object]
+    layouts: list[object]
+    places: list[object]
+    numbers: list[object]
+
+
+def facts_of(groups: list[Group], states: Mapping[Tensor, State], limited: bool) -> Facts | None:
+    """The facts as they are; None where a state is not complete or a gradient has no strides.
+
+    Args:
+        groups: of the optimizer.
+        states: of its parameters.
+        limited: whether Fira's limiter keeps a norm.
+    """
+    low_rank = _LIMITED if limited else _LOW_RANK
+    by_group: list[object] = []
+    params: list[Tensor] = []
+    own: list[State] = []
+    held: list[Tensor] = []
+    numbers: list[object] = []
+    for group in groups:
+        trained = [param for param in group["params"] if param.grad is not None]
+        projected = "rank" in group
+        by_group += [id(group), projected, float(group.get("scale", 1.0)), group["maximize"]]
+        by_group += [group.get("update_proj_gap"), len(trained)]
+        params += trained
+        if trained and not all(map(states.__contains__, trained)):
+            return None
+        found = list(map(states.__getitem__, trained))
+        own += found
+        try:
+            held += itertools.chain.from_iterable(map(low_rank if projected else _MOMENTS, found))
+            numbers += map(_NUMBERS, found) if projected else ()
+        except KeyError:
+            return None
+    grads = list(map(_GRAD, params))
+    if any(map(operator.is_not, map(_MEMORY_LAYOUT, grads), itertools.repeat(torch.strided))):
+        return None
+    weights_and_grads = params + grads
+    return Facts(
+        by_group,
+        [
+            *map(_LAYOUT, weights_and_grads),
+            *map(Tensor.stride, weights_and_grads),
+            *map(Tensor.is_neg, weights_and_grads),
+            *map(Tensor._is_zerotensor, grads),
+        ],
+        [*map(id, params), *map(id, own), *map(id, held), *map(Tensor.data_ptr, params + held)],
+        numbers,
+    )
+
+
+def options_of(groups: list[Group]) -> list[object]:
+    """What the options of groups are now, to be compared later: a tensor may change in place, and
+    4.0, which equals 4, is no rank.
+    """
+    options: list[object] = []
+    for group in groups:
+        for value in map(group.get, OPTIONS):
+            for each in value if isinstance(value, (list, tuple)) else (value,):
+                if isinstance(each, Tensor):
+                    on_host = each.device.type == "cpu" and each.numel() == 1
+                    each = (id(each), float(each) if on_host else None)
+                options += (type(each), each)
+    return options
+
+
+def phase_of(state: State, gap: int, subspace: Subspace) -> int:
+    """By how many steps the refreshes of a matrix come early, so that matrices take turns."""
+    return state["salt"] * gap >> 32 if subspace.stagger else 0
+
+
+def due_of(batches: list[Batch], subspace: Subspace, readback: Readback) -> list[Due]:
+    """Of some batches of a group on one device, in the order of the group: the last bits of a
+    batched factorization may depend on it.
+    """
+    found: list[tuple[int, Due]] = []
+    for batch in batches:
+        if batch.is_looked_at(subspace):
+            found += batch.due(subspace, readback)
+    return [due for _, due in sorted(found, key=itemgetter(0))] if found else []
+
+
+def scalars_of(batches: list[Batch], method: Method) -> list[Scalars]:
+    """The scalars of each of some batches of a group on one device.
+
+    Where the device counts the steps they are tensors, made for all batches at once: a dozen small
+    launches a step, not a dozen a batch.
+    """
+    group, found = batches[0].group, []
+    if not method.capturable:
+        for batch in batches:
+            ages = batch.counts[0] + 1, batch.states[0]["moments_step"]
+            found.append(step_scalars(group, ages[0], method.corrected, ages[1]))
+        return found
+    steps = torch.stack([state["step"] for batch in batches for state in batch.states])
+    scalars, start = step_scalars(group, steps, method.corrected), 0
+    for batch in batches:
+        part = slice(start, start + len(batch.states))
+        found.append(_some(scalars, part))
+        start = part.stop
+    return found
+
+
+def _some(scalars: Scalars, matrices: slice) -> Scalars:
+    """Those of some of the matrices."""
+    assert isinstance(scalars.step, Tensor)
+    return scalars._replace(
+        adam=adam_of(scalars.adam, matrices),
+        step_size=scalar_of(scalars.step_size, matrices),
+        decay=scalar_of(scalars.decay, matrices),
+        step=scalars.step[matrices],
+    )
+
+
+def step_scalars(
+    group: Group, step: int | Tensor, corrected: bool, moments_step: int = 0
+) -> Scalars:
+    """Scalars of the 1-based `step`, a number, or a tensor with one number a matrix.
+
+    The official GaLore and Fira code takes the moments uncorrected and corrects the step size,
+    which therefore also scales Fira's residual. `corrected` corrects the moments themselves, as
+    torch's AdamW and both papers do; the paper form of Fira measures the corrected ones.
+
+    Args:
+        group: options of the parameters.
+        step: this one included.
+        corrected: where the bias correction goes.
+        moments_step: the step after which the moments began anew.
+    """
+    beta1, beta2 = map(float, group["betas"])
+    scale, eps = float(group["scale"]), float(group["eps"])
+    seen, lr = step - moments_step, group["lr"]
+    if isinstance(seen, Tensor) and isinstance(step, Tensor):
+        seen, step = seen.double(), step.int()  # in float32, 1 - beta2^t loses four digits
+        lr = torch.ones_like(seen) * lr
+    else:
+        lr = float(lr)
+    correction1, correction2 = 1 - beta1**seen, 1 - beta2**seen
+    decay = lr * float(group["weight_decay"])
+    if corrected:
+        adam = AdamScalars(beta1, beta2, eps, correction1, correction2)
+        return Scalars(adam, scale, lr, decay, step)
+    step_size = lr * correction2**0.5 / correction1
+    return Scalars(AdamScalars(beta1, beta2, eps), scale, step_size, decay, step)

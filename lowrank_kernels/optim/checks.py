@@ -1,0 +1,159 @@
+"""What a parameter and its gradient have to be for a step to be taken."""
+
+import operator
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .groups import Group, is_projected, named_params
+
+
+def check_params(group: Group, index: int) -> None:
+    """Raises if a parameter cannot be trained: complex, overlapping, projected and no matrix."""
+    for name, param in named_params(group, index):
+        if not isinstance(param, Tensor):
+            continue  # torch refuses it with its own text
+        # Frozen integer weights, as in quantized models, never have a gradient: they may stay.
+        if param.is_complex() or (param.requires_grad and not param.is_floating_point()):
+            raise TypeError(f"{name} is {param.dtype}; only real floating-point weights are served")
+        check_memory(name, param)
+        if is_projected(group):
+            check_matrix(name, param)
+
+
+def check_matrix(name: str, param: Tensor) -> None:
+    """Raises if a projected parameter is not a matrix held whole on one device."""
+    if type(param).__name__ == "DTensor":
+        raise NotImplementedError(
+            f"{name} is a DTensor (FSDP2 or tensor parallel); sharded weights cannot be projected"
+            " yet: put it in a group without rank, or train with DDP"
+        )
+    if param.dim() != 2:
+        raise ValueError(
+            f"{name} has shape {tuple(param.shape)} and {param.dtype}, but only matrices can be"
+            " projected: put it in a group without rank. If it is a matrix that FSDP1 or DeepSpeed"
+            " flattened, the low-rank optimizers need the whole matrix: use DDP or one device"
+        )
+
+
+def check_memory(name: str, param: Tensor) -> None:
+    """Raises ValueError if a step could not write to a parameter's own memory, element by element.
+
+    Whatever slicing, transposing and permuting make of a dense tensor passes.
+    """
+    if param.is_neg():
+        raise ValueError(
+            f"{name} {_described(param)} is a view with a pending negation: call resolve_neg() on"
+            " it before it becomes a parameter"
+        )
+    if param.layout != torch.strided or not param.numel():
+        return
+    reach = 0
+    for stride, size in sorted(zip(param.stride(), param.shape, strict=True)):
+        if size > 1 and stride <= reach:
+            raise ValueError(
+                f"{name} {_described(param)} overlaps itself, strides {tuple(param.stride())}:"
+                " make it contiguous before it becomes a parameter"
+            )
+        reach += (size - 1) * stride
+
+
+def check_grad(name: str, param: Tensor, grad: Tensor) -> None:
+    """Raises if a gradient cannot be used.
+
+    torch compares shapes and devices where a gradient is assigned, but both may change after that.
+    """
+    if grad.shape != param.shape or grad.device != param.device:
+        raise RuntimeError(
+            f"{name} has shape {tuple(param.shape)} on {param.device}, and its gradient"
+            f" {tuple(grad.shape)} on {grad.device}: call zero_grad() after a change of a weight"
+        )
+    if grad.layout != torch.strided:
+        raise RuntimeError(
+            f"{name} has a sparse gradient ({grad.layout}); use sparse=False in its embedding or"
+            " train it with torch.optim.SparseAdam"
+        )
+    if grad.is_complex():
+        raise RuntimeError(f"{name} has a complex gradient ({grad.dtype})")
+
+
+def _described(param: Tensor) -> str:
+    return f"({tuple(param.shape)}, {param.dtype})"
+
+
+def is_unresolved(tensor: Tensor) -> bool:
+    """Whether its values are not in its memory: a pending negation, or a zero never written."""
+    return tensor.is_neg() or tensor._is_zerotensor()
+
+
+def resolved(grad: Tensor) -> Tensor:
+    """The gradient with its values in memory, where kernels look for them."""
+    return grad.resolve_neg().clone() if is_unresolved(grad) else grad
+
+
+def extent(tensor: Tensor) -> int:
+    """Bytes of a dense tensor; 0 of others, between whose elements others may lie."""
+    return tensor.numel() * tensor.element_size() if is_dense(tensor) else 0
+
+
+def is_dense(tensor: Tensor) -> bool:
+    """Whether its elements fill its memory without gaps, in whatever order."""
+    if tensor.is_contiguous():
+        return True
+    expected = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1 and stride != expected:
+            return False
+        expected *= size
+    return True
+
+
+def overlap(addresses: list[int], extents: list[int]) -> bool:
+    """Whether two of some spans of memory have a byte in common."""
+    spans = sorted(pair for pair in zip(addresses, extents, strict=True) if all(pair))
+    begins = [begin for begin, _ in spans]
+    ends = [begin + size for begin, size in spans]
+    return any(map(operator.gt, ends, begins[1:]))
+
+
+def check_shared(owners: Iterable[tuple[str, Tensor, bool]]) -> None:
+    """Raises ValueError if what a projected weight's step writes or reads is another weight's.
+
+    Args:
+        owners: name, weight with a gradient, and whether it is projected.
+    """
+    reach: _Span | None = None
+    for span in sorted(span for owner in owners for span in _spans(*owner)):
+        if (
+            reach is not None
+            and span.begin < reach.end
+            and (span.written or reach.written)
+            and (span.projected or reach.projected)
+        ):
+            raise ValueError(
+                f"{span.owner} shares its memory with {reach.owner}: tie weights by using one"
+                " parameter in both places, and give gradients memory of their own"
+            )
+        if reach is None or span.end > reach.end:
+            reach = span
+
+
+class _Span(NamedTuple):
+    """Where a dense weight or gradient lies, and whose it is."""
+
+    begin: int
+    end: int
+    owner: str
+    projected: bool
+    written: bool
+
+
+def _spans(name: str, param: Tensor, projected: bool) -> Iterator[_Span]:
+    """Of the weight and its gradient, if they fill their memory."""
+    for tensor, owner in ((param, name), (param.grad, f"the gradient of {name}")):
+        size = 0 if tensor is None else extent(tensor)
+        if tensor is not None and size and tensor.data_ptr():
+            begin = tensor.data_ptr()
+            yield _Span(begin, begin + size, owner, projected, tensor is param)

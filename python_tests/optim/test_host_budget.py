@@ -1,0 +1,20 @@
+"""How much Python a step between two refreshes may be: counts, and no clock."""
+
+import pytest
+
+from bench.calls import Way
+from bench.host import way_of_a_gradient
+from lowrank_kernels import backends
+
+# Of one step of two equal matrices and a bias. Lower them where a change allows it.
+BUDGETS = {
+    "fira": Way(functions=30, files=4, changes=10, calls=63),
+    "galore": Way(functions=27, files=4, changes=10, calls=38),
+}
+
+
+@pytest.mark.skipif(not backends()["native"][0], reason="the compiled module was not built")
+@pytest.mark.parametrize("method", BUDGETS)
+def test_a_step_keeps_within_its_budget(method):
+    way = way_of_a_gradient(method)
+    assert way.within(BUDGETS[method]), f"{way}, at most {BUDGETS[method]}"
