@@ -27,7 +27,7 @@ _STEP, _BASIS_STEP = itemgetter("step"), itemgetter("basis_step")
 _MOMENTS = itemgetter("exp_avg", "exp_avg_sq")
 _LOW_RANK = itemgetter("basis", "exp_avg", "exp_avg_sq")
 _LIMITED = itemgetter("basis", "exp_avg", "exp_avg_sq", "limiter_norm")
-_NUMBERS = itemgetter("side", "salt", "moments_step")
+_NUMBERS = itemgetter("side", "salt", "moments_step", "gap_factor")
 
 
 class Member(NamedTuple):
@@ -46,7 +46,7 @@ class Batch:
     """Equal matrices with the operations that a backend has prepared for them.
 
     Between steps it keeps parameters and their states, but neither gradients nor a tensor of a
-    state, so that what is replaced or taken away elsewhere is freed.
+    state: what is replaced in a state is freed at once, a state as a whole at the next step.
 
     Args:
         group: the options.
@@ -67,6 +67,7 @@ class Batch:
         self.operations = ops.prepare(self.matrices(), backend=members[0].backend)
         self.counts: list[int] = []
         self._basis_steps: list[int] = []
+        self._looked_from: list[int] = []
         self._looks: list[int] = []
 
     def matrices(self) -> Matrices:
@@ -93,8 +94,10 @@ class Batch:
     def is_looked_at(self, subspace: Subspace) -> bool:
         """Whether a basis may be due, or a criterion asked, before this step."""
         basis_steps = list(map(_BASIS_STEP, self.states))
-        if basis_steps != self._basis_steps:
+        went_back = any(map(operator.lt, self.counts, self._looked_from))
+        if went_back or basis_steps != self._basis_steps:
             gap, self._basis_steps = self.group["update_proj_gap"], basis_steps
+            self._looked_from = self.counts
             self._looks = [
                 next_look(state, steps, gap, phase_of(state, gap, subspace), subspace)
                 for state, steps in zip(self.states, self.counts, strict=True)
@@ -226,9 +229,9 @@ class Facts(NamedTuple):
 
     Attributes:
         groups: of each group, what is prepared with it, and its parameters that have a gradient.
-        layouts: of weights and gradients.
+        layouts: of weights, gradients and the tensors in states.
         places: of weights, states and the tensors in states.
-        numbers: of the states.
+        numbers: of the states, and how many entries they have.
     """
 
     groups: list[object]
@@ -273,13 +276,13 @@ def facts_of(groups: list[Group], states: Mapping[Tensor, State], limited: bool)
     return Facts(
         by_group,
         [
-            *map(_LAYOUT, weights_and_grads),
-            *map(Tensor.stride, weights_and_grads),
+            *map(_LAYOUT, weights_and_grads + held),
+            *map(Tensor.stride, weights_and_grads + held),
             *map(Tensor.is_neg, weights_and_grads),
             *map(Tensor._is_zerotensor, grads),
         ],
         [*map(id, params), *map(id, own), *map(id, held), *map(Tensor.data_ptr, params + held)],
-        numbers,
+        [*map(len, own), *numbers],
     )
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lowrank_kernels import FiraAdamW, Subspace
+from lowrank_kernels import FiraAdamW, GaLoreAdamW, Subspace
 from lowrank_kernels.ops import reference
 
 SHAPES = [(12, 20), (20, 12), (12, 20), (12, 20), (12, 12), (20, 12), (12, 20)]
@@ -114,3 +114,69 @@ def test_counting_on_the_device_keeps_each_matrix_with_its_own_count(dtype, monk
         results.append(params)
     for one, two in zip(*results, strict=True):
         torch.testing.assert_close(one, two, rtol=1e-6, atol=1e-6)
+
+
+CHANGED_IN_PLACE = {
+    "transposed": lambda tensor: tensor.t_(),
+    "smaller": lambda tensor: tensor.resize_(4, 96),
+    "strided": lambda tensor: tensor.as_strided_((8, 96), (1, 8)),
+    "halved": lambda tensor: setattr(tensor, "data", tensor.data.view(torch.float16)[:, :96]),
+}
+
+
+@pytest.mark.parametrize("backend", ["reference", "foreach", "native"])
+@pytest.mark.parametrize("key", ["exp_avg", "exp_avg_sq"])
+@pytest.mark.parametrize("change", CHANGED_IN_PLACE)
+def test_a_moment_that_changes_its_layout_in_its_place_is_refused(change, key, backend):
+    """Kernels would write where its other elements were."""
+    param = torch.nn.Parameter(torch.ones(16, 96))
+    optimizer = FiraAdamW([{"params": [param], "rank": 8}], lr=0.01, backend=backend)
+    for _ in range(2):
+        param.grad = torch.randn(16, 96)
+        optimizer.step()
+    state, before = optimizer.state[param], param.clone()
+    CHANGED_IN_PLACE[change](state[key])
+    with pytest.raises(ValueError, match=key):
+        optimizer.step()
+    assert torch.equal(param, before)
+    assert int(state["step"]) == 2
+
+
+@pytest.mark.parametrize("key", ["nonfinite", "limited", "gap_factor", "refreshes", "rank"])
+def test_an_entry_that_was_taken_out_of_a_state_is_put_back(key):
+    param = torch.nn.Parameter(torch.ones(16, 96))
+    optimizer = FiraAdamW([{"params": [param], "rank": 8}], lr=0.01, monitor=True)
+    param.grad = torch.randn(16, 96)
+    optimizer.step()
+    del optimizer.state[param][key]
+    optimizer.step()
+    assert key in optimizer.state[param]
+
+
+def test_an_interval_that_is_shortened_by_hand_is_seen():
+    param = torch.nn.Parameter(torch.ones(16, 96))
+    subspace = Subspace(lazy=0.0001, stagger=False)
+    groups = [{"params": [param], "rank": 8, "update_proj_gap": 2}]
+    optimizer = GaLoreAdamW(groups, lr=0.01, subspace=subspace)
+    for _ in range(16):
+        param.grad = torch.randn(16, 96)
+        optimizer.step()
+    state = optimizer.state[param]
+    assert state["gap_factor"] > 1
+    state["gap_factor"], before = 1, state["basis_step"]
+    for _ in range(3):
+        optimizer.step()
+    assert state["basis_step"] > before
+
+
+def test_a_count_of_steps_that_is_set_back_is_seen():
+    param = torch.nn.Parameter(torch.ones(16, 96))
+    subspace = Subspace(criterion="norm", threshold=1.0, check_gap=3, stagger=False)
+    groups = [{"params": [param], "rank": 8, "update_proj_gap": 1000}]
+    optimizer = GaLoreAdamW(groups, lr=0.01, subspace=subspace)
+    for step in range(15):
+        param.grad = torch.randn(16, 96) * (1.0 if step < 11 else 1e-3)
+        if step == 11:
+            optimizer.state[param]["step"].fill_(2)
+        optimizer.step()
+    assert optimizer.state[param]["basis_step"] == 3
