@@ -8,8 +8,10 @@ Steps between two refreshes, on one thread of the CPU, and beside them the calls
 makes to compute, alone in a loop: of the native backend the matrix products and the compiled
 passes, each with its arguments taken from Python; of the reference and of torch's AdamW every
 operation that computes. "Python" is a step less these: whatever decides about the calls, with the
-temporaries and views that it makes. The reference's calls find its temporaries cold, so that too
-much is taken off. Triton's kernels are compiled for sm_90 and called, and nothing is launched: see
+temporaries and views that it makes. An optimizer takes five steps in a row, of which the first
+finds its memory in no cache; `--steps 1` takes that one alone. The reference's calls find its
+temporaries cold, so that too much is taken off. Triton's kernels are compiled for sm_90 and
+called, and nothing is launched: see
 `bench.no_launch`. Gradients lie where they lay at the step before, or have moved. The garbage
 collector sleeps.
 
@@ -25,7 +27,7 @@ import argparse
 import gc
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -107,10 +109,16 @@ class Subject:
     def name(self) -> str:
         return " ".join(filter(None, (self.optimizer, self.backend)))
 
-    def runs(self) -> Iterator[tuple[str, object]]:
-        yield f"{self.name} step", lambda _: self.step.step()
+    def runs(self, steps: int) -> Iterator[tuple[str, object]]:
+        """So many steps, and so many times their calls, one right after the other."""
+        yield f"{self.name} step", lambda _: _repeat(self.step.step, steps)
         if self.calls is not None:
-            yield f"{self.name} calls", lambda _: self.calls.run()
+            yield f"{self.name} calls", lambda _: _repeat(self.calls.run, steps)
+
+
+def _repeat(run: Callable[[], object], times: int) -> None:
+    for _ in range(times):
+        run()
 
 
 def parameters(size: Size, dtype: str) -> list[torch.nn.Parameter]:
@@ -158,20 +166,27 @@ def bench_dtype(size: Size, dtype: str, options: argparse.Namespace) -> list[dic
     gradients = Gradients(params)
     gradients.stay()
     found = list(subjects(size, params, options))
-    runs = {name: run for subject in found for name, run in subject.runs()}
+    runs = {name: run for subject in found for name, run in subject.runs(options.steps)}
     with _without_collector():
         stayed, moved = (
             interleaved(runs, CPU, options.rounds, clock=time.process_time, prepare=prepare)
             for prepare in (None, gradients.move)
         )
     return [
-        row(subject, dtype, where, len(params), times)
+        row(subject, dtype, where, len(params) * options.steps, len(params), times)
         for subject in found
         for where, times in ((IN_PLACE, stayed), (MOVED, moved))
     ]
 
 
-def row(subject: Subject, dtype: str, where: str, matrices: int, times: dict[str, Samples]) -> dict:
+def row(
+    subject: Subject,
+    dtype: str,
+    where: str,
+    stepped: int,
+    matrices: int,
+    times: dict[str, Samples],
+) -> dict:
     """A step, the calls in it and what is left, in microseconds a matrix."""
     step, calls = times[f"{subject.name} step"], times.get(f"{subject.name} calls")
     seconds = {"step": step.median, "calls": calls.median if calls else 0.0}
@@ -183,7 +198,7 @@ def row(subject: Subject, dtype: str, where: str, matrices: int, times: dict[str
         "gradients": where,
         "matrices": matrices,
         "calls": subject.count,
-        "us_a_matrix": {name: 1e6 * value / matrices for name, value in seconds.items()},
+        "us_a_matrix": {name: 1e6 * value / stepped for name, value in seconds.items()},
         "results": {"step": result(step), **({"calls": result(calls)} if calls else {})},
     }
 
@@ -275,6 +290,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     for name, value in (("blocks", 32), ("hidden", 64), ("ffn", 172), ("rank", 16)):
         line.add_argument(f"--{name}", type=int, default=value, help="default: %(default)s")
     line.add_argument("--rounds", type=int, default=25, help="default: %(default)s")
+    line.add_argument("--steps", type=int, default=5, help="in a row; default: %(default)s")
     line.add_argument("--quick", action="store_true", help="seconds: figures of no use")
     line.add_argument("--out", type=Path, help="the JSON record; none by default")
     options = line.parse_args(arguments)
