@@ -23,7 +23,7 @@ from .state import State
 # Called by `map` over all matrices before each step, without a Python function a matrix.
 _GRAD, _MEMORY_LAYOUT = attrgetter("grad"), attrgetter("layout")
 _LAYOUT = attrgetter("shape", "dtype", "device")
-_STEP, _BASIS_STEP = itemgetter("step"), itemgetter("basis_step")
+_BASIS_STEP = itemgetter("basis_step")
 _MOMENTS = itemgetter("exp_avg", "exp_avg_sq")
 _LOW_RANK = itemgetter("basis", "exp_avg", "exp_avg_sq")
 _LIMITED = itemgetter("basis", "exp_avg", "exp_avg_sq", "limiter_norm")
@@ -65,7 +65,7 @@ class Batch:
         self._resolves = any(is_unresolved(grad) for grad in map(_GRAD, self.params))
         self._tensors = _LOW_RANK if self.residual is None else _LIMITED
         self.operations = ops.prepare(self.matrices(), backend=members[0].backend)
-        self.counts: list[int] = []
+        self.counts: list[int] = []  # steps that each matrix has taken, set before each step
         self._basis_steps: list[int] = []
         self._looked_from: list[int] = []
         self._looks: list[int] = []
@@ -123,11 +123,6 @@ class Batch:
                 found = Due(member.name, param.grad, state, group["rank"], steps, seed, betas)
                 yield member.place, found
         self._basis_steps = []
-
-    def count(self) -> bool:
-        """Brings the steps that each matrix has taken from the states; False if they differ."""
-        self.counts = list(map(int, map(_STEP, self.states)))
-        return self.counts.count(self.counts[0]) == len(self.counts)
 
     def measure(self, projection: Projection, subspace: Subspace, readback: Readback) -> None:
         """What the criterion wants to know of this step, for a decision at the next one."""

@@ -43,6 +43,7 @@ PART_NAMES = (
     "monitor",
 )
 PARTS = attrgetter(*PART_NAMES)
+STEP = itemgetter("step")
 AUTOCAST_DEVICES = tuple(
     filter(torch.amp.is_autocast_available, ("cpu", "cuda", "xpu", "mps", "hpu", "privateuseone"))
 )
@@ -210,7 +211,7 @@ class LowRankAdamW(Optimizer):
         if refreshed:
             prepared = self._prepared()
         if prepared.states:
-            torch._foreach_add_(list(map(itemgetter("step"), prepared.states)), 1)
+            torch._foreach_add_(list(map(STEP, prepared.states)), 1)
         for batches in prepared.by_group:
             for batch, scalars in zip(batches, scalars_of(batches, prepared.method), strict=True):
                 self._step_batch(batch, scalars)
@@ -499,7 +500,11 @@ class LowRankAdamW(Optimizer):
         eager step waits once to read them, and a capture goes by what the last one read.
         """
         if not self.capturable:
-            return all(map(Batch.count, prepared.batches))
+            for batch in prepared.batches:
+                batch.counts = list(map(int, map(STEP, batch.states)))
+                if min(batch.counts) != max(batch.counts):
+                    return False
+            return True
         for batches in prepared.by_group:
             if not capturing:
                 states = [state for batch in batches for state in batch.states]
