@@ -29,7 +29,7 @@ from .contract import (
     scalar_of,
 )
 from .dry import device_type
-from .products import factors, is_dense, product_dtype, project, stacked
+from .products import factors, product_dtype, project, rows_or_columns_are_dense, stacked
 from .reference import channel_scale, stochastically_rounded
 
 # Elements of a block or a tile, which bound every temporary but those of R's or the basis' size.
@@ -60,7 +60,7 @@ class Operations:
         self._side, self._axis = matrices.side, rank_axis(matrices.side)
         self._block = _block_elements(param)
         self._projects_in_blocks = (
-            not is_dense(grad)
+            not rows_or_columns_are_dense(grad)
             or product_dtype(grad.dtype, device_type(grad)) is not grad.dtype
             # The product would round the basis.
             or (grad.itemsize < 4 and basis.dtype is not grad.dtype)
@@ -70,7 +70,7 @@ class Operations:
         self._adds_to_param = (
             residual is None
             and matrices.salts is None
-            and is_dense(param)
+            and rows_or_columns_are_dense(param)
             and self._update_dtype is param.dtype
         )
 

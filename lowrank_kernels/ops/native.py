@@ -28,7 +28,13 @@ from .contract import (
     rank_axis,
 )
 from .dry import device_type
-from .products import factors, is_dense, product_dtype, project, rows_are_dense
+from .products import (
+    factors,
+    product_dtype,
+    project,
+    rows_are_dense,
+    rows_or_columns_are_dense,
+)
 
 import_error: str | None = None
 try:
@@ -93,7 +99,7 @@ class Operations:
         self._exp_avg_sqs = _addresses(matrices.exp_avg_sqs)
         self._limiter_norms = _addresses(matrices.limiter_norms)
 
-        dense = is_dense(grad)
+        dense = rows_or_columns_are_dense(grad)
         half = grad.dtype.itemsize < 4 or matrices.bases[0].dtype.itemsize < 4
         self._forms_residual = residual is not None and (
             not dense or (half and residual.kappa > MAX_KAPPA_HALF_PRECISION)

@@ -30,7 +30,7 @@ def rows_are_dense(matrix: Tensor) -> bool:
     return (col_stride == 1 or cols <= 1) and (row_stride >= cols or rows <= 1)
 
 
-def is_dense(matrix: Tensor) -> bool:
+def rows_or_columns_are_dense(matrix: Tensor) -> bool:
     """BLAS takes it as it is, without a copy."""
     return rows_are_dense(matrix) or rows_are_dense(matrix.T)
 

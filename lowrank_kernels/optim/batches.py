@@ -122,6 +122,7 @@ class Batch:
                 seed = zlib.crc32(f"{state['salt']} {steps}".encode())
                 found = Due(member.name, param.grad, state, group["rank"], steps, seed, betas)
                 yield member.place, found
+        # A refresh that failed leaves its basis and looks again at the next step.
         self._basis_steps = []
 
     def measure(self, projection: Projection, subspace: Subspace, readback: Readback) -> None:
@@ -321,8 +322,8 @@ def scalars_of(batches: list[Batch], method: Method) -> list[Scalars]:
     group, found = batches[0].group, []
     if not method.capturable:
         for batch in batches:
-            ages = batch.counts[0] + 1, batch.states[0]["moments_step"]
-            found.append(step_scalars(group, ages[0], method.corrected, ages[1]))
+            step, moments_step = batch.counts[0] + 1, batch.states[0]["moments_step"]
+            found.append(step_scalars(group, step, method.corrected, moments_step))
         return found
     steps = torch.stack([state["step"] for batch in batches for state in batch.states])
     scalars, start = step_scalars(group, steps, method.corrected), 0

@@ -82,8 +82,8 @@ class LowRankAdamW(Optimizer):
     correction, again as there; the paper form of the residual adds it after.
 
     A gradient channel that holds NaN or Inf, or a projected entry too large to be squared, is left
-    out of the step. A basis is never computed from
-    a zero or non-finite gradient: the old one stays and the next step tries again.
+    out of the step. A basis is never computed from a zero or non-finite gradient: the old one stays
+    and the next step tries again.
 
     Args:
         params: parameters, (name, parameter) pairs or groups; see `param_groups`.
