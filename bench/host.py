@@ -173,7 +173,7 @@ def bench_dtype(size: Size, dtype: str, options: argparse.Namespace) -> list[dic
             for prepare in (None, gradients.move)
         )
     return [
-        row(subject, dtype, where, len(params) * options.steps, len(params), times)
+        row(subject, dtype, where, len(params), options.steps, times)
         for subject in found
         for where, times in ((IN_PLACE, stayed), (MOVED, moved))
     ]
@@ -183,8 +183,8 @@ def row(
     subject: Subject,
     dtype: str,
     where: str,
-    stepped: int,
     matrices: int,
+    steps: int,
     times: dict[str, Samples],
 ) -> dict:
     """A step, the calls in it and what is left, in microseconds a matrix."""
@@ -197,8 +197,9 @@ def row(
         "backend": subject.backend,
         "gradients": where,
         "matrices": matrices,
+        "steps": steps,
         "calls": subject.count,
-        "us_a_matrix": {name: 1e6 * value / stepped for name, value in seconds.items()},
+        "us_a_matrix": {name: 1e6 * value / (matrices * steps) for name, value in seconds.items()},
         "results": {"step": result(step), **({"calls": result(calls)} if calls else {})},
     }
 
