@@ -133,14 +133,12 @@ def _memory_of(tensor: Tensor) -> int:
 
 @contextmanager
 def _passes(calls: Calls) -> Iterator[None]:
-    """Functions of the compiled module, and methods of its classes, made to record their calls."""
+    """Functions of the compiled module, made to record their calls."""
     with ExitStack() as stack:
-        module = getattr(native, "_native", None)
-        for owner in (module, *_classes(module)):
-            for name, function in list(vars(owner).items()) if owner else ():
-                if not name.startswith("_") and callable(function) and not _is_class(function):
-                    wrapped = _recording(function, calls)
-                    stack.enter_context(mock.patch.object(owner, name, wrapped))
+        for name, function in list(vars(native._native).items()):
+            if not name.startswith("_") and not isinstance(function, type):
+                wrapped = _recording(function, calls)
+                stack.enter_context(mock.patch.object(native._native, name, wrapped))
         yield
 
 
@@ -153,11 +151,3 @@ def _recording(function: Callable, calls: Calls) -> Callable:
         return result
 
     return wrapper
-
-
-def _classes(module: object) -> list[type]:
-    return [value for value in vars(module).values() if _is_class(value)] if module else []
-
-
-def _is_class(value: object) -> bool:
-    return isinstance(value, type)

@@ -5,6 +5,7 @@
 #include "checks.h"
 #include "cpu/passes.h"
 #include "rules/channel.h"
+#include "tensors.h"
 #if defined(LOWRANK_CUDA)
 #include "cuda/passes.h"
 #define LOWRANK_ON_CUDA(pass) &cuda::pass
@@ -232,4 +233,12 @@ PYBIND11_MODULE(_native, module) {
              "rho"_a, "salts"_a, "step"_a, "first_row"_a, "first_col"_a, "threads"_a,
              "device"_a = -1, "stream"_a = 0);
   module.def("build_info", &lowrank::build_info);
+  using lowrank::TensorReader;
+  py::class_<TensorReader>(module, "TensorReader")
+      .def(py::init<const py::capsule&, py::object>(), "exchange_api"_a, "others"_a)
+      .def("layouts", &TensorReader::layouts)
+      .def("places", &TensorReader::places)
+      .def("addresses", &TensorReader::addresses)
+      .def("counts", &TensorReader::counts)
+      .def("add_one", &TensorReader::add_one);
 }

@@ -13,6 +13,7 @@ from torch import Tensor
 from .. import ops
 from ..ops import AdamScalars, Matrices, Projection, Scalars, Side
 from ..ops.contract import adam_of, scalar_of
+from ..ops.tensors import READER
 from ..subspace import Due, Readback, Subspace, is_due, is_measured, measure, next_look
 from .checks import check_shared, extent, is_unresolved, overlap, resolved
 from .groups import OPTIONS, Group, is_projected
@@ -22,7 +23,6 @@ from .state import State
 
 # Called by `map` over all matrices before each step, without a Python function a matrix.
 _GRAD, _MEMORY_LAYOUT = attrgetter("grad"), attrgetter("layout")
-_LAYOUT = attrgetter("shape", "dtype", "device")
 _BASIS_STEP = itemgetter("basis_step")
 _MOMENTS = itemgetter("exp_avg", "exp_avg_sq")
 _LOW_RANK = itemgetter("basis", "exp_avg", "exp_avg_sq")
@@ -172,16 +172,15 @@ class Prepared:
         self._params = [param for _, param, _ in self._owners]
         grads = list(map(_GRAD, self._params))
         self._extents = list(map(extent, self._params + grads))
-        self._addresses: list[int] = list(map(Tensor.data_ptr, grads))
+        self._addresses: list[int] = READER.addresses(grads)
 
     def check_moved_gradients(self) -> None:
         """Raises ValueError if a gradient moved into memory that a step writes."""
-        addresses = list(map(Tensor.data_ptr, map(_GRAD, self._params)))
-        if addresses != self._addresses:
-            weights = list(map(Tensor.data_ptr, self._params))
-            if overlap(weights + addresses, self._extents):
+        now = READER.addresses(list(map(_GRAD, self._params)))
+        if now != self._addresses:
+            if overlap(READER.addresses(self._params) + now, self._extents):
                 check_shared(self._owners)
-            self._addresses = addresses
+            self._addresses = now
 
 
 def batches_of(group: Group, members: list[Member], method: Method) -> list[Batch]:
@@ -225,15 +224,15 @@ class Facts(NamedTuple):
 
     Attributes:
         groups: of each group, what is prepared with it, and its parameters that have a gradient.
-        layouts: of weights, gradients and the tensors in states.
-        places: of weights, states and the tensors in states.
-        numbers: of the states, and how many entries they have.
+        written: which tensors weights and states are, where and how they lie.
+        grads: their layouts, and whose values are not in memory, weights' too.
+        states: which they are, how many entries they have, and their numbers.
     """
 
     groups: list[object]
-    layouts: list[object]
-    places: list[object]
-    numbers: list[object]
+    written: object
+    grads: list[object]
+    states: list[object]
 
 
 def facts_of(groups: list[Group], states: Mapping[Tensor, State], limited: bool) -> Facts | None:
@@ -268,17 +267,15 @@ def facts_of(groups: list[Group], states: Mapping[Tensor, State], limited: bool)
     grads = list(map(_GRAD, params))
     if any(map(operator.is_not, map(_MEMORY_LAYOUT, grads), itertools.repeat(torch.strided))):
         return None
-    weights_and_grads = params + grads
     return Facts(
         by_group,
+        READER.places(params + held),
         [
-            *map(_LAYOUT, weights_and_grads + held),
-            *map(Tensor.stride, weights_and_grads + held),
-            *map(Tensor.is_neg, weights_and_grads),
+            READER.layouts(grads),
+            *map(Tensor.is_neg, params + grads),
             *map(Tensor._is_zerotensor, grads),
         ],
-        [*map(id, params), *map(id, own), *map(id, held), *map(Tensor.data_ptr, params + held)],
-        [*map(len, own), *numbers],
+        [*map(id, own), *map(len, own), *numbers],
     )
 
 

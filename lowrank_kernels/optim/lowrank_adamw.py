@@ -14,6 +14,7 @@ from torch.optim.optimizer import Optimizer, ParamsT
 from .. import ops
 from ..ops import Choice, Scalars
 from ..ops.dispatch import ENVIRONMENT_VARIABLE
+from ..ops.tensors import READER
 from ..subspace import Readback, Subspace, is_due, refresh_bases
 from . import monitor, report
 from .batches import Batch, Member, Prepared, due_of, facts_of, options_of, phase_of, scalars_of
@@ -211,7 +212,7 @@ class LowRankAdamW(Optimizer):
         if refreshed:
             prepared = self._prepared()
         if prepared.states:
-            torch._foreach_add_(list(map(STEP, prepared.states)), 1)
+            READER.add_one(list(map(STEP, prepared.states)))
         for batches in prepared.by_group:
             for batch, scalars in zip(batches, scalars_of(batches, prepared.method), strict=True):
                 self._step_batch(batch, scalars)
@@ -501,7 +502,7 @@ class LowRankAdamW(Optimizer):
         """
         if not self.capturable:
             for batch in prepared.batches:
-                batch.counts = list(map(int, map(STEP, batch.states)))
+                batch.counts = READER.counts(list(map(STEP, batch.states)))
                 if min(batch.counts) != max(batch.counts):
                     return False
             return True

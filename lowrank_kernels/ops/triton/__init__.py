@@ -23,6 +23,7 @@ from ..contract import (
 from ..foreach import channels_of_block, residual_sq_in
 from ..notices import notice_once
 from ..reference import LIMITER_GROWTH, NORM_EPS, NOTHING_STORED, STORABLE_SHARE
+from ..tensors import READER
 from .addresses import Addresses, addresses_of, arrival_counters, current_stream, device_table
 from .config import (
     LARGEST_TILE,
@@ -277,7 +278,7 @@ class Operations:
 
     def _located(self, grads: list[Tensor], stream: int | None) -> Addresses:
         """Where the gradients lie, of which a table is made anew only if they have moved."""
-        placed = stream, [grad.data_ptr() for grad in grads]
+        placed = stream, READER.addresses(grads)
         if stream is None or placed != self._placed:
             self._placed, (_, self._offsets, self._unit) = placed, addresses_of(grads)
         return Addresses(grads[0], self._offsets, self._unit)

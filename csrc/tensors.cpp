@@ -1,0 +1,132 @@
+#include "tensors.h"
+
+#include <cstdint>
+#include <utility>
+#include <vector>
+
+#include "checks.h"
+
+namespace py = pybind11;
+
+namespace lowrank {
+
+// The binary interface of DLPack 1, as far as it is read here.
+struct DLTensor {
+  char* data;
+  int32_t device_type, device_index;
+  int32_t dimensions;
+  uint8_t code, bits;
+  uint16_t lanes;
+  const int64_t* shape;
+  const int64_t* strides;
+  uint64_t byte_offset;
+
+  char* address() const { return data + byte_offset; }
+};
+static_assert(sizeof(DLTensor) == 48, "DLPack 1 has tensors of 48 bytes");
+
+struct ExchangeApi {
+  uint32_t major, minor;
+  const ExchangeApi* older;
+  void (*allocate)();
+  void (*from_object)();
+  void (*to_object)();
+  int (*borrow)(PyObject* object, DLTensor* tensor);  // 0, or a Python exception is set
+  void (*stream)();
+};
+
+namespace {
+
+constexpr int32_t kCpu = 1;
+constexpr uint8_t kFloat = 2;
+
+void append_layout(std::vector<int64_t>& words, const DLTensor& tensor) {
+  words.push_back(int64_t{tensor.device_type} << 32 | tensor.device_index);
+  words.push_back(int64_t{tensor.dimensions} << 32 | tensor.lanes << 16 | tensor.code << 8 |
+                  tensor.bits);
+  words.insert(words.end(), tensor.shape, tensor.shape + tensor.dimensions);
+  words.insert(words.end(), tensor.strides, tensor.strides + tensor.dimensions);
+}
+
+py::bytes as_bytes(const std::vector<int64_t>& words) {
+  return {reinterpret_cast<const char*>(words.data()), words.size() * sizeof(int64_t)};
+}
+
+}  // namespace
+
+TensorReader::TensorReader(const py::capsule& exchange_api, py::object others)
+    : api_(static_cast<const ExchangeApi*>(
+          PyCapsule_GetPointer(exchange_api.ptr(), "dlpack_exchange_api"))),
+      others_(std::move(others)) {
+  if (api_ == nullptr) throw py::error_already_set();
+  require(api_->major == 1, "DLPack 1 is read here, not ", api_->major);
+  require(api_->borrow != nullptr, "these tensors cannot be read without being exported");
+}
+
+// False as soon as a tensor cannot be read.
+template <typename Visit>
+bool TensorReader::each(const py::list& tensors, const Visit& visit) const {
+  for (const py::handle object : tensors) {
+    DLTensor tensor;
+    if (api_->borrow(object.ptr(), &tensor) != 0) {
+      PyErr_Clear();
+      return false;
+    }
+    visit(object, tensor);
+  }
+  return true;
+}
+
+// Visits none unless all are counters; a fake tensor, for one, has no memory.
+template <typename Visit>
+bool TensorReader::each_counter(const py::list& counters, const Visit& visit) const {
+  std::vector<float*> found;
+  const bool read = each(counters, [&](py::handle, const DLTensor& tensor) {
+    const bool is_float32 = tensor.code == kFloat && tensor.bits == 32 && tensor.lanes == 1;
+    const bool is_scalar = tensor.dimensions == 0 && tensor.data != nullptr;
+    if (tensor.device_type == kCpu && is_float32 && is_scalar)
+      found.push_back(reinterpret_cast<float*>(tensor.address()));
+  });
+  if (!read || found.size() != counters.size()) return false;
+  for (float* counter : found) visit(*counter);
+  return true;
+}
+
+py::object TensorReader::layouts(const py::list& tensors) const {
+  std::vector<int64_t> words;
+  const bool read =
+      each(tensors, [&](py::handle, const DLTensor& tensor) { append_layout(words, tensor); });
+  return read ? as_bytes(words) : others_.attr("layouts")(tensors);
+}
+
+py::object TensorReader::places(const py::list& tensors) const {
+  std::vector<int64_t> words;
+  const bool read = each(tensors, [&](py::handle object, const DLTensor& tensor) {
+    words.push_back(reinterpret_cast<int64_t>(object.ptr()));
+    words.push_back(reinterpret_cast<int64_t>(tensor.address()));
+    append_layout(words, tensor);
+  });
+  return read ? as_bytes(words) : others_.attr("places")(tensors);
+}
+
+py::object TensorReader::addresses(const py::list& tensors) const {
+  std::vector<std::uintptr_t> found;
+  const bool read = each(tensors, [&](py::handle, const DLTensor& tensor) {
+    found.push_back(reinterpret_cast<std::uintptr_t>(tensor.address()));
+  });
+  return read ? py::cast(found) : others_.attr("addresses")(tensors);
+}
+
+py::object TensorReader::counts(const py::list& counters) const {
+  std::vector<int64_t> found;
+  const bool read = each_counter(
+      counters, [&](const float& counter) { found.push_back(static_cast<int64_t>(counter)); });
+  return read ? py::cast(found) : others_.attr("counts")(counters);
+}
+
+py::object TensorReader::add_one(const py::list& counters) const {
+  const bool read = each_counter(counters, [](float& counter) { counter += 1.0f; });
+  return read ? py::none() : others_.attr("add_one")(counters);
+}
+
+}  // namespace lowrank
