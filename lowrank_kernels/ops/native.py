@@ -30,6 +30,7 @@ from .contract import (
 from .dry import device_type
 from .products import (
     factors,
+    matrices_in_workspace,
     product_dtype,
     project,
     rows_are_dense,
@@ -45,8 +46,11 @@ except ImportError as error:
     if importlib.util.find_spec("lowrank_kernels._native") is None:
         import_error = "it was not built, as with LOWRANK_NATIVE=off"
 
-# A batch holds at most this many elements of W. The number for CUDA was not measured.
-BATCH_ELEMENTS = {"cpu": 2**20, "cuda": 2**23}
+# A batch on a CPU holds at most this many elements of W.
+BATCH_ELEMENTS = 2**20
+
+# Of a gradient that is copied, in float32, at a time. The number for CUDA was not measured.
+BLOCK_ELEMENTS = {"cpu": 2**20, "cuda": 2**23}
 
 # A tile's product stays in the cache of the cores. Its rows are whole, which the passes like best,
 # unless that left fewer than TILE_ROWS of them: too few for the products to run at full speed. The
@@ -75,8 +79,10 @@ class _NoPasses:
 
 
 def batch_size(param: Tensor, grad: Tensor, rank: int) -> int:
-    """Matrices a batch: as many as a cache holds."""
-    return max(1, BATCH_ELEMENTS[device_type(param)] // max(1, param.numel()))
+    """Matrices a batch: as many as a cache holds, or a GPU's workspace with R, N, B and R again."""
+    if device_type(param) == "cuda":
+        return matrices_in_workspace(param, rank, entry_bytes=16)
+    return max(1, BATCH_ELEMENTS // max(1, param.numel()))
 
 
 class Operations:
@@ -106,7 +112,7 @@ class Operations:
         )
         converts = product_dtype(grad.dtype, device) is not grad.dtype
         self._projects_in_blocks = self._forms_residual or converts or not dense
-        self._block_elements = BATCH_ELEMENTS[device]
+        self._block_elements = BLOCK_ELEMENTS[device]
         aligned = grad.dtype is torch.float32 and moment.shape[1] % ALIGNED_ELEMENTS == 0
         self._product_of: torch.dtype | None = None if aligned else grad.dtype
 

@@ -1,11 +1,17 @@
 """What the backends share of products with a basis, and of what such a product takes as it is."""
 
+import functools
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from .contract import Side
+
+# Of a GPU's memory, for what a batch keeps between its operations: a launch, and its Python, serves
+# as many matrices as that allows. Where no GPU is asked, one of 24 GB is meant.
+WORKSPACE_SHARE = 128
+SMALL_GPU_BYTES = 24 * 2**30
 
 
 def project(grad: Tensor, basis: Tensor, side: Side, out: Tensor | None = None) -> Tensor:
@@ -38,3 +44,25 @@ def rows_or_columns_are_dense(matrix: Tensor) -> bool:
 def stacked(tensors: Sequence[Tensor]) -> Tensor:
     """As torch.stack, but one tensor is not copied."""
     return tensors[0].unsqueeze(0) if len(tensors) == 1 else torch.stack(list(tensors))
+
+
+def matrices_in_workspace(param: Tensor, rank: int, entry_bytes: int) -> int:
+    """Matrices a batch on a GPU, at least 1.
+
+    Args:
+        param: one of them.
+        rank: of its basis.
+        entry_bytes: kept for each entry of R.
+    """
+    entries = max(1, rank * max(param.shape))
+    return max(1, _workspace_bytes(param.device) // (entry_bytes * entries))
+
+
+@functools.cache
+def _workspace_bytes(device: torch.device) -> int:
+    """The meta device stands for the current GPU, as in `plan`."""
+    if device.type == "meta" and torch.cuda.is_available():
+        device = torch.device("cuda")
+    if device.type != "cuda":
+        return SMALL_GPU_BYTES // WORKSPACE_SHARE
+    return torch.cuda.get_device_properties(device).total_memory // WORKSPACE_SHARE

@@ -23,6 +23,7 @@ from lowrank_kernels.ops import (
     prepare,
 )
 from lowrank_kernels.ops.contract import basis_shape, projected_shape
+from lowrank_kernels.ops.dry import meta_stands_for
 
 SCALARS = Scalars(AdamScalars(0.9, 0.999, 1e-6), scale=0.25, step_size=0.1, decay=0.01)
 FORMS = {"galore": None, "official": Residual(0.25, 1.0), "paper": Residual(1.0, 0.25)}
@@ -259,6 +260,12 @@ def test_batch_size_fills_a_tile():
     assert native.batch_size(small, small, 8) == 2**20 // 2**12
     assert native.batch_size(large, large, 8) == 1
     assert native.batch_size(torch.empty(0, 5), torch.empty(0, 5), 0) >= 1
+
+
+def test_batch_size_on_a_gpu_fills_a_share_of_its_memory():
+    matrix = torch.empty(2048, 2048, device="meta")
+    with meta_stands_for("cuda"):
+        assert native.batch_size(matrix, matrix, 512) == 24 * 2**30 // 128 // (16 * 512 * 2048)
 
 
 def test_float64_state_is_refused():

@@ -17,7 +17,7 @@ from ops.test_operations import Run, assert_as_accurate, take_step
 from pairs import pairwise
 
 from lowrank_kernels import FiraAdamW, GaLoreAdamW
-from lowrank_kernels.ops import Matrices, Side, notices
+from lowrank_kernels.ops import Matrices, Side, notices, prepare, products
 from lowrank_kernels.ops.reference import stochastically_rounded
 from lowrank_kernels.optim.batches import step_scalars
 
@@ -137,7 +137,6 @@ def test_split_sums_and_many_tiles(shape_rank, parts, form, side, poisoned_works
         run.step(0)
         run.step(1)
     assert_as_accurate(run)
-    assert not addresses.arrival_counters(1, torch.device("cpu")).any()
 
 
 @pytest.mark.parametrize("rank", [13, 18])
@@ -219,12 +218,15 @@ def test_split_batches_leave_no_count_behind(parts, form):
     for run in runs:
         run.limiter_norm.zero_()
     with small_tiles(parts):
+        operations = prepare(Run.matrices(runs, 0), backend="triton")
         for index in range(2):
-            launch(runs, index)
+            group = {**runs[0].options, "betas": (0.9, 0.999)}
+            scalars = step_scalars(group, index + 1, form == "paper")
+            take_step(operations, Run.matrices(runs, index), scalars)
             for run in runs:
                 run.literal_step(index)
-            for counters in addresses._counters.values():
-                assert not counters.any()
+            assert len(operations._arrived) > len(runs)
+            assert not operations._arrived.any()
     for run in runs:
         assert_as_accurate(run)
 
@@ -668,17 +670,21 @@ def test_configurations_fit_into_shared_memory(shared, dtype):
             assert candidate.stages * candidate.rank * tiles <= shared
 
 
-def test_batch_sizes_fill_half_of_the_l2_cache(monkeypatch):
-    monkeypatch.setattr(kernels, "gpu_of", lambda _: H200)
-    for shape, expected in (
-        ((512, 512), 50),
-        ((2048, 2048), 3),
-        ((4096, 11008), 1),
-        ((0, 5), None),
-    ):
-        weight = torch.empty(shape, dtype=torch.bfloat16, device="meta")
-        size = kernels.batch_size(weight, weight, 64)
-        assert size == expected or (expected is None and size >= 1)
+@pytest.mark.parametrize(
+    ("shape", "rank", "expected"),
+    [
+        ((512, 512), 128, 2224),
+        ((2048, 2048), 512, 139),
+        ((4096, 11008), 1024, 12),
+        ((100_000, 50_000), 40_000, 1),
+        ((0, 5), 0, None),
+    ],
+)
+def test_batches_fill_a_share_of_the_memory(monkeypatch, shape, rank, expected):
+    monkeypatch.setattr(products, "_workspace_bytes", lambda _: 139 * 2**30 // 128)
+    weight = torch.empty(shape, dtype=torch.bfloat16, device="meta")
+    size = kernels.batch_size(weight, weight, rank)
+    assert size == expected or (expected is None and size >= 1)
 
 
 class FakeCuda(SimpleNamespace):
@@ -706,40 +712,47 @@ class FakeCuda(SimpleNamespace):
 def fake_cuda(monkeypatch):
     fake = FakeCuda()
     monkeypatch.setattr(addresses, "torch", fake)
-    monkeypatch.setattr(addresses, "_counters", {})
-    monkeypatch.setattr(addresses, "_sources_of_graphs", [])
-    addresses._uploaded.cache_clear()
-    yield fake
-    addresses._uploaded.cache_clear()
+    monkeypatch.setattr(addresses, "_tables", {})
+    monkeypatch.setattr(addresses, "_kept_for_graphs", [])
+    return fake
 
 
-def test_a_table_is_uploaded_once_a_stream_and_anew_in_a_graph(fake_cuda):
+def test_a_table_is_uploaded_once_and_anew_where_another_stream_would_not_wait(fake_cuda):
     device = torch.device("cuda", 0)
     first = addresses.device_table((0, 5), device)
     assert first == ((0, 5), True)
     assert addresses.device_table((0, 5), device) is first
     fake_cuda.stream = 2
-    assert addresses.device_table((0, 5), device) is not first
-    assert not addresses._sources_of_graphs
-    fake_cuda.capturing = True
+    second = addresses.device_table((0, 5), device)
+    assert second is not first
+    assert addresses.device_table((0, 5), device) is second
+    assert not addresses._kept_for_graphs
+
+
+def test_a_graph_copies_no_table_that_an_eager_step_has_uploaded(fake_cuda):
+    device = torch.device("cuda", 0)
+    eager = addresses.device_table((0, 5), device)
     uploads = len(fake_cuda.pinned)
+    fake_cuda.capturing = True
+    assert addresses.device_table((0, 5), device) is eager
+    assert len(fake_cuda.pinned) == uploads
+    assert addresses._kept_for_graphs == [eager]
+
+
+def test_a_table_that_is_new_in_a_graph_is_the_graphs_own(fake_cuda):
+    device = torch.device("cuda", 0)
+    fake_cuda.capturing = True
     captured = [addresses.device_table((0, 5), device) for _ in "ab"]
     assert captured[0] is not captured[1]
-    assert addresses._sources_of_graphs == fake_cuda.pinned[uploads:]
-    fake_cuda.capturing, fake_cuda.stream = False, 1
-    assert addresses.device_table((0, 5), device) is first
+    assert addresses._kept_for_graphs == fake_cuda.pinned
+    fake_cuda.capturing = False
+    assert all(addresses.device_table((0, 5), device) is not table for table in captured)
 
 
-def test_counters_belong_to_a_stream_or_to_a_graph(fake_cuda):
+def test_tables_are_forgotten_from_the_oldest_on(fake_cuda, monkeypatch):
     device = torch.device("cuda", 0)
-    first = addresses.arrival_counters(3, device)
-    assert addresses.arrival_counters(first.numel(), device) is first
-    grown = addresses.arrival_counters(first.numel() + 1, device)
-    assert grown.numel() > first.numel()
-    assert addresses.arrival_counters(3, device) is grown
-    fake_cuda.stream = 2
-    assert addresses.arrival_counters(3, device) is not grown
-    fake_cuda.capturing = True
-    captured = addresses.arrival_counters(3, device)
-    assert addresses.arrival_counters(3, device) is not captured
-    assert captured.numel() == 3
+    monkeypatch.setattr(addresses, "MOST_TABLES", 2)
+    first, second, third = (addresses.device_table((place,), device) for place in range(3))
+    assert addresses.device_table((1,), device) is second
+    assert addresses.device_table((2,), device) is third
+    assert addresses.device_table((0,), device) is not first

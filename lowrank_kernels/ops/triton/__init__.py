@@ -22,9 +22,10 @@ from ..contract import (
 )
 from ..foreach import channels_of_block, residual_sq_in
 from ..notices import notice_once
+from ..products import matrices_in_workspace
 from ..reference import LIMITER_GROWTH, NORM_EPS, NOTHING_STORED, STORABLE_SHARE
 from ..tensors import READER
-from .addresses import Addresses, addresses_of, arrival_counters, current_stream, device_table
+from .addresses import Addresses, addresses_of, current_stream, device_table
 from .config import (
     LARGEST_TILE,
     SCALE_BLOCK,
@@ -63,11 +64,8 @@ def obstacle(param: Tensor, grad: Tensor) -> str | None:
 
 
 def batch_size(param: Tensor, grad: Tensor, rank: int) -> int:
-    """As many matrices as have their gradients in half of the L2 cache, at least 1.
-
-    Operation 3 then reads most of G from L2, and the other half is left to everything else.
-    """
-    return max(1, gpu_of(param.device).l2_bytes // 2 // max(1, grad.numel() * grad.itemsize))
+    """Matrices a batch: as many as have their N and R, in float32, in the workspace."""
+    return matrices_in_workspace(param, rank, entry_bytes=8)
 
 
 class _Tiles(NamedTuple):
@@ -114,6 +112,12 @@ class Operations:
         )
         self._placed: tuple[int | None, list[int]] | None = None
         self._tiles = [self._cut(matrices, wide) for wide in (False, True)]
+        # Programs that have arrived; the kernels put them back to 0. Launches of a batch follow one
+        # another, so that they share them, in a replayed graph too.
+        arrivals = max(tiles.project_grid[0] for tiles in self._tiles)
+        self._arrived = torch.zeros(
+            max(arrivals, len(matrices.params)), dtype=torch.int32, device=param.device
+        )
         self._project = Launcher(project_kernel, param.device)
         self._scale = Launcher(channel_scale_kernel, param.device)
         self._update = Launcher(update_kernel, param.device)
@@ -157,7 +161,7 @@ class Operations:
             # Two operands of one kind stay as they are; anything mixed is float32.
             operand = grad_dtype if grad_dtype is basis_dtype else torch.float32
             arguments = (
-                arrival_counters(programs if split > 1 else 0, self._device),
+                self._arrived,
                 unit,
                 *map(addresses_of, (matrices.bases, matrices.exp_avgs, matrices.exp_avg_sqs)),
                 self._grad_strides,
@@ -206,9 +210,14 @@ class Operations:
         factor = self._empty(count, channels)
 
         def rest() -> Rest:
-            counters = arrival_counters(count, self._device)
             bounds = (LIMITER_GROWTH, NORM_EPS, STORABLE_SHARE, NOTHING_STORED)
-            arguments = (counters, addresses_of(matrices.limiter_norms), channels, slots, *bounds)
+            arguments = (
+                self._arrived,
+                addresses_of(matrices.limiter_norms),
+                channels,
+                slots,
+                *bounds,
+            )
             options = {"BC": SCALE_BLOCK, "num_warps": SCALE_WARPS}
             return Rest((count * programs, 1, 1), arguments, options)
 

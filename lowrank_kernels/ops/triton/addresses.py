@@ -1,14 +1,15 @@
-"""What lets one launch serve a batch: where its matrices lie, and counters of arrived programs."""
+"""What lets one launch serve a batch: where its matrices lie."""
 
-import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-# A captured graph copies from these at each replay, so they have to live as long as any graph.
-_sources_of_graphs: list[Tensor] = []
+# A captured graph reads these at each replay, so they have to live as long as any graph.
+_kept_for_graphs: list[Tensor] = []
+
+MOST_TABLES = 4096
 
 
 class Addresses(NamedTuple):
@@ -48,36 +49,29 @@ def current_stream(device: torch.device) -> int | None:
 
 
 def device_table(values: tuple[int, ...], device: torch.device) -> Tensor:
-    """The values as int64 on the device, without waiting for it; uploaded once in a stream."""
+    """The values as int64 on the device, without waiting for it; uploaded once in a stream.
+
+    A graph takes the table of an eager step, whatever its stream: whoever replays the graph has
+    waited for that step, which changed the weights. So nothing is copied at a replay.
+    """
     if device.type != "cuda":
         return torch.tensor(values, dtype=torch.int64, device=device)
     stream = current_stream(device)
-    if stream is None:
-        # The graph's pool owns this table and gives its memory to others: not for the cache.
+    uploaded_in, table = _tables.get((values, device), (None, None))
+    if table is None or stream not in (uploaded_in, None):
         source = torch.tensor(values, dtype=torch.int64, device="cpu", pin_memory=True)
-        _sources_of_graphs.append(source)
-        return source.to(device, non_blocking=True)
-    return _uploaded(values, device, stream)
+        table = source.to(device, non_blocking=True)
+        if stream is None:
+            # The graph's pool owns it and gives its memory to others: for nobody else.
+            _kept_for_graphs.append(source)
+            return table
+        _tables.pop((values, device), None)
+        _tables[values, device] = stream, table
+        if len(_tables) > MOST_TABLES:
+            del _tables[next(iter(_tables))]
+    if stream is None:
+        _kept_for_graphs.append(table)
+    return table
 
 
-@functools.lru_cache(maxsize=4096)
-def _uploaded(values: tuple[int, ...], device: torch.device, stream: int) -> Tensor:
-    """The stream is a key because another one would not wait for the copy."""
-    source = torch.tensor(values, dtype=torch.int64, device="cpu", pin_memory=True)
-    return source.to(device, non_blocking=True)
-
-
-def arrival_counters(count: int, device: torch.device) -> Tensor:
-    """Counters at 0, which the kernels put back to 0; launches of one stream share them."""
-    stream = current_stream(device)
-    if stream is None or device.type == "meta":
-        # In a graph the zeros are set at each replay, whatever another stream does meanwhile.
-        return torch.zeros(count, dtype=torch.int32, device=device)
-    counters = _counters.get((device, stream))
-    if counters is None or counters.numel() < count:
-        counters = torch.zeros(max(count, 4096), dtype=torch.int32, device=device)
-        _counters[device, stream] = counters
-    return counters
-
-
-_counters: dict[tuple[torch.device, int], Tensor] = {}
+_tables: dict[tuple[tuple[int, ...], torch.device], tuple[int, Tensor]] = {}
