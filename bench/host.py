@@ -2,6 +2,7 @@
 
     python -m bench.host                                # LLaMA-like blocks, 224 matrices; a minute
     python -m bench.host --blocks 8 --hidden 512 --ffn 1376 --rank 128
+    python -m bench.host --models 60m,1b,7b --backends triton   # as many matrices as a model has
     python -m bench.host --quick                        # seconds, figures of no use
 
 Steps between two refreshes, on one thread of the CPU, and beside them the calls that such a step
@@ -14,6 +15,9 @@ temporaries cold, so that too much is taken off. Triton's kernels are compiled f
 called, and nothing is launched: see
 `bench.no_launch`. Gradients lie where they lay at the step before, or have moved. The garbage
 collector sleeps.
+
+With `--models` small matrices stand for those of a model, in batches as large as the model's would
+be on an H200: what Python does depends on how many there are, not on how large they are.
 
 The way of a gradient is that of one step of two equal matrices and a bias; no clock is in it.
 Another version of the package is measured where a folder that holds nothing but it comes first:
@@ -28,9 +32,10 @@ import gc
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
+from unittest import mock
 
 import torch
 from rich.table import Table
@@ -39,18 +44,22 @@ from torch import Tensor
 from bench import no_launch
 from bench.calls import PACKAGE, Way, followed
 from bench.cases import DTYPES
+from bench.models import PRESETS
 from bench.options import QUICK_ROUNDS, words
 from bench.record import commit, head, result, write_lines
 from bench.replay import Calls, recorded_operations, recorded_passes
 from bench.tables import SPREAD, missing_text, new_table, show
 from bench.timing import Samples, interleaved
 from lowrank_kernels import FiraAdamW, GaLoreAdamW, backends
+from lowrank_kernels.ops import products
+from lowrank_kernels.ops.dispatch import load
 
 CPU = torch.device("cpu")
 OURS = {"fira": FiraAdamW, "galore": GaLoreAdamW}
 ADAMW = {"adamw": {"fused": True}, "adamw-foreach": {"foreach": True}}
 IN_PLACE, MOVED = "in place", "moved"
 NEVER = 2**40
+H200_BYTES = 139 * 2**30
 ALIGNED_ELEMENTS = 16
 
 
@@ -66,6 +75,24 @@ class Size:
     def shapes(self) -> list[tuple[int, int]]:
         hidden, ffn = self.hidden, self.ffn
         return [*[(hidden, hidden)] * 4, *[(ffn, hidden)] * 2, (hidden, ffn)] * self.blocks
+
+
+@contextmanager
+def batches_of(model: str, size: Size) -> Iterator[None]:
+    """Within it, matrices that stand for a model's go in batches of triton as the model's would."""
+    preset, triton = PRESETS[model], load("triton")
+    whole = dict(zip((size.hidden, size.ffn), (preset.hidden, preset.ffn), strict=True))
+
+    def batch_size(param: Tensor, grad: Tensor, rank: int) -> int:
+        meant = torch.empty([whole[length] for length in param.shape], device="meta")
+        return unpatched(meant, meant, preset.rank)
+
+    unpatched, workspace = triton.batch_size, H200_BYTES // products.WORKSPACE_SHARE
+    with (
+        mock.patch.object(triton, "batch_size", batch_size),
+        mock.patch.object(products, "_workspace_bytes", return_value=workspace),
+    ):
+        yield
 
 
 class Gradients:
@@ -245,26 +272,30 @@ def table(record: dict, rows: list[dict]) -> Table:
     """A row a subject: gradients in place, and moved."""
     size = record["size"]
     found = new_table(
-        f"{record['environment']['device']}, one thread: microseconds a matrix of"
-        f" {rows[0]['matrices']} ({size['blocks']} blocks, {size['hidden']} and {size['ffn']},"
-        f" rank {size['rank']}), package {(record['package_commit'] or 'unknown')[:7]}",
+        f"{record['environment']['device']}, one thread: microseconds a matrix ({size['hidden']}"
+        f" and {size['ffn']}, rank {size['rank']}),"
+        f" package {(record['package_commit'] or 'unknown')[:7]}",
         f"{SPREAD}; triton's calls are launches, which do nothing;"
         f" {missing_text(record['missing'])}",
-        ("dtype", "optimizer", "backend"),
-        ("calls", "step", "calls alone", "Python", "moved: step", "moved: Python"),
+        ("model", "dtype", "optimizer", "backend"),
+        (
+            *("matrices", "calls", "step", "calls alone", "Python", "moved: step", "moved: Python"),
+            "ms",
+        ),
     )
     pairs = {}
     for each in rows:
-        key = each["dtype"], each["optimizer"], each["backend"]
+        key = tuple(each[name] or "" for name in ("model", "dtype", "optimizer", "backend"))
         pairs.setdefault(key, {})[each["gradients"]] = each
-    for (dtype, optimizer, backend), pair in pairs.items():
+    for key, pair in pairs.items():
         stayed, moved = (pair[where]["us_a_matrix"] for where in (IN_PLACE, MOVED))
         spread = pair[IN_PLACE]["results"]["step"]["spread"]
         found.add_row(
-            *(dtype, optimizer, backend or "", str(pair[IN_PLACE]["calls"])),
+            *(*key, str(pair[IN_PLACE]["matrices"]), str(pair[IN_PLACE]["calls"])),
             f"{stayed['step']:.1f} ± {100 * spread:.0f} %",
             *(f"{stayed[name]:.1f}" for name in ("calls", "python")),
             *(f"{moved[name]:.1f}" for name in ("step", "python")),
+            f"{stayed['step'] * pair[IN_PLACE]['matrices'] / 1e3:.2f}",
         )
     return found
 
@@ -290,6 +321,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
         line.add_argument(f"--{name}", type=words(known), default=every, help=f"of {every}")
     for name, value in (("blocks", 32), ("hidden", 64), ("ffn", 172), ("rank", 16)):
         line.add_argument(f"--{name}", type=int, default=value, help="default: %(default)s")
+    line.add_argument("--models", type=words(PRESETS), default=[], help="instead of --blocks")
     line.add_argument("--rounds", type=int, default=25, help="default: %(default)s")
     line.add_argument("--steps", type=int, default=5, help="in a row; default: %(default)s")
     line.add_argument("--quick", action="store_true", help="seconds: figures of no use")
@@ -326,7 +358,13 @@ def main(arguments: list[str] | None = None) -> None:
         stack.enter_context(_one_thread())
         if "triton" in options.backends:
             options.launches = stack.enter_context(no_launch.no_launch())
-        rows = [row for dtype in options.dtypes for row in bench_dtype(size, dtype, options)]
+        rows = []
+        for model in options.models or [None]:
+            with batches_of(model, size) if model else nullcontext():
+                if model:
+                    size = replace(size, blocks=PRESETS[model].layers)
+                for dtype in options.dtypes:
+                    rows += [{"model": model} | row for row in bench_dtype(size, dtype, options)]
         facts = {"size": vars(size), "missing": missing, "package_commit": commit(PACKAGE)}
         facts["ways"] = ways(options.methods)
         record = head("host", "cpu", arguments, **facts)

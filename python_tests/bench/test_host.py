@@ -65,6 +65,24 @@ def test_triton_is_called_up_to_its_launches(tmp_path):
     assert record["missing"] == {}
 
 
+def test_batches_are_as_large_as_those_of_the_model(tmp_path):
+    """On an H200: nine launches for three kinds of matrices, a few more where one batch would take
+    too much memory.
+    """
+    pytest.importorskip("triton")
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    out = tmp_path / "record.json"
+    options = ["--models", "60m,7b", "--methods", "fira", "--dtypes", "bf16", "--rounds", "3"]
+    command = [sys.executable, "-m", "bench.host", *options, "--backends", "triton", "--out", out]
+    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    rows = [row for row in json.loads(out.read_text())["rows"] if row["backend"]]
+    assert {(row["model"], row["matrices"], row["calls"]) for row in rows} == {
+        ("60m", 56, 9),
+        ("7b", 224, 39),
+    }
+
+
 def test_without_triton_it_is_named_as_missing(tmp_path, monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     out = tmp_path / "record.json"
