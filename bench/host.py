@@ -51,8 +51,9 @@ from bench.replay import Calls, recorded_operations, recorded_passes
 from bench.tables import SPREAD, missing_text, new_table, show
 from bench.timing import Samples, interleaved
 from lowrank_kernels import FiraAdamW, GaLoreAdamW, backends
-from lowrank_kernels.ops import products
+from lowrank_kernels.ops import native, products
 from lowrank_kernels.ops.dispatch import load
+from lowrank_kernels.ops.dry import meta_stands_for
 
 CPU = torch.device("cpu")
 OURS = {"fira": FiraAdamW, "galore": GaLoreAdamW}
@@ -79,19 +80,31 @@ class Size:
 
 @contextmanager
 def batches_of(model: str, size: Size) -> Iterator[None]:
-    """Within it, matrices that stand for a model's go in batches of triton as the model's would."""
-    preset, triton = PRESETS[model], load("triton")
+    """Within it, matrices that stand for a model's go in batches, and by native in tiles, as the
+    model's would on an H200.
+    """
+    preset, workspace = PRESETS[model], H200_BYTES // products.WORKSPACE_SHARE
     whole = dict(zip((size.hidden, size.ffn), (preset.hidden, preset.ffn), strict=True))
+    scale = preset.hidden // size.hidden
+    tile = {"cpu": native.TILE_ELEMENTS["cuda"] // scale**2}
+    rows = {"cpu": native.TILE_ROWS["cuda"] // scale}
 
-    def batch_size(param: Tensor, grad: Tensor, rank: int) -> int:
-        meant = torch.empty([whole[length] for length in param.shape], device="meta")
-        return unpatched(meant, meant, preset.rank)
+    def as_meant(batch_size: Callable[..., int]) -> Callable[..., int]:
+        def meant(param: Tensor, grad: Tensor, rank: int) -> int:
+            matrix = torch.empty([whole[length] for length in param.shape], device="meta")
+            with meta_stands_for("cuda"):
+                return batch_size(matrix, matrix, preset.rank)
 
-    unpatched, workspace = triton.batch_size, H200_BYTES // products.WORKSPACE_SHARE
-    with (
-        mock.patch.object(triton, "batch_size", batch_size),
-        mock.patch.object(products, "_workspace_bytes", return_value=workspace),
-    ):
+        return meant
+
+    with ExitStack() as stack:
+        for name in ("native", "triton"):
+            backend = load(name)
+            replaced = as_meant(backend.batch_size)
+            stack.enter_context(mock.patch.object(backend, "batch_size", replaced))
+        stack.enter_context(mock.patch.dict(native.TILE_ELEMENTS, tile))
+        stack.enter_context(mock.patch.dict(native.TILE_ROWS, rows))
+        stack.enter_context(mock.patch.object(products, "_workspace_bytes", return_value=workspace))
         yield
 
 
