@@ -31,7 +31,7 @@ from .groups import (
     salts,
 )
 from .parts import Method, ResidualForm, Rounding
-from .state import State, check_shapes, check_storage, complete, new_state
+from .state import State, check_shapes, check_storage, complete, laid_like, new_state
 
 # What every step goes by beside the groups.
 PART_NAMES = (
@@ -410,7 +410,8 @@ class LowRankAdamW(Optimizer):
     def _facts(self) -> tuple[object, ...]:
         """What has to be equal for batches to serve again."""
         facts = facts_of(self.param_groups, self.state, self.residual is not None)
-        return *PARTS(self), os.environ.get(ENVIRONMENT_VARIABLE), facts or object()
+        never_equal = object()
+        return *PARTS(self), os.environ.get(ENVIRONMENT_VARIABLE), facts or never_equal
 
     def _prepare(self) -> Prepared:
         """Checks everything, then creates the states that are not there, then makes batches."""
@@ -467,6 +468,10 @@ class LowRankAdamW(Optimizer):
             state.update(new_state(param, group, salt, self.method))
         elif is_projected(group):
             complete(state, salt, self.subspace, *self.method.counters)
+        else:
+            # A weight may have been laid out anew, as by `.to(memory_format=...)`.
+            for entry in ("exp_avg", "exp_avg_sq"):
+                state[entry] = laid_like(param, state[entry])
         return Member(name, param, state, place, backend)
 
     def _check_capture(self) -> None:

@@ -130,6 +130,12 @@ def subspace_stats(state: State) -> dict[str, Any]:
     return row | {key: None if x is None else int(x) for key, x in counters.items()}
 
 
+def laid_like(param: Tensor, moment: Tensor) -> Tensor:
+    """A moment laid out like its weight, as torch's fused kernels need it, or as it is."""
+    laid = torch.empty_like(param, dtype=moment.dtype)
+    return moment if laid.stride() == moment.stride() else laid.copy_(moment)
+
+
 def check_shapes(name: str, param: Tensor, state: State, projected: bool) -> None:
     """Raises ValueError if a state does not belong to a parameter of this shape."""
     try:

@@ -429,3 +429,38 @@ def test_nothing_per_parameter_is_cached_before_the_first_step():
     optimizer.step()
     assert optimizer.state[replaced]["basis"].shape == (6, 3)
     assert weight not in optimizer.state
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_weight_laid_out_anew_goes_on_as_after_a_load(dtype):
+    """Its moments are laid out anew with it, so that torch's fused kernels go on serving it."""
+
+    def trained(conv, steps):
+        for seed in steps:
+            rng = torch.Generator().manual_seed(seed)
+            for param in conv.parameters():
+                grad = torch.randn(param.shape, generator=rng).to(dtype)
+                param.grad = torch.empty_like(param).copy_(grad)
+            optimizers[conv].step()
+
+    first, second = (torch.nn.Conv2d(8, 8, 3, dtype=dtype) for _ in "ab")
+    optimizers = {conv: FiraAdamW(conv.parameters(), lr=1e-2) for conv in (first, second)}
+    trained(first, range(3))
+    first.to(memory_format=torch.channels_last)
+    trained(first, range(3, 5))
+    for moment in ("exp_avg", "exp_avg_sq"):
+        assert optimizers[first].state[first.weight][moment].stride() == first.weight.stride()
+    second.to(memory_format=torch.channels_last)
+    second.load_state_dict(first.state_dict())
+    optimizers[second].load_state_dict(optimizers[first].state_dict())
+    trained(first, [5])
+    trained(second, [5])
+    assert torch.equal(first.weight, second.weight)
+
+
+def test_groups_handed_on_have_the_method_of_their_new_optimizer():
+    weight = torch.nn.Parameter(torch.randn(8, 6))
+    fira = FiraAdamW([{"params": [weight], "rank": 2}])
+    galore = GaLoreAdamW(fira.param_groups)
+    assert galore.param_groups[0]["method"] == galore.defaults["method"]
+    assert galore.param_groups[0]["method"] != fira.param_groups[0]["method"]
