@@ -31,7 +31,15 @@ from .groups import (
     salts,
 )
 from .parts import Method, ResidualForm, Rounding
-from .state import State, check_shapes, check_storage, complete, laid_like, new_state
+from .state import (
+    State,
+    check_shapes,
+    check_step,
+    check_storage,
+    complete,
+    laid_like,
+    new_state,
+)
 
 # What every step goes by beside the groups.
 PART_NAMES = (
@@ -211,11 +219,12 @@ class LowRankAdamW(Optimizer):
                 refreshed = True
         if refreshed:
             prepared = self._prepared()
-        if prepared.states:
-            READER.add_one(list(map(STEP, prepared.states)))
         for batches in prepared.by_group:
+            READER.add_one([state["step"] for batch in batches for state in batch.states])
             for batch, scalars in zip(batches, scalars_of(batches, prepared.method), strict=True):
                 self._step_batch(batch, scalars)
+        if prepared.empty:
+            READER.add_one(list(map(STEP, prepared.empty)))
         for plain in prepared.plain:
             plain.step()
 
@@ -457,6 +466,7 @@ class LowRankAdamW(Optimizer):
         if state := self.state.get(param):
             check_shapes(name, param, state, is_projected(group))
             check_storage(name, param, state)
+            check_step(name, state)
         return backend
 
     def _member(
@@ -508,7 +518,7 @@ class LowRankAdamW(Optimizer):
         if not self.capturable:
             for batch in prepared.batches:
                 batch.counts = READER.counts(list(map(STEP, batch.states)))
-                if min(batch.counts) != max(batch.counts):
+                if not 0 <= min(batch.counts) == max(batch.counts):
                     return False
             return True
         for batches in prepared.by_group:
