@@ -1,6 +1,7 @@
 #include "tensors.h"
 
 #include <cstdint>
+#include <string>
 #include <utility>
 #include <vector>
 
@@ -39,6 +40,13 @@ namespace {
 
 constexpr int32_t kCpu = 1;
 constexpr uint8_t kFloat = 2;
+constexpr float kMaxCount = 16777216.0f;  // from here on adding 1 changes no float32
+
+// Such as "cpu"; empty of what is no tensor.
+std::string device_of(const py::object& tensor) {
+  const py::object device = py::getattr(tensor, "device", py::none());
+  return py::cast<std::string>(py::str(py::getattr(device, "type", py::str(""))));
+}
 
 void append_layout(std::vector<int64_t>& words, const DLTensor& tensor) {
   words.push_back(int64_t{tensor.device_type} << 32 | tensor.device_index);
@@ -63,13 +71,19 @@ TensorReader::TensorReader(const py::capsule& exchange_api, py::object others)
   require(api_->borrow != nullptr, "these tensors cannot be read without being exported");
 }
 
-// False as soon as a tensor cannot be read.
+// False as soon as a tensor cannot be read, which takes torch milliseconds to say.
 template <typename Visit>
 bool TensorReader::each(const py::list& tensors, const Visit& visit) const {
-  for (const py::handle object : tensors) {
+  if (tensors.empty() || unreadable_.count(device_of(tensors[0]))) return tensors.empty();
+  // A tensor of another class may run Python code when it is asked, which may change the list.
+  for (std::size_t i = 0; i < tensors.size(); ++i) {
+    const py::object object = tensors[i];
     DLTensor tensor;
     if (api_->borrow(object.ptr(), &tensor) != 0) {
+      if (!PyErr_ExceptionMatches(PyExc_Exception)) throw py::error_already_set();
       PyErr_Clear();
+      const std::string device = device_of(object);
+      if (device != "cpu" && device != "cuda") unreadable_.insert(device);
       return false;
     }
     visit(object, tensor);
@@ -77,15 +91,19 @@ bool TensorReader::each(const py::list& tensors, const Visit& visit) const {
   return true;
 }
 
-// Visits none unless all are counters; a fake tensor, for one, has no memory.
+// Visits none unless all are counters of steps that can be read and written as they lie in memory.
 template <typename Visit>
 bool TensorReader::each_counter(const py::list& counters, const Visit& visit) const {
+  if (py::cast<bool>(others_.attr("is_intercepted")())) return false;
   std::vector<float*> found;
-  const bool read = each(counters, [&](py::handle, const DLTensor& tensor) {
+  const bool read = each(counters, [&](py::handle object, const DLTensor& tensor) {
     const bool is_float32 = tensor.code == kFloat && tensor.bits == 32 && tensor.lanes == 1;
     const bool is_scalar = tensor.dimensions == 0 && tensor.data != nullptr;
-    if (tensor.device_type == kCpu && is_float32 && is_scalar)
-      found.push_back(reinterpret_cast<float*>(tensor.address()));
+    if (tensor.device_type != kCpu || !is_float32 || !is_scalar) return;
+    auto* counter = reinterpret_cast<float*>(tensor.address());
+    const bool is_aligned = reinterpret_cast<std::uintptr_t>(counter) % alignof(float) == 0;
+    if (!is_aligned || py::cast<bool>(others_.attr("is_unresolved")(object))) return;
+    if (*counter >= 0.0f && *counter < kMaxCount) found.push_back(counter);
   });
   if (!read || found.size() != counters.size()) return false;
   for (float* counter : found) visit(*counter);

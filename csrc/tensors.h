@@ -4,6 +4,9 @@
 
 #include <pybind11/pybind11.h>
 
+#include <set>
+#include <string>
+
 namespace lowrank {
 
 struct ExchangeApi;
@@ -11,7 +14,8 @@ struct ExchangeApi;
 class TensorReader {
  public:
   // `exchange_api`: the capsule that a class of tensors has as `__dlpack_c_exchange_api__`.
-  // `others`: what is asked, by the same names, where a tensor cannot be read.
+  // `others`: what is asked, by the same names, where a tensor cannot be read; and two questions
+  // about what a tensor's memory does not tell, `is_intercepted()` and `is_unresolved(tensor)`.
   TensorReader(const pybind11::capsule& exchange_api, pybind11::object others);
 
   // Equal for tensors of equal shapes, strides, dtypes and devices.
@@ -22,7 +26,7 @@ class TensorReader {
 
   pybind11::object addresses(const pybind11::list& tensors) const;
 
-  // The numbers in counters, which are read if they are float32 scalars of the CPU.
+  // The numbers in counters of steps, which are read if they are float32 scalars of the CPU.
   pybind11::object counts(const pybind11::list& counters) const;
 
   // Adds 1 to each.
@@ -36,6 +40,7 @@ class TensorReader {
 
   const ExchangeApi* api_;
   pybind11::object others_;
+  mutable std::set<std::string> unreadable_;  // devices that DLPack does not know
 };
 
 }  // namespace lowrank

@@ -17,6 +17,8 @@ if not torch.cuda.is_available():
 os.environ["OMP_NUM_THREADS"] = "1"
 
 sys.path.insert(0, str(Path(__file__).parent))
+# `bench`, behind whatever package is tested.
+sys.path.append(str(Path(__file__).parents[1]))
 
 # The same examples in every run: no draw of one run decides.
 settings.register_profile("fixed", derandomize=True, deadline=None)

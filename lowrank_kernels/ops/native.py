@@ -36,6 +36,7 @@ from .products import (
     rows_are_dense,
     rows_or_columns_are_dense,
 )
+from .tensors import READER
 
 import_error: str | None = None
 try:
@@ -86,7 +87,7 @@ def batch_size(param: Tensor, grad: Tensor, rank: int) -> int:
 
 
 class Operations:
-    """See `contract.Operations`; addresses of weights and moments are taken once.
+    """See `contract.Operations`.
 
     Raises:
         TypeError: the moments are not float32.
@@ -101,9 +102,6 @@ class Operations:
         self._device, device = param.device, device_type(param)
         self._channels_are_rows = side is Side.RIGHT
         self._low_shape = (len(matrices.params), *moment.shape)
-        self._exp_avgs = _addresses(matrices.exp_avgs)
-        self._exp_avg_sqs = _addresses(matrices.exp_avg_sqs)
-        self._limiter_norms = _addresses(matrices.limiter_norms)
 
         dense = rows_or_columns_are_dense(grad)
         half = grad.dtype.itemsize < 4 or matrices.bases[0].dtype.itemsize < 4
@@ -150,8 +148,8 @@ class Operations:
         self._passes.adam_moments(
             product=_arguments(products),
             projected=_addresses(projected),
-            exp_avg=self._exp_avgs,
-            exp_avg_sq=self._exp_avg_sqs,
+            exp_avg=READER.addresses(matrices.exp_avgs),
+            exp_avg_sq=READER.addresses(matrices.exp_avg_sqs),
             direction=_addresses(direction),
             direction_sq=None if sums is None else _addresses(sums.direction),
             projected_sq=None if sums is None else _addresses(sums.projected),
@@ -203,7 +201,7 @@ class Operations:
             direction_sq=_addresses(sums.direction),
             projected_sq=_addresses(sums.projected),
             residual_sq=_addresses(sums.residual),
-            limiter_norm=self._limiter_norms,
+            limiter_norm=READER.addresses(matrices.limiter_norms),
             factor=_addresses(factor),
             channels=factor.shape[1],
             **self._place(),
@@ -303,7 +301,7 @@ class Operations:
                 decay=decay,
                 rho=0.0 if matrices.residual is None else matrices.residual.rho,
                 salts=None if salts is None else salts[some],
-                step=step,
+                step=step % 2**32,
                 first_row=0 if part is None else part[0].start,
                 first_col=0 if part is None else part[1].start,
                 **self._place(),
@@ -417,7 +415,7 @@ def _aligned(count: int, rows: int, cols: int) -> tuple[tuple[int, ...], tuple[i
 def _addresses(tensors: list[Tensor] | Tensor) -> list[int]:
     """Of each matrix; of stacked ones too, which to take apart costs microseconds a matrix."""
     if isinstance(tensors, list):
-        return list(map(Tensor.data_ptr, tensors))
+        return READER.addresses(tensors)
     first, step = tensors.data_ptr(), tensors.stride(0) * tensors.itemsize or 1
     return list(range(first, first + step * len(tensors), step))
 

@@ -10,13 +10,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import native
+try:
+    from .. import _native
+except ImportError:
+    _native = None  # type: ignore[assignment]
 
 _LAYOUT = attrgetter("shape", "dtype", "device")
 
 
 class OneByOne:
     """Answers for any tensors but sparse ones."""
+
+    # Whether a mode, as for fake tensors, wants to see all operations; whether the values of a
+    # tensor are not in its memory.
+    is_intercepted = staticmethod(torch._C._len_torch_dispatch_stack)
+    is_unresolved = staticmethod(Tensor.is_neg)
 
     def layouts(self, tensors: list[Tensor]) -> object:
         """Equal for tensors of equal shapes, strides, dtypes and devices."""
@@ -43,11 +51,11 @@ class OneByOne:
 def _reader() -> Any:
     """What reads tensors from C, or else asks `OneByOne`."""
     others, api = OneByOne(), getattr(Tensor, "__dlpack_c_exchange_api__", None)
-    if native.import_error is not None or api is None:
+    if _native is None or api is None:
         return others
     try:
-        return native._native.TensorReader(api, others)
-    except ValueError:  # another version of DLPack
+        return _native.TensorReader(api, others)
+    except (TypeError, ValueError):  # another version of DLPack
         return others
 
 

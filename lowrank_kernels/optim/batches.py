@@ -24,6 +24,7 @@ from .state import State
 # Called by `map` over all matrices before each step, without a Python function a matrix.
 _GRAD, _MEMORY_LAYOUT = attrgetter("grad"), attrgetter("layout")
 _BASIS_STEP = itemgetter("basis_step")
+_STEP = itemgetter("step")
 _MOMENTS = itemgetter("exp_avg", "exp_avg_sq")
 _LOW_RANK = itemgetter("basis", "exp_avg", "exp_avg_sq")
 _LIMITED = itemgetter("basis", "exp_avg", "exp_avg_sq", "limiter_norm")
@@ -96,12 +97,12 @@ class Batch:
         basis_steps = list(map(_BASIS_STEP, self.states))
         went_back = any(map(operator.lt, self.counts, self._looked_from))
         if went_back or basis_steps != self._basis_steps:
-            gap, self._basis_steps = self.group["update_proj_gap"], basis_steps
-            self._looked_from = self.counts
+            gap = self.group["update_proj_gap"]
             self._looks = [
                 next_look(state, steps, gap, phase_of(state, gap, subspace), subspace)
                 for state, steps in zip(self.states, self.counts, strict=True)
             ]
+            self._basis_steps, self._looked_from = basis_steps, self.counts
         return any(map(operator.ge, self.counts, self._looks))
 
     def due(self, subspace: Subspace, readback: Readback) -> Iterator[tuple[int, Due]]:
@@ -141,7 +142,7 @@ class Prepared:
         method: the optimizer's parts.
         by_group: the batches of a group on one device, a list for each.
         batches: all of them.
-        states: of all projected parameters, those without elements too.
+        empty: states of projected parameters without elements, which are in no batch.
         plain: groups of AdamW parameters.
     """
 
@@ -150,7 +151,7 @@ class Prepared:
     ) -> None:
         self.facts, self.method = facts, method
         self.by_group: list[list[Batch]] = []
-        self.states: list[State] = []
+        self.empty: list[State] = []
         self.plain: list[Plain] = []
         for group, own in members:
             states = [member.state for member in own]
@@ -158,7 +159,7 @@ class Prepared:
                 params = [member.param for member in own]
                 self.plain.append(Plain(group, params, states, method.capturable))
                 continue
-            self.states += states
+            self.empty += [member.state for member in own if not member.param.numel()]
             with_elements = [member for member in own if member.param.numel()]
             for device in dict.fromkeys(member.param.device for member in with_elements):
                 there = [member for member in with_elements if member.param.device == device]
@@ -236,7 +237,8 @@ class Facts(NamedTuple):
 
 
 def facts_of(groups: list[Group], states: Mapping[Tensor, State], limited: bool) -> Facts | None:
-    """The facts as they are; None where a state is not complete or a gradient has no strides.
+    """The facts as they are; None where a state is not complete, or holds something else than
+    tensors, or a gradient has no strides.
 
     Args:
         groups: of the optimizer.
@@ -260,6 +262,7 @@ def facts_of(groups: list[Group], states: Mapping[Tensor, State], limited: bool)
         found = list(map(states.__getitem__, trained))
         own += found
         try:
+            held += map(_STEP, found)
             held += itertools.chain.from_iterable(map(low_rank if projected else _MOMENTS, found))
             numbers += map(_NUMBERS, found) if projected else ()
         except KeyError:
@@ -267,9 +270,13 @@ def facts_of(groups: list[Group], states: Mapping[Tensor, State], limited: bool)
     grads = list(map(_GRAD, params))
     if any(map(operator.is_not, map(_MEMORY_LAYOUT, grads), itertools.repeat(torch.strided))):
         return None
+    try:
+        written = READER.places(params + held)
+    except (AttributeError, TypeError, NotImplementedError, RuntimeError):
+        return None
     return Facts(
         by_group,
-        READER.places(params + held),
+        written,
         [
             READER.layouts(grads),
             *map(Tensor.is_neg, params + grads),

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..ops.contract import moment_dtype
 from .groups import FORMAT, PROJECTION_DEFAULTS, Group, is_projected, named_params, unwrapped
-from .state import State, check_counts, check_shapes
+from .state import State, check_counts, check_shapes, laid_like
 
 logger = logging.getLogger("lowrank_kernels")
 
@@ -111,8 +111,7 @@ def _placed(entry: str, value: Tensor, param: Tensor, projected: bool) -> Tensor
         return value.to(param.device, copy=True)
     dtype = param.dtype if entry == "basis" else moment_dtype(param.dtype)
     if not projected and value.shape == param.shape:
-        # Laid out like the weight, as torch's fused kernels need it, whatever was saved.
-        return torch.empty_like(param, dtype=dtype).copy_(value)
+        return laid_like(param, value.to(param.device, dtype, copy=True))
     return value.to(param.device, dtype, copy=True).contiguous()
 
 

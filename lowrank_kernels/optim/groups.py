@@ -100,7 +100,8 @@ def normalized(group: Group, defaults: Group, index: int) -> Group:
     Raises:
         ValueError, TypeError: an option or a parameter does not fit.
     """
-    group = dict(group)
+    # Groups of another optimizer may be handed on, with its method.
+    group = {**group, "format": defaults["format"], "method": defaults["method"]}
     params = group["params"]
     group["params"] = [params] if isinstance(params, Tensor) else params
     if not isinstance(params, set):  # left to torch, which refuses sets with its own text

@@ -31,7 +31,15 @@ from .groups import (
     salts,
 )
 from .parts import Method, ResidualForm, Rounding
-from .state import State, check_shapes, check_storage, complete, new_state
+from .state import (
+    State,
+    check_shapes,
+    check_step,
+    check_storage,
+    complete,
+    laid_like,
+    new_state,
+)
 
 # What every step goes by beside the groups.
 PART_NAMES = (
@@ -211,11 +219,12 @@ class LowRankAdamW(Optimizer):
                 refreshed = True
         if refreshed:
             prepared = self._prepared()
-        if prepared.states:
-            READER.add_one(list(map(STEP, prepared.states)))
         for batches in prepared.by_group:
+            READER.add_one([state["step"] for batch in batches for state in batch.states])
             for batch, scalars in zip(batches, scalars_of(batches, prepared.method), strict=True):
                 self._step_batch(batch, scalars)
+        if prepared.empty:
+            READER.add_one(list(map(STEP, prepared.empty)))
         for plain in prepared.plain:
             plain.step()
 
@@ -410,7 +419,8 @@ class LowRankAdamW(Optimizer):
     def _facts(self) -> tuple[object, ...]:
         """What has to be equal for batches to serve again."""
         facts = facts_of(self.param_groups, self.state, self.residual is not None)
-        return *PARTS(self), os.environ.get(ENVIRONMENT_VARIABLE), facts or object()
+        never_equal = object()
+        return *PARTS(self), os.environ.get(ENVIRONMENT_VARIABLE), facts or never_equal
 
     def _prepare(self) -> Prepared:
         """Checks everything, then creates the states that are not there, then makes batches."""
@@ -456,6 +466,7 @@ class LowRankAdamW(Optimizer):
         if state := self.state.get(param):
             check_shapes(name, param, state, is_projected(group))
             check_storage(name, param, state)
+            check_step(name, state)
         return backend
 
     def _member(
@@ -467,6 +478,10 @@ class LowRankAdamW(Optimizer):
             state.update(new_state(param, group, salt, self.method))
         elif is_projected(group):
             complete(state, salt, self.subspace, *self.method.counters)
+        else:
+            # A weight may have been laid out anew, as by `.to(memory_format=...)`.
+            for entry in ("exp_avg", "exp_avg_sq"):
+                state[entry] = laid_like(param, state[entry])
         return Member(name, param, state, place, backend)
 
     def _check_capture(self) -> None:
@@ -503,7 +518,7 @@ class LowRankAdamW(Optimizer):
         if not self.capturable:
             for batch in prepared.batches:
                 batch.counts = READER.counts(list(map(STEP, batch.states)))
-                if min(batch.counts) != max(batch.counts):
+                if not 0 <= min(batch.counts) == max(batch.counts):
                     return False
             return True
         for batches in prepared.by_group:

@@ -32,6 +32,9 @@ from .parts import Method
 
 State = dict[str, Any]
 
+# What steps may be counted in: 1 can be added to it in place.
+COUNTS = (torch.float32, torch.float64, torch.int32, torch.int64)
+
 
 def new_state(param: Tensor, group: Group, salt: int, method: Method) -> State:
     """State of a parameter before its first step, on its device.
@@ -130,16 +133,23 @@ def subspace_stats(state: State) -> dict[str, Any]:
     return row | {key: None if x is None else int(x) for key, x in counters.items()}
 
 
+def laid_like(param: Tensor, moment: Tensor) -> Tensor:
+    """A moment laid out like its weight, as torch's fused kernels need it, or as it is."""
+    laid = torch.empty_like(param, dtype=moment.dtype)
+    return moment if laid.stride() == moment.stride() else laid.copy_(moment)
+
+
 def check_shapes(name: str, param: Tensor, state: State, projected: bool) -> None:
     """Raises ValueError if a state does not belong to a parameter of this shape."""
     try:
-        exp_avg, exp_avg_sq = state["exp_avg"], state["exp_avg_sq"]
+        _, exp_avg, exp_avg_sq = state["step"], state["exp_avg"], state["exp_avg_sq"]
         expected = tuple(param.shape)
         if projected:
             basis, side = state["basis"], state["side"]
             if side not in tuple(Side):
                 raise ValueError(f"the state of {name} has side {side!r}, which is neither 0 nor 1")
-            rank, shape = basis.shape[1], (param.shape[0], param.shape[1])
+            rank = basis.shape[1] if isinstance(basis, Tensor) and basis.dim() == 2 else 0
+            shape = param.shape[0], param.shape[1]
             expected = projected_shape(shape, Side(side), rank)
             _check_shape(name, param, "basis", basis, basis_shape(shape, Side(side), rank))
             if "limiter_norm" in state:
@@ -176,12 +186,31 @@ def check_storage(name: str, param: Tensor, state: State) -> None:
         if value is None:
             continue
         dtype = param.dtype if key == "basis" else wide
+        if value.is_neg() or value._is_zerotensor():
+            raise ValueError(
+                f"the state of {name} has {key} with a pending negation or as zeros without memory:"
+                " replace it by its clone()"
+            )
         if value.dtype is not dtype or value.device != param.device:
             raise ValueError(
                 f"{name} is {param.dtype} on {param.device}, and its state has {key} as"
                 f" {value.dtype} on {value.device}: after moving or casting a model call"
                 " optimizer.load_state_dict(optimizer.state_dict()), which converts the state"
             )
+
+
+def check_step(name: str, state: State) -> None:
+    """Raises ValueError if steps cannot be counted; a counter on a device is not read."""
+    step, began = state["step"], state.get("moments_step", 0)
+    fits = isinstance(step, Tensor) and step.numel() == 1 and step.layout is torch.strided
+    fits = fits and step.dtype in COUNTS and not step.is_neg()
+    if fits and step.device.type == "cpu":
+        fits = began <= float(step) < float("inf")
+    if not fits:
+        raise ValueError(
+            f"the state of {name} has step as {step!r}, with moments from step {began} on; expected"
+            " is a float32 tensor with the number of steps taken"
+        )
 
 
 def _check_shape(

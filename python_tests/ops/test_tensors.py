@@ -152,6 +152,38 @@ def test_other_counters_are_left_to_torch(reader, other):
 
 
 @each_reader
+def test_a_counter_behind_a_negation_is_left_to_torch(reader):
+    counter = torch._neg_view(torch.tensor(-3.0))
+    assert reader.counts([counter]) == [3]
+
+
+@each_reader
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_counter_without_a_number_raises(reader, value):
+    with pytest.raises((ValueError, OverflowError)):
+        reader.counts([torch.tensor(value)])
+
+
+def test_a_device_that_cannot_be_read_is_remembered(monkeypatch):
+    """For torch takes milliseconds to say so."""
+    native = pytest.importorskip("lowrank_kernels._native")
+    asked = []
+
+    class Others(OneByOne):
+        def addresses(self, tensors):
+            asked.append(tensors[0].device.type)
+            return super().addresses(tensors)
+
+    if not hasattr(torch.Tensor, "__dlpack_c_exchange_api__"):
+        pytest.skip("an older torch")
+    reader = native.TensorReader(torch.Tensor.__dlpack_c_exchange_api__, Others())
+    for _ in "ab":
+        assert reader.addresses([torch.ones(2, device="meta")]) == [0]
+        assert reader.addresses([torch.ones(2)]) != [0]
+    assert asked == ["meta", "meta"]
+
+
+@each_reader
 def test_a_counter_without_memory_is_not_written(reader):
     with FakeTensorMode():
         fake = torch.zeros(())

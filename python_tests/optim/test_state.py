@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lowrank_kernels import FiraAdamW, GaLoreAdamW, LowRankAdamW, Subspace, param_groups
 from lowrank_kernels.optim.groups import FORMAT
@@ -429,3 +430,135 @@ def test_nothing_per_parameter_is_cached_before_the_first_step():
     optimizer.step()
     assert optimizer.state[replaced]["basis"].shape == (6, 3)
     assert weight not in optimizer.state
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_weight_laid_out_anew_goes_on_as_after_a_load(dtype):
+    """Its moments are laid out anew with it, so that torch's fused kernels go on serving it."""
+
+    def trained(conv, steps):
+        for seed in steps:
+            rng = torch.Generator().manual_seed(seed)
+            for param in conv.parameters():
+                grad = torch.randn(param.shape, generator=rng).to(dtype)
+                param.grad = torch.empty_like(param).copy_(grad)
+            optimizers[conv].step()
+
+    first, second = (torch.nn.Conv2d(8, 8, 3, dtype=dtype) for _ in "ab")
+    optimizers = {conv: FiraAdamW(conv.parameters(), lr=1e-2) for conv in (first, second)}
+    trained(first, range(3))
+    first.to(memory_format=torch.channels_last)
+    trained(first, range(3, 5))
+    for moment in ("exp_avg", "exp_avg_sq"):
+        assert optimizers[first].state[first.weight][moment].stride() == first.weight.stride()
+    second.to(memory_format=torch.channels_last)
+    second.load_state_dict(first.state_dict())
+    optimizers[second].load_state_dict(optimizers[first].state_dict())
+    trained(first, [5])
+    trained(second, [5])
+    assert torch.equal(first.weight, second.weight)
+
+
+def test_groups_handed_on_have_the_method_of_their_new_optimizer():
+    weight = torch.nn.Parameter(torch.randn(8, 6))
+    fira = FiraAdamW([{"params": [weight], "rank": 2}])
+    galore = GaLoreAdamW(fira.param_groups)
+    assert galore.param_groups[0]["method"] == galore.defaults["method"]
+    assert galore.param_groups[0]["method"] != fira.param_groups[0]["method"]
+
+
+def taken_a_step(backend, **options):
+    weight = torch.nn.Parameter(torch.randn(12, 20))
+    optimizer = GaLoreAdamW([{"params": [weight], "rank": 4}], backend=backend, **options)
+    weight.grad = torch.randn(12, 20)
+    optimizer.step()
+    return weight, optimizer
+
+
+def assert_refused_unchanged(optimizer, weight, error=ValueError, match=None):
+    """A step raises, and neither the weight nor its number of steps changes."""
+    before, steps = weight.detach().clone(), optimizer.state[weight].get("step")
+    steps = steps.clone() if isinstance(steps, torch.Tensor) else steps
+    with pytest.raises(error, match=match):
+        optimizer.step()
+    assert torch.equal(weight, before)
+    if isinstance(steps, torch.Tensor):
+        now = optimizer.state[weight]["step"]
+        torch.testing.assert_close(now, steps, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("backend", ["reference", "foreach", "native"])
+@pytest.mark.parametrize("own", [False, True])
+def test_a_step_among_fake_tensors_counts_nothing(backend, own):
+    weight, optimizer = taken_a_step(backend)
+    fake = FakeTensorMode(allow_non_fake_inputs=own)
+    with fake, pytest.raises((AssertionError, RuntimeError)):
+        optimizer.step()
+    assert float(optimizer.state[weight]["step"]) == 1
+
+
+@pytest.mark.parametrize(
+    "step",
+    [3.0, None, torch.tensor(3, dtype=torch.uint16), torch.tensor([3.0, 3.0]), torch.tensor(-2.0)],
+    ids=str,
+)
+@pytest.mark.parametrize("rank", [None, 4])
+def test_what_cannot_count_steps_is_refused_by_name(step, rank):
+    weight = torch.nn.Parameter(torch.randn(12, 20))
+    group = {"params": [("layer.weight", weight)]} | ({"rank": rank} if rank else {})
+    optimizer = GaLoreAdamW([group])
+    weight.grad = torch.randn(12, 20)
+    optimizer.step()
+    optimizer.state[weight]["step"] = step
+    message = "layer.weight has step as"
+    assert_refused_unchanged(optimizer, weight, match=message)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -1.0, -5.0])
+def test_a_number_of_steps_that_none_has_taken_changes_nothing(value):
+    weight, optimizer = taken_a_step("auto")
+    optimizer.state[weight]["step"].fill_(value)
+    errors = (ValueError, OverflowError)
+    assert_refused_unchanged(optimizer, weight, errors)
+
+
+@pytest.mark.parametrize("backend", ["foreach", "native"])
+@pytest.mark.parametrize("entry", ["exp_avg", "exp_avg_sq", "step"])
+def test_a_state_behind_a_negation_is_refused(backend, entry):
+    weight, optimizer = taken_a_step(backend)
+    state = optimizer.state[weight]
+    state[entry] = torch._neg_view(-state[entry])
+    assert_refused_unchanged(optimizer, weight, match=entry)
+
+
+@pytest.mark.parametrize("entry", ["exp_avg", "exp_avg_sq", "basis"])
+def test_a_state_entry_that_is_no_tensor_is_refused_by_name(entry):
+    weight, optimizer = taken_a_step("auto")
+    optimizer.state[weight][entry] = 3.0
+    message = f"parameter 0 of group 0 has {entry} as 3.0"
+    assert_refused_unchanged(optimizer, weight, match=message)
+
+
+@pytest.mark.parametrize("step", [2.0**24, 2.0**33])
+def test_more_steps_than_float32_can_count_go_on(step):
+    weight, optimizer = taken_a_step("native")
+    optimizer.state[weight]["step"].fill_(step)
+    before = weight.detach().clone()
+    optimizer.step()
+    assert not torch.equal(weight, before)
+
+
+def test_an_error_in_one_group_leaves_the_steps_of_later_groups(monkeypatch):
+    weights = [torch.nn.Parameter(torch.randn(12, 20)) for _ in "ab"]
+    optimizer = GaLoreAdamW([{"params": [weight], "rank": 4} for weight in weights])
+    for weight in weights:
+        weight.grad = torch.randn(12, 20)
+    optimizer.step()
+
+    def fails(*_):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(optimizer, "_step_batch", fails)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        optimizer.step()
+    assert [float(optimizer.state[weight]["step"]) for weight in weights] == [2, 1]
