@@ -29,7 +29,14 @@ from .contract import (
     scalar_of,
 )
 from .dry import device_type
-from .products import factors, product_dtype, project, rows_or_columns_are_dense, stacked
+from .products import (
+    factors,
+    product_dtype,
+    project,
+    rows_or_columns_are_dense,
+    squarable,
+    stacked,
+)
 from .reference import channel_scale, stochastically_rounded
 
 # Elements of a block or a tile, which bound every temporary but those of R's or the basis' size.
@@ -40,9 +47,6 @@ BLOCK_ELEMENTS_ELSEWHERE = 2**23
 TILE_ROWS = 512
 # The bits of a product may depend on the alignment of its operands.
 ALIGNED_ELEMENTS = 256
-
-# The smallest number whose square is not finite.
-_SQUARE_OVERFLOWS = {torch.float32: 2.0**64, torch.float64: 2.0**512}
 
 
 def batch_size(param: Tensor, grad: Tensor, rank: int) -> int:
@@ -188,14 +192,15 @@ class Operations:
             low = project(block, basis, side)
             lows.append(low)
             if kappa is not None:
+                # What is left out of R stays in the residual, which is then left out itself.
+                low.mul_(squarable(low))
                 squares.append(residual_sq_in(block, low, basis, side, kappa))
         return _joined(lows, 1 - self._axis), _joined(squares) if squares else None
 
     def _adam_moments(self, matrices: Matrices, projected: Tensor, adam: AdamScalars) -> Tensor:
         """N, from M, V and R, which change in place; an entry of R without a finite square is 0.
 
-        Usable entries are marked by a float 1: torch's passes over booleans take five times as
-        long on a CPU. Where one is not usable, the moments move by a share of 0.
+        There the moments move by a share of 0.
         """
         correction1 = self._stackable(adam.bias_correction1)
         correction2 = self._stackable(adam.bias_correction2)
@@ -206,8 +211,7 @@ class Operations:
         stacks = (exp_avgs, exp_avg_sqs, projected, direction)
         rows = max(1, self._block // max(1, len(projected) * projected.shape[2]))
         for m, v, r, n in zip(*(torch.split(stack, rows, 1) for stack in stacks), strict=True):
-            usable = r.abs()
-            torch.lt(usable, _SQUARE_OVERFLOWS[self._dtype], out=usable)
+            usable = squarable(r)
             r.nan_to_num_(0.0, 0.0, 0.0).mul_(usable)
             share = usable * (1 - adam.beta1)
             m.lerp_(r, share)

@@ -34,6 +34,7 @@ from .products import (
     project,
     rows_are_dense,
     rows_or_columns_are_dense,
+    squarable,
 )
 
 import_error: str | None = None
@@ -328,6 +329,8 @@ class Operations:
             low = projected.narrow(axis, first, size)
             project(block, basis, side, low)
             if residual is not None and residual_sq is not None:
+                # What is left out of R stays in the residual, which is then left out itself.
+                low.mul_(squarable(low))
                 block.addmm_(*factors(low, basis, side), alpha=-residual.kappa)
                 own = residual_sq[None, first : first + size]
                 self._residual_sums([block], self._channels_are_rows, own)

@@ -24,6 +24,19 @@ def product_dtype(dtype: torch.dtype, device_type: str) -> torch.dtype:
     return torch.float32 if dtype is torch.float16 and device_type == "cpu" else dtype
 
 
+# The smallest number whose square is not finite.
+_SQUARE_OVERFLOWS = {torch.float32: 2.0**64, torch.float64: 2.0**512}
+
+
+def squarable(low: Tensor) -> Tensor:
+    """1 where the square of an entry is finite, else 0.
+
+    Floats: torch's passes over booleans take five times as long on a CPU.
+    """
+    size = low.abs()
+    return torch.lt(size, _SQUARE_OVERFLOWS[low.dtype], out=size)
+
+
 def rows_are_dense(matrix: Tensor) -> bool:
     """A pass can walk along its rows: elements of one are adjacent, and rows do not overlap."""
     (rows, cols), (row_stride, col_stride) = matrix.shape, matrix.stride()
