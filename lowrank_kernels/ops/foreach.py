@@ -31,6 +31,7 @@ from .contract import (
 from .dry import device_type
 from .products import (
     factors,
+    fast_in_half,
     product_dtype,
     project,
     rows_or_columns_are_dense,
@@ -60,6 +61,10 @@ class Operations:
     def __init__(self, matrices: Matrices) -> None:
         param, grad, basis = matrices.params[0], matrices.grads[0], matrices.bases[0]
         residual, half = matrices.residual, min(grad.itemsize, basis.itemsize) < 4
+        forms_residual = half and residual is not None and residual.kappa > MAX_KAPPA_HALF_PRECISION
+        self._forms_residual_in_half = forms_residual and fast_in_half(
+            grad, basis, device_type(grad)
+        )
         self._dtype = matrices.exp_avgs[0].dtype
         self._side, self._axis = matrices.side, rank_axis(matrices.side)
         self._block = _block_elements(param)
@@ -68,7 +73,7 @@ class Operations:
             or product_dtype(grad.dtype, device_type(grad)) is not grad.dtype
             # The product would round the basis.
             or (grad.itemsize < 4 and basis.dtype is not grad.dtype)
-            or (half and residual is not None and residual.kappa > MAX_KAPPA_HALF_PRECISION)
+            or (forms_residual and not self._forms_residual_in_half)
         )
         self._update_dtype = product_dtype(param.dtype, device_type(param))
         self._adds_to_param = (
@@ -95,7 +100,9 @@ class Operations:
         if residual is None:
             return Projection(direction, projected, None)
         direction_sq, projected_sq = map(self._channel_sums, (direction, projected))
-        if residual_sq is None:
+        if self._forms_residual_in_half:
+            residual_sq = self._residual_sq_in_half(pairs, projected, residual.kappa)
+        elif residual_sq is None:
             spanned = 2 * residual.kappa - residual.kappa**2
             residual_sq = self._channel_sums(matrices.grads)
             residual_sq.sub_(projected_sq, alpha=spanned).clamp_(min=0.0)
@@ -196,6 +203,24 @@ class Operations:
                 low.mul_(squarable(low))
                 squares.append(residual_sq_in(block, low, basis, side, kappa))
         return _joined(lows, 1 - self._axis), _joined(squares) if squares else None
+
+    def _residual_sq_in_half(
+        self, pairs: Sequence[tuple[Tensor, Tensor]], projected: Tensor, kappa: float
+    ) -> Tensor:
+        """|e_j|^2, literally, by products in the gradients' dtype, to which e is rounded."""
+        grad = pairs[0][0]
+        # R is what the first product was rounded to, but for entries that were left out.
+        lows = _aligned_empty(projected.shape, grad.dtype, projected.device).copy_(projected)
+        at_once, axis = channels_of_block(grad, self._side), 1 - self._axis
+        squares = []
+        for (grad, basis), low in zip(pairs, lows, strict=True):
+            sums = []
+            blocks = torch.split(grad, at_once, axis), torch.split(low, at_once, axis)
+            for block, part in zip(*blocks, strict=True):
+                outside = torch.addmm(block, *factors(part, basis, self._side), alpha=-kappa)
+                sums.append(self._channel_sums([outside])[0])
+            squares.append(_joined(sums))
+        return stacked(squares)
 
     def _adam_moments(self, matrices: Matrices, projected: Tensor, adam: AdamScalars) -> Tensor:
         """N, from M, V and R, which change in place; an entry of R without a finite square is 0.

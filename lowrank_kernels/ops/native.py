@@ -30,6 +30,7 @@ from .contract import (
 from .dry import device_type
 from .products import (
     factors,
+    fast_in_half,
     product_dtype,
     project,
     rows_are_dense,
@@ -54,9 +55,6 @@ BATCH_ELEMENTS = {"cpu": 2**20, "cuda": 2**23}
 # numbers for CUDA were not measured.
 TILE_ELEMENTS = {"cpu": 2**18, "cuda": 2**23}
 TILE_ROWS = {"cpu": 128, "cuda": 4096}
-
-# Where products in half precision are so much faster than in float32 that they form residuals too.
-FORMS_RESIDUALS_IN_HALF = {"cuda"}
 
 # Rows of products start at cache lines: odd strides cost MKL a third of its speed, and its bits may
 # depend on alignment, which must not differ with the group.
@@ -109,12 +107,8 @@ class Operations:
             not dense or (half and residual.kappa > MAX_KAPPA_HALF_PRECISION)
         )
         converts = product_dtype(grad.dtype, device) is not grad.dtype
-        self._forms_residual_in_half = (
-            self._forms_residual
-            and dense
-            and not converts
-            and matrices.bases[0].dtype is grad.dtype
-            and device in FORMS_RESIDUALS_IN_HALF
+        self._forms_residual_in_half = self._forms_residual and fast_in_half(
+            grad, matrices.bases[0], device
         )
         in_float32 = self._forms_residual and not self._forms_residual_in_half
         self._projects_in_blocks = in_float32 or converts or not dense

@@ -10,8 +10,16 @@ import pytest
 import torch
 from pairs import pairwise
 
-from lowrank_kernels.ops import AdamScalars, ChannelSums, Matrices, Residual, Scalars, Side, prepare
-from lowrank_kernels.ops import native as native_module
+from lowrank_kernels.ops import (
+    AdamScalars,
+    ChannelSums,
+    Matrices,
+    Residual,
+    Scalars,
+    Side,
+    prepare,
+    products,
+)
 
 ROWS, COLS, RANK = 24, 40, 8
 FORMS = {"galore": None, "official": Residual(0.25, 1.0), "paper": Residual(1.0, 0.25)}
@@ -181,9 +189,10 @@ def test_a_norm_is_finite_where_the_sum_of_squares_is_not(backend, dtype, previo
 
 
 @SIDES
-def test_half_precision_products_leave_a_channel_out_too(side, monkeypatch):
-    monkeypatch.setattr(native_module, "FORMS_RESIDUALS_IN_HALF", {"cpu"})
+@pytest.mark.parametrize("backend", ["foreach", "native"])
+def test_half_precision_products_leave_a_channel_out_too(backend, side, monkeypatch):
+    monkeypatch.setattr(products, "FAST_IN_HALF", {"cpu"})
     where = "in R, all in the span"
     test_a_channel_with_an_entry_too_large_to_be_squared(
-        where, "native", torch.bfloat16, "paper", "dense", side
+        where, backend, torch.bfloat16, "paper", "dense", side
     )
