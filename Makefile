@@ -21,7 +21,7 @@ help:
 	@echo "make lint    check formatting, lint and types"
 	@echo "make sanitize  run the CPU tests of a build with address and undefined-behaviour sanitizers"
 	@echo "make sanitize-cuda  run the native GPU tests under compute-sanitizer"
-	@echo "make cuda    build the CUDA half and show registers and spills of every kernel"
+	@echo "make cuda    build the CUDA half and show registers, spills and stores of every kernel"
 	@echo "make build   editable install into $(VENV)"
 	@echo "make wheel   build a wheel into dist/"
 	@echo "make wheels  build one for every Linux and test it with the oldest and the newest torch"
@@ -63,7 +63,7 @@ sanitize-cuda: $(VENV)/.test
 	    exit 1; \
 	done
 
-cuda: $(VENV)/.bench
+cuda: $(VENV)/.bench $(VENV)/.test
 	@$(BIN)/python -m bench.cuda_compile
 
 lint: $(VENV)/.lint

@@ -1,6 +1,10 @@
 // Adjacent elements of any dtype as float32, in accesses of up to 16 bytes.
 #pragma once
 
+#include <cstddef>
+#include <cstdint>
+#include <type_traits>
+
 #include "arguments.h"
 #include "rules/convert.h"
 
@@ -38,6 +42,39 @@ struct alignas(kWidth * sizeof(T) < 16 ? kWidth * sizeof(T) : 16) Pack {
   T values[kWidth];
 };
 
+// What one access moves of a pack of kBytes.
+template <std::size_t kBytes>
+using Access = std::conditional_t<
+    kBytes == 2, uint16_t,
+    std::conditional_t<kBytes == 4, uint32_t, std::conditional_t<kBytes == 8, uint2, uint4>>>;
+
+// In PTX where nvcc would take a vector apart: it forgets how pointers in a loop are aligned, and
+// stores element by element.
+template <typename T>
+__device__ __forceinline__ void store_access(T* to, T value) {
+  *to = value;
+}
+__device__ __forceinline__ void store_access(uint2* to, uint2 value) {
+  asm volatile("st.global.v2.u32 [%0], {%1, %2};" ::"l"(__cvta_generic_to_global(to)), "r"(value.x),
+               "r"(value.y)
+               : "memory");
+}
+__device__ __forceinline__ void store_access(uint4* to, uint4 value) {
+  asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(to)),
+               "r"(value.x), "r"(value.y), "r"(value.z), "r"(value.w)
+               : "memory");
+}
+
+template <typename T, int kWidth>
+__device__ __forceinline__ void store_pack(T* to, const Pack<T, kWidth>& pack) {
+  using Type = Access<sizeof(pack)>;
+  constexpr int kAccesses = sizeof(pack) / sizeof(Type);
+  Type parts[kAccesses];
+  memcpy(parts, &pack, sizeof(pack));
+#pragma unroll
+  for (int i = 0; i < kAccesses; ++i) store_access(reinterpret_cast<Type*>(to) + i, parts[i]);
+}
+
 template <int kWidth, typename T>
 __device__ __forceinline__ void load(const T* from, float (&to)[kWidth]) {
   const auto pack = *reinterpret_cast<const Pack<T, kWidth>*>(from);
@@ -50,7 +87,7 @@ __device__ __forceinline__ void store(T* to, const float (&from)[kWidth]) {
   Pack<T, kWidth> pack;
 #pragma unroll
   for (int i = 0; i < kWidth; ++i) assign(pack.values[i], from[i]);
-  *reinterpret_cast<Pack<T, kWidth>*>(to) = pack;
+  store_pack(to, pack);
 }
 
 inline bool is_aligned(const void* data) {

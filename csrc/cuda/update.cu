@@ -40,7 +40,7 @@ __device__ __forceinline__ void store_with_noise(BFloat16* to, const float (&fro
     pack.values[i].bits = rule.round(from[i], by_rows ? place_of_row : place_of_col + i,
                                      by_rows ? place_of_col + i : place_of_row);
   }
-  *reinterpret_cast<Pack<BFloat16, kWidth>*>(to) = pack;
+  store_pack(to, pack);
 }
 
 // The product has the dtype of the weight: cuBLAS has one for each.

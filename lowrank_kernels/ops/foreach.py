@@ -29,7 +29,15 @@ from .contract import (
     scalar_of,
 )
 from .dry import device_type
-from .products import factors, product_dtype, project, rows_or_columns_are_dense, stacked
+from .products import (
+    factors,
+    fast_in_half,
+    product_dtype,
+    project,
+    rows_or_columns_are_dense,
+    squarable,
+    stacked,
+)
 from .reference import channel_scale, stochastically_rounded
 
 # Elements of a block or a tile, which bound every temporary but those of R's or the basis' size.
@@ -40,9 +48,6 @@ BLOCK_ELEMENTS_ELSEWHERE = 2**23
 TILE_ROWS = 512
 # The bits of a product may depend on the alignment of its operands.
 ALIGNED_ELEMENTS = 256
-
-# The smallest number whose square is not finite.
-_SQUARE_OVERFLOWS = {torch.float32: 2.0**64, torch.float64: 2.0**512}
 
 
 def batch_size(param: Tensor, grad: Tensor, rank: int) -> int:
@@ -56,6 +61,10 @@ class Operations:
     def __init__(self, matrices: Matrices) -> None:
         param, grad, basis = matrices.params[0], matrices.grads[0], matrices.bases[0]
         residual, half = matrices.residual, min(grad.itemsize, basis.itemsize) < 4
+        forms_residual = half and residual is not None and residual.kappa > MAX_KAPPA_HALF_PRECISION
+        self._forms_residual_in_half = forms_residual and fast_in_half(
+            grad, basis, device_type(grad)
+        )
         self._dtype = matrices.exp_avgs[0].dtype
         self._side, self._axis = matrices.side, rank_axis(matrices.side)
         self._block = _block_elements(param)
@@ -64,7 +73,7 @@ class Operations:
             or product_dtype(grad.dtype, device_type(grad)) is not grad.dtype
             # The product would round the basis.
             or (grad.itemsize < 4 and basis.dtype is not grad.dtype)
-            or (half and residual is not None and residual.kappa > MAX_KAPPA_HALF_PRECISION)
+            or (forms_residual and not self._forms_residual_in_half)
         )
         self._update_dtype = product_dtype(param.dtype, device_type(param))
         self._adds_to_param = (
@@ -91,7 +100,9 @@ class Operations:
         if residual is None:
             return Projection(direction, projected, None)
         direction_sq, projected_sq = map(self._channel_sums, (direction, projected))
-        if residual_sq is None:
+        if self._forms_residual_in_half:
+            residual_sq = self._residual_sq_in_half(pairs, projected, residual.kappa)
+        elif residual_sq is None:
             spanned = 2 * residual.kappa - residual.kappa**2
             residual_sq = self._channel_sums(matrices.grads)
             residual_sq.sub_(projected_sq, alpha=spanned).clamp_(min=0.0)
@@ -188,14 +199,33 @@ class Operations:
             low = project(block, basis, side)
             lows.append(low)
             if kappa is not None:
+                # What is left out of R stays in the residual, which is then left out itself.
+                low.mul_(squarable(low))
                 squares.append(residual_sq_in(block, low, basis, side, kappa))
         return _joined(lows, 1 - self._axis), _joined(squares) if squares else None
+
+    def _residual_sq_in_half(
+        self, pairs: Sequence[tuple[Tensor, Tensor]], projected: Tensor, kappa: float
+    ) -> Tensor:
+        """|e_j|^2, literally, by products in the gradients' dtype, to which e is rounded."""
+        grad = pairs[0][0]
+        # R is what the first product was rounded to, but for entries that were left out.
+        lows = _aligned_empty(projected.shape, grad.dtype, projected.device).copy_(projected)
+        at_once, axis = channels_of_block(grad, self._side), 1 - self._axis
+        squares = []
+        for (grad, basis), low in zip(pairs, lows, strict=True):
+            sums = []
+            blocks = torch.split(grad, at_once, axis), torch.split(low, at_once, axis)
+            for block, part in zip(*blocks, strict=True):
+                outside = torch.addmm(block, *factors(part, basis, self._side), alpha=-kappa)
+                sums.append(self._channel_sums([outside])[0])
+            squares.append(_joined(sums))
+        return stacked(squares)
 
     def _adam_moments(self, matrices: Matrices, projected: Tensor, adam: AdamScalars) -> Tensor:
         """N, from M, V and R, which change in place; an entry of R without a finite square is 0.
 
-        Usable entries are marked by a float 1: torch's passes over booleans take five times as
-        long on a CPU. Where one is not usable, the moments move by a share of 0.
+        There the moments move by a share of 0.
         """
         correction1 = self._stackable(adam.bias_correction1)
         correction2 = self._stackable(adam.bias_correction2)
@@ -206,8 +236,7 @@ class Operations:
         stacks = (exp_avgs, exp_avg_sqs, projected, direction)
         rows = max(1, self._block // max(1, len(projected) * projected.shape[2]))
         for m, v, r, n in zip(*(torch.split(stack, rows, 1) for stack in stacks), strict=True):
-            usable = r.abs()
-            torch.lt(usable, _SQUARE_OVERFLOWS[self._dtype], out=usable)
+            usable = squarable(r)
             r.nan_to_num_(0.0, 0.0, 0.0).mul_(usable)
             share = usable * (1 - adam.beta1)
             m.lerp_(r, share)

@@ -31,10 +31,12 @@ from .dry import device_type
 from .products import (
     factors,
     matrices_in_workspace,
+    fast_in_half,
     product_dtype,
     project,
     rows_are_dense,
     rows_or_columns_are_dense,
+    squarable,
 )
 from .tensors import READER
 
@@ -109,7 +111,11 @@ class Operations:
             not dense or (half and residual.kappa > MAX_KAPPA_HALF_PRECISION)
         )
         converts = product_dtype(grad.dtype, device) is not grad.dtype
-        self._projects_in_blocks = self._forms_residual or converts or not dense
+        self._forms_residual_in_half = self._forms_residual and fast_in_half(
+            grad, matrices.bases[0], device
+        )
+        in_float32 = self._forms_residual and not self._forms_residual_in_half
+        self._projects_in_blocks = in_float32 or converts or not dense
         self._block_elements = BLOCK_ELEMENTS[device]
         aligned = grad.dtype is torch.float32 and moment.shape[1] % ALIGNED_ELEMENTS == 0
         self._product_of: torch.dtype | None = None if aligned else grad.dtype
@@ -163,7 +169,9 @@ class Operations:
             bias_correction2=correction2,
             **self._place(),
         )
-        if residual is not None and sums is not None and not self._forms_residual:
+        if sums is not None and self._forms_residual_in_half:
+            self._form_residuals(matrices, products, projected, sums.residual)
+        elif residual is not None and sums is not None and not self._forms_residual:
             grads, turned = matrices.grads, self._grads_turned
             if turned:
                 grads = list(map(_TRANSPOSED, grads))
@@ -320,21 +328,52 @@ class Operations:
     ) -> None:
         """R in float32 of any gradient, a few channels at a time; |e|^2, literally, if asked."""
         basis, axis = basis.float(), 1 - rank_axis(side)
-        channels = grad.shape[axis]
-        at_once = max(1, self._block_elements // max(1, grad.shape[1 - axis]))
-        shape = list(grad.shape)
-        shape[axis] = min(channels, at_once)
+        shape, blocks = self._channel_blocks(grad, axis)
         buffer = grad.new_empty(shape, dtype=torch.float32)
-        for first in range(0, channels, at_once):
-            size = min(at_once, channels - first)
+        for first, size in blocks:
             block = buffer.narrow(axis, 0, size)
             block.copy_(grad.narrow(axis, first, size))
             low = projected.narrow(axis, first, size)
             project(block, basis, side, low)
             if residual is not None and residual_sq is not None:
+                # What is left out of R stays in the residual, which is then left out itself.
+                low.mul_(squarable(low))
                 block.addmm_(*factors(low, basis, side), alpha=-residual.kappa)
                 own = residual_sq[None, first : first + size]
                 self._residual_sums([block], self._channels_are_rows, own)
+
+    def _form_residuals(
+        self, matrices: Matrices, products: Tensor, projected: Tensor, residual_sq: Tensor
+    ) -> None:
+        """|e|^2 of each channel, literally, a few channels at a time in the gradients' dtype.
+
+        Rounded are R, as `products` held it, and e, relative to itself: what cancels is not.
+        """
+        side, axis = matrices.side, 1 - rank_axis(matrices.side)
+        kappa = 0.0 if matrices.residual is None else matrices.residual.kappa
+        shape, blocks = self._channel_blocks(matrices.grads[0], axis)
+        dtype = matrices.grads[0].dtype
+        buffer = torch.empty_strided(*_aligned(1, *shape), dtype=dtype, device=self._device)[0]
+        # The same R, but for entries that were left out.
+        products.copy_(projected)
+        each = zip(matrices.grads, matrices.bases, products.unbind(), residual_sq, strict=True)
+        for grad, basis, low, total in each:
+            for first, size in blocks:
+                block, part = buffer.narrow(axis, 0, size), grad.narrow(axis, first, size)
+                pair = factors(low.narrow(axis, first, size), basis, side)
+                torch.addmm(part, *pair, alpha=-kappa, out=block)
+                own = total[None, first : first + size]
+                self._residual_sums([block], self._channels_are_rows, own)
+
+    def _channel_blocks(
+        self, grad: Tensor, axis: int
+    ) -> tuple[tuple[int, int], list[tuple[int, int]]]:
+        """The shape of a few channels of a gradient, and of each few the first and how many."""
+        channels, depth = grad.shape[axis], grad.shape[1 - axis]
+        at_once = max(1, self._block_elements // max(1, depth))
+        largest = min(channels, at_once)
+        blocks = [(first, min(at_once, channels - first)) for first in range(0, channels, at_once)]
+        return ((depth, largest) if axis else (largest, depth)), blocks
 
     def _place(self) -> dict[str, int]:
         """Where a pass runs: torch's threads, or the current stream of the batch's device."""

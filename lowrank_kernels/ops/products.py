@@ -13,6 +13,9 @@ from .contract import Side
 WORKSPACE_SHARE = 128
 SMALL_GPU_BYTES = 24 * 2**30
 
+# Devices on which products in half precision are many times as fast as in float32.
+FAST_IN_HALF = {"cuda"}
+
 
 def project(grad: Tensor, basis: Tensor, side: Side, out: Tensor | None = None) -> Tensor:
     """P^T G on the left, G P on the right."""
@@ -30,6 +33,19 @@ def product_dtype(dtype: torch.dtype, device_type: str) -> torch.dtype:
     return torch.float32 if dtype is torch.float16 and device_type == "cpu" else dtype
 
 
+# The smallest number whose square is not finite.
+_SQUARE_OVERFLOWS = {torch.float32: 2.0**64, torch.float64: 2.0**512}
+
+
+def squarable(low: Tensor) -> Tensor:
+    """1 where the square of an entry is finite, else 0.
+
+    Floats: torch's passes over booleans take five times as long on a CPU.
+    """
+    size = low.abs()
+    return torch.lt(size, _SQUARE_OVERFLOWS[low.dtype], out=size)
+
+
 def rows_are_dense(matrix: Tensor) -> bool:
     """A pass can walk along its rows: elements of one are adjacent, and rows do not overlap."""
     (rows, cols), (row_stride, col_stride) = matrix.shape, matrix.stride()
@@ -39,6 +55,18 @@ def rows_are_dense(matrix: Tensor) -> bool:
 def rows_or_columns_are_dense(matrix: Tensor) -> bool:
     """BLAS takes it as it is, without a copy."""
     return rows_are_dense(matrix) or rows_are_dense(matrix.T)
+
+
+def fast_in_half(grad: Tensor, basis: Tensor, device_type: str) -> bool:
+    """Whether products of these can be in half precision, and had better be."""
+    dtype = grad.dtype
+    return (
+        device_type in FAST_IN_HALF
+        and dtype.itemsize < 4
+        and dtype is basis.dtype
+        and dtype is product_dtype(dtype, device_type)
+        and rows_or_columns_are_dense(grad)
+    )
 
 
 def stacked(tensors: Sequence[Tensor]) -> Tensor:

@@ -34,6 +34,8 @@ NORM_EPS = 1e-8
 # Of an ordinary step's norm. Of a gradient in the span of its basis, rounding leaves a residual of
 # 0.003 of it in bfloat16, and of 0.0008 in float32.
 STORABLE_SHARE = 2**-6
+# Of a squared norm, what is added to others.
+SQUARE_SHARE = 2.0**-32
 # In the place of a norm after a step that had none worth storing.
 NOTHING_STORED = -1.0
 
@@ -151,10 +153,10 @@ def channel_scale(sums: ChannelSums, limiter_norms: Sequence[Tensor]) -> Tensor:
     scaled_sq = phi.square() * residual_sq
     finite = scaled_sq < math.inf
     phi = phi.where(finite, 0.0)
-    norm = scaled_sq.where(finite, 0.0).sum(1).sqrt()
+    norm = _norm(scaled_sq.where(finite, 0.0))
     ordinary_sq = phi.square() * projected_sq
     large = (ordinary_sq > 1) & (ordinary_sq < math.inf)
-    ordinary_norm = ordinary_sq.where(large, 1.0).where(phi > 0, 0.0).sum(1).sqrt()
+    ordinary_norm = _norm(ordinary_sq.where(large, 1.0).where(phi > 0, 0.0))
 
     previous = torch.stack(list(limiter_norms))
     growth = (norm / (previous + NORM_EPS)).clamp(min=LIMITER_GROWTH) / LIMITER_GROWTH
@@ -165,6 +167,14 @@ def channel_scale(sums: ChannelSums, limiter_norms: Sequence[Tensor]) -> Tensor:
     kept = previous.masked_fill((previous == 0) & (ordinary_norm > 0), NOTHING_STORED)
     torch._foreach_copy_(list(limiter_norms), list(limited.where(storable, kept).unbind()))
     return limit.unsqueeze(1) * phi
+
+
+def _norm(squares: Tensor) -> Tensor:
+    """Of the channels of each matrix: finite if the squares are, of up to 2^32 channels.
+
+    Their sum need not be. Powers of two change no bit of a number that is not subnormal.
+    """
+    return (squares * SQUARE_SHARE).sum(1).sqrt() * SQUARE_SHARE**-0.5
 
 
 def back_project(projected: Tensor, basis: Tensor, side: Side) -> Tensor:

@@ -13,7 +13,12 @@ multiplies phi by lambda. Bytes a matrix: 12 C for each rank tile of operation 1
 import triton
 import triton.language as tl
 
+from ..reference import SQUARE_SHARE
 from .device import arrives_last, locate
+
+# Squares are added as `reference` adds them, so that no sum of finite ones is infinite.
+_SHARE = tl.constexpr(SQUARE_SHARE)
+_UNIT = tl.constexpr(SQUARE_SHARE**-0.5)
 
 
 @triton.jit
@@ -64,8 +69,10 @@ def channel_scale_kernel(
     ordinary_ptr = share_ptr + tl.num_programs(0) + tl.cast(matrix, tl.int64) * programs
     share_ptr += tl.cast(matrix, tl.int64) * programs
     tl.store(factor_ptr + channel, tl.where(usable, phi, 0.0), mask=inside)
-    tl.store(share_ptr + program, tl.sum(tl.where(usable & inside, scaled_sq, 0.0), axis=0))
-    tl.store(ordinary_ptr + program, tl.sum(tl.where(inside, ordinary_sq, 0.0), axis=0))
+    scaled_sq = tl.where(usable & inside, scaled_sq * _SHARE, 0.0)
+    tl.store(share_ptr + program, tl.sum(scaled_sq, axis=0))
+    ordinary_sq = tl.where(inside, ordinary_sq * _SHARE, 0.0)
+    tl.store(ordinary_ptr + program, tl.sum(ordinary_sq, axis=0))
 
     if arrives_last(arrived_ptr + matrix, programs):
         total = 0.0
@@ -73,11 +80,11 @@ def channel_scale_kernel(
         for other in range(programs):
             total += tl.load(share_ptr + other, cache_modifier=".cg")
             ordinary += tl.load(ordinary_ptr + other, cache_modifier=".cg")
-        norm = tl.sqrt(total)
+        norm = tl.sqrt(total) * _UNIT
         limiter_norm_ptr = locate(limiter_norms, matrix)
         previous = tl.load(limiter_norm_ptr)
         growth = norm / (previous + norm_eps)
-        ordinary = tl.sqrt(ordinary)
+        ordinary = tl.sqrt(ordinary) * _UNIT
         bounded = tl.where(norm > ordinary, ordinary / norm, 1.0)
         limit = growth_bound / tl.maximum(growth, growth_bound)
         limit = tl.where(previous > 0.0, limit, tl.where(previous < 0.0, bounded, 1.0))
