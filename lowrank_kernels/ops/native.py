@@ -30,8 +30,8 @@ from .contract import (
 from .dry import device_type
 from .products import (
     factors,
-    matrices_in_workspace,
     fast_in_half,
+    matrices_in_workspace,
     product_dtype,
     project,
     rows_are_dense,

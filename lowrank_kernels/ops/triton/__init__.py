@@ -68,6 +68,16 @@ def batch_size(param: Tensor, grad: Tensor, rank: int) -> int:
     return matrices_in_workspace(param, rank, entry_bytes=8)
 
 
+def rereads_gradients(device: torch.device) -> bool:
+    """Whether operation 1 has to read what it squares anew, and not with its product.
+
+    On sm_90 a product reads shared memory while the next instructions run. Triton, 3.6 to 3.9,
+    keeps a slot for that, but only of tiles which nothing else reads: over another it copies the
+    next tile while a product still reads it. Elsewhere the second load is of no use, and spills.
+    """
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
+
+
 class _Tiles(NamedTuple):
     """How operations 1 and 3 are cut up."""
 
@@ -160,6 +170,11 @@ class Operations:
             grad_dtype, basis_dtype = problem.dtypes
             # Two operands of one kind stay as they are; anything mixed is float32.
             operand = grad_dtype if grad_dtype is basis_dtype else torch.float32
+            # Anything else goes through registers on its way into the product.
+            as_copied = grad_dtype is basis_dtype and (
+                grad_dtype.itemsize < 4 or precision == "tf32"
+            )
+            reread = residual is not None and as_copied and rereads_gradients(self._device)
             arguments = (
                 self._arrived,
                 unit,
@@ -178,6 +193,7 @@ class Operations:
                 "PRECISION": precision,
                 "SUMS": residual is not None,
                 "SPLIT": split > 1,
+                "REREAD": reread,
                 "DEVICE_SCALARS": isinstance(adam.bias_correction1, Tensor),
             }
             return Rest(tiles.project_grid, arguments, options | config.options())
