@@ -46,6 +46,10 @@ def backends() -> dict[str, tuple[bool, str]]:
     return {name: status() for name, status in _STATUS.items()}
 
 
+class CapturedStream(RuntimeError):
+    """Kernels cannot be checked while a stream is captured: nothing could be read."""
+
+
 def requested_backend(backend: str) -> str:
     """The backend asked for: `LOWRANK_BACKEND` if it is set, else the argument.
 
