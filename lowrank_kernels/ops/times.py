@@ -15,6 +15,8 @@ import torch
 
 from .contract import Side
 
+FILE = Path(__file__).with_name("times.json")
+
 # Where no time is known: fewest launches first.
 ORDER = ("triton", "native", "foreach")
 
@@ -64,7 +66,6 @@ def fastest_first(size: Size | None, dtype: torch.dtype, gpu: str | None) -> tup
 @functools.cache
 def table() -> list[Times]:
     """All rows."""
-    text = Path(__file__).with_name("times.json").read_text()
     return [
         Times(
             row["gpu"],
@@ -73,7 +74,7 @@ def table() -> list[Times]:
             row["source"],
             row["us"],
         )
-        for row in json.loads(text)["rows"]
+        for row in json.loads(FILE.read_text())["rows"]
     ]
 
 
