@@ -197,6 +197,14 @@ def test_no_projected_gradient_is_near_zero(size, side):
         assert low.abs().min() > 0.9
 
 
+@pytest.mark.parametrize("method", selfcheck.METHODS)
+@pytest.mark.parametrize("side", Side)
+@pytest.mark.parametrize("size", PIPELINED)
+def test_what_a_gpu_is_asked_besides_passes_on_a_cpu(size, side, method):
+    for dtype in (FLOAT, BF16):
+        assert judge(Case("foreach", "cpu", dtype, method, *size, side)).passed
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("dtype", [FLOAT, BF16, torch.float16])
