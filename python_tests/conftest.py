@@ -3,10 +3,13 @@
 import os
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from hypothesis import settings
+
+from lowrank_kernels.ops import dispatch, selfcheck
 
 # Read when triton is first imported, so it has to be here: without a GPU its kernels are
 # interpreted.
@@ -37,3 +40,40 @@ def few_threads():
 @pytest.fixture
 def rng() -> torch.Generator:
     return torch.Generator().manual_seed(0)
+
+
+@pytest.fixture
+def fresh_choices():
+    """Nothing was chosen before, nor checked."""
+    remembered = dispatch._chosen, selfcheck.fault_of
+    for each in remembered:
+        each.cache_clear()
+    yield
+    for each in remembered:
+        each.cache_clear()
+
+
+@pytest.fixture
+def gpu(monkeypatch, fresh_choices):
+    """Two GPUs for `auto` that are not there: the CPU's `native` is checked in the place of theirs.
+
+    Triton serves them too, and is right, or what `faults` says. `checks` lists what was asked.
+    """
+    right, asked = selfcheck.fault_of, SimpleNamespace(checks=[], faults={"triton": None})
+
+    def fault_of(backend, device, dtype):
+        asked.checks.append((backend, str(device), dtype))
+        known = asked.faults
+        return known[backend] if backend in known else right(backend, torch.device("cpu"), dtype)
+
+    def gpu_of(device):
+        return torch.device("cuda", torch.device(device).index or 0), "NVIDIA H200"
+
+    def native(kind):
+        return dispatch._native_obstacle(kind._replace(device="cpu"))
+
+    monkeypatch.setattr(selfcheck, "fault_of", fault_of)
+    monkeypatch.setitem(dispatch._OBSTACLES, "native", native)
+    monkeypatch.setitem(dispatch._OBSTACLES, "triton", lambda kind: kind.strides)
+    monkeypatch.setattr(dispatch, "_gpu_of", gpu_of)
+    return asked

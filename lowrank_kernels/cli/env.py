@@ -29,9 +29,12 @@ def facts(args: argparse.Namespace) -> dict[str, Any]:
     variables = {name: os.environ[name] for name in names}
     remarks = {name: _remark(name, value) for name, value in variables.items()}
     packages = {name.replace("-", "_"): _version(name) for name in PACKAGES}
+    devices = _devices()
+    places = [device["device"] for device in devices]
+    places += ["cuda"] if len(places) == 1 else []
     return {
         "versions": {"python": platform.python_version(), **packages},
-        "devices": _devices(),
+        "devices": devices,
         "threads": torch.get_num_threads(),
         "native": build_info(),
         "backends": {
@@ -41,7 +44,7 @@ def facts(args: argparse.Namespace) -> dict[str, Any]:
         "auto": [
             {"device": device, "dtype": name}
             | choose_kind("auto", Kind(device, dtype, dtype))._asdict()
-            for device in ("cpu", "cuda")
+            for device in places
             for name, dtype in DTYPES.items()
         ],
         "variables": variables,

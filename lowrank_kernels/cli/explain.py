@@ -23,7 +23,7 @@ def facts(args: argparse.Namespace) -> dict[str, Any]:
     """The rows of `LowRankAdamW.plan` in the order of the model, each with the factor on its
     learning rate, and the backend and the reason of the device that is asked for; and totals.
     """
-    choice = backend_of(args)
+    backend_of(args)  # a mistake there is told before a model is built
     model = model_of(args)
     optimizer = build_optimizer(args.optimizer, model, args.backend)
     planned = {row["name"]: row for row in optimizer.plan()}
@@ -35,7 +35,9 @@ def facts(args: argparse.Namespace) -> dict[str, Any]:
     rows = []
     for decision in decide(model.module, model.rank):
         row, lr = planned[decision.name], factors[decision.name]
-        backend, reason = choice if decision.projected else ("torch", decision.reason)
+        backend, reason = "torch", decision.reason
+        if decision.projected:
+            backend, reason = backend_of(args, row)
         dtype = str(row["dtype"]).removeprefix("torch.")
         rows.append({**row, "dtype": dtype, "lr": lr, "backend": backend, "reason": reason})
     return {

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from ..ops import Choice, requested_backend
+from ..ops import Choice, Side, Size, requested_backend
 from ..ops.dispatch import REQUESTS, Kind, choose_kind
 from ..optim import AdaRankGradAdamW, FiraAdamW, GaLoreAdamW, LowRankAdamW, param_groups
 from .text import UserError, user_errors
@@ -113,16 +113,24 @@ def build_optimizer(name: str, model: Model, backend: str) -> LowRankAdamW:
         return OPTIMIZERS[name](param_groups(model.module, model.rank), backend=backend)
 
 
-def backend_of(args: argparse.Namespace) -> Choice:
-    """The backend of the projected matrices on the device that is asked for, and why.
+def backend_of(args: argparse.Namespace, row: dict[str, Any] | None = None) -> Choice:
+    """The backend of a projected matrix on the device that is asked for, and why.
+
+    Args:
+        args: of the command line.
+        row: of `LowRankAdamW.plan`; None for matrices of any size.
 
     Raises:
         UserError: it is unknown, or does not serve this device and dtype.
         BackendUnavailable: it cannot run here.
     """
-    dtype = DTYPES[args.dtype]
+    dtype, size = DTYPES[args.dtype], None
+    if row is not None:
+        (rows, cols), side = row["shape"], Side[row["side"].upper()]
+        size = Size(rows, cols, row["rank"], side)
     with user_errors():
-        return choose_kind(requested_backend(args.backend), Kind(args.device, dtype, dtype))
+        request = requested_backend(args.backend)
+        return choose_kind(request, Kind(args.device, dtype, dtype, size=size))
 
 
 def _llama_config(shape: Shape) -> Any:

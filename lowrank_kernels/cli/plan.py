@@ -59,14 +59,15 @@ def facts(args: argparse.Namespace) -> dict[str, Any]:
     for name in names:
         if name not in ALL_OPTIMIZERS:
             raise UserError(f"--optimizers: {name!r} is not one of {', '.join(ALL_OPTIMIZERS)}")
-    memory, backend = _memory(args), backend_of(args).backend
+    memory, usual = _memory(args), backend_of(args).backend
     model = model_of(args)
     params = list(model.module.parameters())
     weights = sum(map(_bytes, params))
     gradients = [_bytes(param) for param in params if param.requires_grad]
-    optimizers = {}
+    optimizers, backends = {}, set()
     for name in names:
-        state, workspace, remark = _needs(name, model, args)
+        state, workspace, remark, used = _needs(name, model, args)
+        backends |= used
         total = weights + sum(gradients) + state + max(workspace)
         optimizers[name] = {
             "state_bytes": state,
@@ -83,7 +84,7 @@ def facts(args: argparse.Namespace) -> dict[str, Any]:
         "rank": model.rank,
         "dtype": args.dtype,
         "device": args.device,
-        "backend": backend,
+        "backend": " and ".join(sorted(backends)) or usual,
         "memory_bytes": memory,
         "weight_bytes": weights,
         "gradient_bytes": sum(gradients),
@@ -139,14 +140,18 @@ def _memory(args: argparse.Namespace) -> int | None:
     return round(args.memory * GB)
 
 
-def _needs(name: str, model: Model, args: argparse.Namespace) -> tuple[int, Workspace, str | None]:
-    """Bytes of the state and of the workspaces, and what is to be said of them."""
+def _needs(
+    name: str, model: Model, args: argparse.Namespace
+) -> tuple[int, Workspace, str | None, set[str]]:
+    """Bytes of the state and of the workspaces, what is to be said of them, and the backends."""
     if name == "adamw":
-        return sum(map(_adamw_bytes, model.module.parameters())), Workspace(0, 0), None
+        return sum(map(_adamw_bytes, model.module.parameters())), Workspace(0, 0), None, set()
     optimizer = build_optimizer(name, model, args.backend)
     rows = optimizer.plan()
     workspace = planned_workspace(optimizer, args.device)
-    return sum(row["state_bytes"] for row in rows), workspace, _more_than_adamw(rows, model)
+    state, remark = sum(row["state_bytes"] for row in rows), _more_than_adamw(rows, model)
+    used = {backend_of(args, row).backend for row in rows if row["projected"]}
+    return state, workspace, remark, used
 
 
 def _more_than_adamw(rows: list[dict[str, Any]], model: Model) -> str | None:

@@ -24,6 +24,7 @@ from .contract import (
     check_matrices,
 )
 from .dispatch import BackendUnavailable, Choice, backends, choose, load, requested_backend
+from .times import Size
 
 __all__ = [
     "AdamScalars",
@@ -37,6 +38,7 @@ __all__ = [
     "Scalar",
     "Scalars",
     "Side",
+    "Size",
     "backends",
     "batch_size",
     "choose",

@@ -3,6 +3,7 @@
 import functools
 import importlib
 import importlib.util
+import itertools
 import logging
 import os
 from collections.abc import Callable
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from . import native
+from .times import Size, fastest_first
 
 logger = logging.getLogger("lowrank_kernels")
 
@@ -46,6 +48,10 @@ def backends() -> dict[str, tuple[bool, str]]:
     return {name: status() for name, status in _STATUS.items()}
 
 
+class CapturedStream(RuntimeError):
+    """Kernels cannot be checked while a stream is captured: nothing could be read."""
+
+
 def requested_backend(backend: str) -> str:
     """The backend asked for: `LOWRANK_BACKEND` if it is set, else the argument.
 
@@ -69,14 +75,26 @@ def requested_backend(backend: str) -> str:
 class Kind(NamedTuple):
     """What the choice of a backend depends on; hashable, so that each is chosen and logged once.
 
-    `strides` says why the kernels cannot address the weight or its gradient, None if they can.
+    Attributes:
+        device: "cpu", "cuda:1" and so on; without an index the current one is meant.
+        param: the dtype of the weight.
+        grad: the dtype of its gradient.
+        capturable: step-dependent scalars are tensors on the device.
+        strides: why the kernels cannot address the weight or its gradient, None if they can.
+        size: of the weight and its basis; None where it does not matter.
     """
 
-    device_type: str
+    device: str
     param: torch.dtype
     grad: torch.dtype
     capturable: bool = False
     strides: str | None = None
+    size: Size | None = None
+
+    @property
+    def device_type(self) -> str:
+        """The device without its index."""
+        return self.device.partition(":")[0]
 
 
 def choose(
@@ -85,28 +103,44 @@ def choose(
     grad: Tensor | None = None,
     *,
     capturable: bool = False,
+    size: Size | None = None,
 ) -> Choice:
     """The backend for a matrix; the answer for each kind of matrix is logged once.
+
+    Before "auto" takes kernels on a GPU for the first time in a process, they are checked there.
 
     Args:
         request: a name out of `requested_backend`.
         param: the weight.
         grad: its gradient; without one, a gradient like the weight is meant.
         capturable: step-dependent scalars are tensors on the device.
+        size: of the weight and its basis; None leaves the choice to the dtypes.
 
     Raises:
         ValueError: a backend was asked for by name and does not serve these tensors.
     """
     grad = param if grad is None else grad
-    ask_triton = request == "triton" and _triton_is_installed()
-    strides = load("triton").obstacle(param, grad) if ask_triton else None
-    kind = Kind(param.device.type, param.dtype, grad.dtype, capturable, strides)
+    ask_triton = request == "triton" or (request == "auto" and param.is_cuda)
+    strides = None
+    if ask_triton and _triton_status()[0]:
+        strides = load("triton").obstacle(param, grad)
+    kind = Kind(str(param.device), param.dtype, grad.dtype, capturable, strides, size)
     return choose_kind(request, kind)
 
 
-@functools.cache
 def choose_kind(request: str, kind: Kind) -> Choice:
     """As `choose`, for a kind of matrix."""
+    if request != "auto" or kind.device_type != "cuda":
+        kind = kind._replace(size=None)
+    try:
+        return _chosen(request, kind)
+    except CapturedStream:
+        return Choice("foreach", "kernels cannot be checked while a stream is captured")
+
+
+@functools.cache
+def _chosen(request: str, kind: Kind) -> Choice:
+    """Remembered, and logged the first time; what raises is not."""
     if request == "auto":
         choice = _choose_automatically(kind)
     elif obstacle := _OBSTACLES[request](kind):
@@ -116,7 +150,7 @@ def choose_kind(request: str, kind: Kind) -> Choice:
     # On a CPU the others are slower than the compiled passes, and nobody asked for them.
     slow = choice.backend == "reference" or (choice.backend, kind.device_type) == ("foreach", "cpu")
     level = logging.WARNING if slow and request == "auto" else logging.INFO
-    name = f"{kind.device_type} {_short(kind.param)} weights, {_short(kind.grad)} gradients"
+    name = f"{kind.device} {_short(kind.param)} weights, {_short(kind.grad)} gradients"
     logger.log(level, "%s: %s backend (%s)", name, *choice)
     return choice
 
@@ -131,10 +165,42 @@ def _choose_automatically(kind: Kind) -> Choice:
     if torch.float64 in (kind.param, kind.grad):
         return Choice("reference", "float64 is left to the specification")
     if kind.device_type == "cuda":
-        return Choice("foreach", "no kernel has been measured on a GPU yet; name one to use it")
+        return _choose_on_cuda(kind)
     if obstacle := _native_obstacle(kind):
         return Choice("foreach", obstacle)
     return Choice("native", "compiled CPU passes")
+
+
+def _choose_on_cuda(kind: Kind) -> Choice:
+    """The fastest backend that serves the matrices and computes what it should."""
+    gpu = _gpu_of(kind.device)
+    if gpu is None:
+        return Choice("foreach", "there is no CUDA device that kernels could be checked on")
+    device, gpu_name = gpu
+    order, reason = fastest_first(kind.size, kind.param, gpu_name)
+    reasons = [reason]
+    for name in itertools.takewhile(lambda name: name != "foreach", order):
+        obstacle = _OBSTACLES[name](kind) or _fault(name, device, kind)
+        if obstacle is None:
+            return Choice(name, "; ".join(reasons))
+        reasons.append(obstacle)
+    return Choice("foreach", "; ".join(reasons[1:] or reasons))
+
+
+def _fault(backend: str, device: torch.device, kind: Kind) -> str | None:
+    """Why kernels are not to be trusted, None if they are; they are tried here."""
+    selfcheck = importlib.import_module(".selfcheck", __package__)
+    dtypes = dict.fromkeys((kind.param, kind.grad))
+    return next(filter(None, (selfcheck.fault_of(backend, device, d) for d in dtypes)), None)
+
+
+def _gpu_of(device: str) -> tuple[torch.device, str] | None:
+    """The device with its index, and its name; None if there is no GPU."""
+    if not torch.cuda.is_available():
+        return None
+    index = torch.device(device).index
+    index = torch.cuda.current_device() if index is None else index
+    return torch.device("cuda", index), torch.cuda.get_device_name(index)
 
 
 def _native_status() -> tuple[bool, str]:

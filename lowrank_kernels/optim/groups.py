@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..ops import Side
+from ..ops import Side, Size
 from ..ops.notices import notice_once
 
 Group = dict[str, Any]
@@ -40,6 +40,13 @@ def side_of(proj_type: str, rows: int, cols: int) -> Side:
         return Side[proj_type.upper()]
     tall = rows >= cols
     return Side.RIGHT if tall == (proj_type == "std") else Side.LEFT
+
+
+def size_of(group: Group, param: Tensor) -> Size:
+    """What a backend is chosen by: the largest basis that a projected parameter can have."""
+    rows, cols = param.shape
+    side = side_of(group["proj_type"], rows, cols)
+    return Size(rows, cols, min(group["rank"], rows, cols), side)
 
 
 def cut_rank(rank: int, rows: int, cols: int) -> int:

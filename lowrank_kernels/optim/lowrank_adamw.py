@@ -29,6 +29,7 @@ from .groups import (
     named_params,
     normalized,
     salts,
+    size_of,
 )
 from .parts import Method, ResidualForm, Rounding
 from .state import (
@@ -462,7 +463,7 @@ class LowRankAdamW(Optimizer):
         if is_projected(group):
             check_matrix(name, param)
             check_memory(name, param)
-            backend = self.choice(request, param, param.grad).backend
+            backend = self.choice(request, group, param).backend
         if state := self.state.get(param):
             check_shapes(name, param, state, is_projected(group))
             check_storage(name, param, state)
@@ -531,9 +532,10 @@ class LowRankAdamW(Optimizer):
                 batch.counts = [self._counted[param] - 1 for param in batch.params]
         return True
 
-    def choice(self, request: str, param: Tensor, grad: Tensor | None) -> Choice:
+    def choice(self, request: str, group: Group, param: Tensor) -> Choice:
         """Who computes a projected parameter's step, and why."""
-        return ops.choose(request, param, grad, capturable=self.capturable)
+        size, capturable = size_of(group, param), self.capturable
+        return ops.choose(request, param, param.grad, capturable=capturable, size=size)
 
 
 def _capturing() -> bool:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .. import ops
 from ..ops import BackendUnavailable, Choice, Side
-from .groups import Group, is_projected, learning_rate, named_params, side_of
+from .groups import Group, is_projected, learning_rate, named_params, size_of
 from .state import new_state, state_bytes, subspace_stats
 
 if TYPE_CHECKING:
@@ -71,14 +71,12 @@ def _who(optimizer: LowRankAdamW, group: Group, param: Tensor) -> Row:
         at = " at lr * scale" if "scale" in group else ""
         plain = Choice("torch", f"AdamW{at}: no rank in its group")
         return {"projected": False, "side": None, "rank": None, **plain._asdict()}
-    rows, cols = param.shape
-    side, rank = side_of(group["proj_type"], rows, cols), min(group["rank"], rows, cols)
+    _, _, rank, side = size_of(group, param)
     if state := optimizer.state.get(param):
         side, rank = Side(state["side"]), state["basis"].shape[1]
     try:
-        backend, reason = optimizer.choice(
-            ops.requested_backend(optimizer.backend), param, param.grad
-        )
+        request = ops.requested_backend(optimizer.backend)
+        backend, reason = optimizer.choice(request, group, param)
         if tiles := ops.tiles(backend):
             reason = f"{reason}; {tiles}"
     except (ValueError, BackendUnavailable) as error:  # what a step would raise
@@ -88,8 +86,8 @@ def _who(optimizer: LowRankAdamW, group: Group, param: Tensor) -> Row:
 
 
 def _needs(optimizer: LowRankAdamW, name: str, group: Group, param: Tensor) -> Row:
-    projected, size = is_projected(group), param.numel() * param.element_size()
-    side = side_of(group["proj_type"], *param.shape) if projected else None
+    projected, weight = is_projected(group), param.numel() * param.element_size()
+    size = size_of(group, param) if projected else None
     state = 0
     if param.requires_grad:
         state = state_bytes(
@@ -100,9 +98,9 @@ def _needs(optimizer: LowRankAdamW, name: str, group: Group, param: Tensor) -> R
         "shape": tuple(param.shape),
         "dtype": param.dtype,
         "projected": projected,
-        "side": None if side is None else side.name.lower(),
-        "rank": min(group["rank"], *param.shape) if projected else None,
-        "weight_bytes": size,
-        "gradient_bytes": size if param.requires_grad else 0,
+        "side": None if size is None else size.side.name.lower(),
+        "rank": None if size is None else size.rank,
+        "weight_bytes": weight,
+        "gradient_bytes": weight if param.requires_grad else 0,
         "state_bytes": state,
     }

@@ -14,7 +14,7 @@ from ..ops.dry import meta_stands_for
 from ..subspace import Due, batch_size, refresh_bases
 from .allocations import Allocations
 from .batches import Member, batches_of, scalars_of
-from .groups import Group, is_projected
+from .groups import Group, is_projected, size_of
 from .parts import Method
 from .plain import Plain
 from .state import new_state
@@ -55,7 +55,8 @@ def planned_workspace(optimizer: LowRankAdamW, device_type: str) -> Workspace:
             alike: dict[object, list[Member]] = {}
             for member in members:
                 dtype = member.param.dtype
-                kind = Kind(device_type, dtype, dtype, optimizer.capturable)
+                size = size_of(group, member.param)
+                kind = Kind(device_type, dtype, dtype, optimizer.capturable, size=size)
                 member = member._replace(backend=choose_kind(request, kind).backend)
                 alike.setdefault((kind, member.param.shape), []).append(member)
             for equal in alike.values():

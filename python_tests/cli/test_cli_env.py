@@ -3,6 +3,7 @@ import platform
 import torch
 
 from lowrank_kernels import backends
+from lowrank_kernels.cli import env
 from lowrank_kernels.ops import native
 
 
@@ -39,6 +40,21 @@ def test_what_auto_takes(json_of):
     ]
     assert [row["backend"] for row in rows] == ["native", "native", "foreach", "foreach"]
     assert all(row["reason"] for row in rows)
+
+
+def test_kernels_that_fail_their_check_on_a_gpu(command, json_of, gpu, monkeypatch):
+    gpu.faults = {"triton": "triton fails its check on cuda:0", "native": None}
+    rows = [row for row in json_of("env")["auto"] if row["device"] == "cuda"]
+    assert [row["backend"] for row in rows] == ["native", "native"]
+    assert all("triton fails its check on cuda:0" in row["reason"] for row in rows)
+    assert "triton fails its check on cuda:0" in command("env")[1]
+
+    found = [
+        {"device": name, "name": "", "memory_bytes": 1} for name in ("cpu", "cuda:0", "cuda:1")
+    ]
+    monkeypatch.setattr(env, "_devices", lambda: found)
+    places = [row["device"] for row in json_of("env")["auto"]]
+    assert places == [name for name in ("cpu", "cuda:0", "cuda:1") for _ in range(2)]
 
 
 def test_a_package_that_is_missing(json_of, monkeypatch):

@@ -1,5 +1,7 @@
 import pytest
 
+from lowrank_kernels.ops import dispatch
+
 KEYS = {
     "name",
     "shape",
@@ -71,6 +73,20 @@ def test_the_backend_is_that_of_the_device(json_of):
         rows = json_of(f"explain --model nano --device {device}")["parameters"]
         assert {row["backend"] for row in rows if row["projected"]} == {backend}
         assert {row["reason"] for row in rows if row["projected"]} != {""}
+
+
+def test_each_size_has_its_own_backend_on_a_gpu(json_of, gpu):
+    rows = json_of("explain --model 1b --device cuda")["parameters"]
+    backends = {tuple(row["shape"]): row["backend"] for row in rows if row["projected"]}
+    assert backends == {(2048, 2048): "triton", (5461, 2048): "native", (2048, 5461): "native"}
+    plan = json_of("plan --model 1b --device cuda --optimizers galore")
+    assert plan["backend"] == "native and triton"
+    gpu.faults["native"] = "native fails its check"
+    dispatch._chosen.cache_clear()
+    rows = json_of("explain --model 1b --device cuda")["parameters"]
+    found = [row for row in rows if row["shape"] == [5461, 2048]]
+    assert all(row["backend"] == "triton" for row in found)
+    assert all(row["reason"].endswith("; native fails its check") for row in found)
 
 
 def test_text_has_a_row_a_kind(command):

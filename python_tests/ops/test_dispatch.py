@@ -4,21 +4,32 @@ import logging
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lowrank_kernels import BackendUnavailable, FiraAdamW, backends
-from lowrank_kernels.ops import choose, requested_backend
+from lowrank_kernels.ops import Side, Size, choose, native, requested_backend, times
 from lowrank_kernels.ops import dispatch as dispatch_module
 from lowrank_kernels.ops.dispatch import Kind, choose_kind
+from lowrank_kernels.optim.workspace import planned_workspace
 
 FLOAT, DOUBLE, BF16 = torch.float32, torch.float64, torch.bfloat16
+SQUARE, SMALL = Size(4096, 4096, 1024, Side.RIGHT), Size(512, 512, 128, Side.RIGHT)
+NATIVE_FIRST = "predicted: native 201 us, triton 258 us (4096 x 4096, rank 1024, NVIDIA H200)"
 
 
 @pytest.fixture(autouse=True)
-def fresh_choices(monkeypatch):
+def nobody_asked(monkeypatch, fresh_choices):
     monkeypatch.delenv("LOWRANK_BACKEND", raising=False)
-    choose_kind.cache_clear()
-    yield
-    choose_kind.cache_clear()
+
+
+@pytest.fixture(autouse=True)
+def known_times(monkeypatch):
+    predicted = [(SQUARE, 258, 201), (SMALL, 3, 18)]
+    rows = [
+        times.Times("NVIDIA H200", BF16, size, "predicted", {"triton": triton, "native": native})
+        for size, triton, native in predicted
+    ]
+    monkeypatch.setattr(times, "table", lambda: rows)
 
 
 def small_optimizer(dtype=FLOAT, **options):
@@ -39,13 +50,120 @@ def small_optimizer(dtype=FLOAT, **options):
         ("auto", Kind("cpu", BF16, BF16, capturable=True), "foreach", "capturable"),
         ("reference", Kind("cpu", FLOAT, FLOAT), "reference", "asked for"),
         ("native", Kind("cpu", BF16, BF16), "native", "asked for"),
-        ("auto", Kind("cuda", BF16, BF16), "foreach", "measured on a GPU"),
+        ("auto", Kind("xpu:1", BF16, BF16), "foreach", "not on xpu"),
     ],
 )
 def test_choice_and_reason(request_, kind, backend, reason):
     choice = choose_kind(request_, kind)
     assert choice.backend == backend
     assert reason in choice.reason
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_kernels_for_a_gpu_that_is_not_there():
+    backend, reason = choose_kind("auto", Kind("cuda", BF16, BF16, size=SQUARE))
+    assert (backend, "no CUDA device" in reason) == ("foreach", True)
+
+
+def test_a_gpu_gets_what_is_fastest_for_a_size(gpu):
+    choices = [choose_kind("auto", Kind("cuda:1", BF16, BF16, size=s)) for s in (SQUARE, SMALL)]
+    assert [choice.backend for choice in choices] == ["native", "triton"]
+    assert choices[0].reason == NATIVE_FIRST
+    unknown = choose_kind("auto", Kind("cuda", FLOAT, FLOAT))
+    assert unknown == ("triton", "predicted by the number of launches")
+
+
+def test_a_gpu_has_an_index_and_a_name(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_name", "GPU {}".format)
+    assert dispatch_module._gpu_of("cuda") == (torch.device("cuda:2"), "GPU 2")
+    assert dispatch_module._gpu_of("cuda:0") == (torch.device("cuda:0"), "GPU 0")
+
+
+def test_what_was_measured_is_told_as_measured(gpu, monkeypatch):
+    rows = [times.table()[0]._replace(source="measured", us={"native": 90, "triton": 80})]
+    monkeypatch.setattr(times, "table", lambda: rows)
+    backend, reason = choose_kind("auto", Kind("cuda:1", BF16, BF16, size=SQUARE))
+    assert (backend, reason.partition(" us")[0]) == ("triton", "measured: triton 80")
+
+
+def test_what_does_not_serve_is_passed_over_with_its_reason(gpu):
+    kind = Kind("cuda", BF16, BF16, capturable=True, size=SQUARE)
+    backend, reason = choose_kind("auto", kind)
+    host = "the native backend takes its scalars from the host, so it is not capturable"
+    assert (backend, reason) == ("triton", f"{NATIVE_FIRST}; {host}")
+    choice = choose_kind("auto", kind._replace(strides="too far apart"))
+    assert choice == ("foreach", f"{host}; too far apart")
+
+
+def test_kernels_are_checked_where_nobody_named_them(gpu):
+    choose_kind("native", Kind("cuda", BF16, BF16))
+    assert gpu.checks == []
+    for size in (SQUARE, SQUARE, SMALL, SQUARE._replace(rank=512)):
+        choose_kind("auto", Kind("cuda", BF16, BF16, size=size))
+    assert set(gpu.checks) == {("native", "cuda:0", BF16), ("triton", "cuda:0", BF16)}
+    gpu.checks.clear()
+    choose_kind("auto", Kind("cuda:1", BF16, FLOAT, size=SMALL))
+    assert gpu.checks == [("triton", "cuda:1", BF16), ("triton", "cuda:1", FLOAT)]
+
+
+def test_kernels_that_fail_are_passed_over_and_warned_of_once(gpu, monkeypatch, caplog):
+    right = native.Operations.channel_scale
+    monkeypatch.setattr(native.Operations, "channel_scale", lambda *args: 1.1 * right(*args))
+    kinds = [Kind("cuda", BF16, BF16, size=s) for s in (SQUARE, SQUARE._replace(rank=1000))]
+    for kind in kinds:
+        backend, reason = choose_kind("auto", kind)
+        assert backend == "triton"
+        assert "; native fails its check on cpu in bfloat16: fira, 256 x 1024" in reason
+    (warning,) = caplog.records
+    assert warning.levelno == logging.WARNING
+    assert "weight is off by" in warning.getMessage()
+    assert choose_kind("native", kinds[0]) == ("native", "asked for by name")
+
+    gpu.faults["triton"] = "triton fails as well"
+    backend, reason = choose_kind("auto", kinds[0]._replace(size=SMALL))
+    assert backend == "foreach"
+    assert reason.startswith("triton fails as well; native fails its check")
+
+
+def test_nothing_new_is_trusted_while_a_stream_is_captured(gpu, monkeypatch):
+    known, new = (Kind("cuda", dtype, dtype, size=SQUARE) for dtype in (BF16, FLOAT))
+    before = choose_kind("auto", known)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.cuda, "is_available", lambda: True)
+        patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+        del gpu.faults["triton"]
+        assert choose_kind("auto", known) == before
+        captured = choose_kind("auto", new)
+    assert captured == ("foreach", "kernels cannot be checked while a stream is captured")
+    gpu.faults["triton"] = None
+    assert choose_kind("auto", new).backend == "triton"
+
+
+def test_a_report_tells_of_kernels_that_failed(gpu):
+    """On tensors that say that they are on a GPU."""
+    gpu.faults["triton"] = "triton fails its check: off by 0.5"
+    with FakeTensorMode():
+        weight = torch.nn.Parameter(torch.empty(512, 512, dtype=BF16, device="cuda:1"))
+        optimizer = FiraAdamW([{"params": [("w", weight)], "rank": 128}])
+        (row,) = optimizer.explain()
+    assert row["backend"] == "native"
+    assert row["reason"].startswith("predicted: triton 3 us, native 18 us")
+    assert row["reason"].endswith("; triton fails its check: off by 0.5")
+    assert gpu.checks == [("triton", "cuda:1", BF16), ("native", "cuda:1", BF16)]
+
+
+@pytest.mark.parametrize(("size", "backend"), [(SQUARE, "native"), (SMALL, "triton")])
+def test_a_workspace_is_planned_for_what_a_size_gets(gpu, size, backend):
+    def planned(backend):
+        weight = torch.nn.Parameter(torch.empty(size.rows, size.cols, dtype=BF16, device="meta"))
+        optimizer = FiraAdamW([{"params": [weight], "rank": size.rank}], backend=backend)
+        return planned_workspace(optimizer, "cuda").step
+
+    named = {name: planned(name) for name in ("native", "triton")}
+    assert named["native"] != named["triton"]
+    assert planned("auto") == named[backend]
 
 
 def test_every_available_backend_is_reached_by_name():

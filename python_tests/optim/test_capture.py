@@ -320,7 +320,7 @@ def test_unknown_rounding_is_refused():
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("backend", ["reference", "foreach", "triton"])
+@pytest.mark.parametrize("backend", ["reference", "foreach", "triton", "auto"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("method", METHODS)
 def test_replayed_graph_has_the_bits_of_eager_steps(method, dtype, backend):
@@ -350,7 +350,7 @@ def test_replayed_graph_has_the_bits_of_eager_steps(method, dtype, backend):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("backend", ["reference", "foreach", "native", "triton"])
+@pytest.mark.parametrize("backend", ["reference", "foreach", "native", "triton", "auto"])
 @pytest.mark.parametrize("method", METHODS)
 def test_cuda_reports_no_synchronization_between_refreshes(method, backend):
     params, optimizer = make(method, "cuda", backend=backend)
