@@ -19,7 +19,7 @@ from ..subspace import Readback, Subspace, is_due, refresh_bases
 from . import monitor, report
 from .batches import Batch, Member, Prepared, due_of, facts_of, options_of, phase_of, scalars_of
 from .checkpoints import check_loadable, padded, restore, unpadded
-from .checks import check_grad, check_matrix, check_memory, check_params, check_shared
+from .checks import check_grad, check_matrix, check_memory, check_params, check_shared, is_dense
 from .groups import (
     FORMAT,
     PROJECTION_DEFAULTS,
@@ -482,7 +482,8 @@ class LowRankAdamW(Optimizer):
         else:
             # A weight may have been laid out anew, as by `.to(memory_format=...)`.
             for entry in ("exp_avg", "exp_avg_sq"):
-                state[entry] = laid_like(param, state[entry])
+                if is_dense(state[entry]):
+                    state[entry] = laid_like(param, state[entry])
         return Member(name, param, state, place, backend)
 
     def _check_capture(self) -> None:
