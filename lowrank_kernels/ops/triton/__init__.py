@@ -125,8 +125,10 @@ class Operations:
 
         problem, gpu = self._problem, gpu_of(self._device)
         one = problem._replace(wide=all_wide(matrices.exp_avgs, matrices.exp_avg_sqs))
+        rows = max(max(stride) for stride in (self._param_strides, self._grad_strides))
         three = problem._replace(
-            wide=all_wide(matrices.params), dtypes=(matrices.bases[0].dtype,) * 2
+            wide=all_wide(matrices.params) and rows % 16 == 0,
+            dtypes=(matrices.bases[0].dtype,) * 2,
         )
         project, update = config_of("project", one, gpu), config_of("update", three, gpu)
         slots = triton.cdiv(problem.rank, project.rank)

@@ -84,7 +84,8 @@ class Problem(NamedTuple):
     rank: int
     matrices: int
     dtypes: tuple[torch.dtype, torch.dtype]  # of the product's operands
-    wide: bool = True  # whether every matrix begins at a multiple of 16 bytes
+    # Whether every matrix, in operation 3 every row too, begins at a multiple of 16 bytes.
+    wide: bool = True
 
     @property
     def itemsize(self) -> int:
@@ -198,8 +199,8 @@ def _configs(operation: str, problem: Problem, gpu: Gpu) -> Iterator[Config]:
         else:
             narrow_fits = channels * width * size <= 128 * 128 * 2
             depth, rank = width, _tile(problem.rank, step)
-            # Pieces of 64 bytes of W a row, half of that for the largest tile.
-            piece = 16 if depth == 256 else 64 // size
+            # Pieces of 64 bytes of W a row, of which the next one is loaded already.
+            piece = 64 // size
         # A float32 product is a sum of FMAs, whose operands take registers of their own.
         warps = 8 if size == 4 or channels * width >= 64 * 128 else 4
         config = Config(channels, rank, depth, (width // piece).bit_length() - 1, warps, stages=1)

@@ -44,6 +44,12 @@ def _rounded_at_random(weight, key, channel, d):
     return tl.where(tl.abs(weight) < float("inf"), rounded, weight)
 
 
+@triton.jit
+def _load(pointer, strides, c, d, inside):
+    offsets = c[:, None] * strides[0] + d[None, :] * strides[1]
+    return tl.load(pointer + offsets, mask=inside, other=0.0)
+
+
 @triton.jit(do_not_specialize=["scale", "step_size", "decay", "noise_step"])
 def update_kernel(
     direction_ptr,  # [B, shape of R]
@@ -123,24 +129,32 @@ def update_kernel(
         grad_ptr += first_c * grad_strides[0] + first_d * grad_strides[1]
     step = scalar(step_size, matrix, DEVICE_SCALARS)
     keep = 1.0 - scalar(decay, matrix, DEVICE_SCALARS)
-    # A piece at a time: whole tiles of W and G would spill.
+    # A piece at a time: whole tiles of W and G would spill. Loads of the next piece stand before
+    # the store of this one, which they could not pass: for the compiler they may overlap.
     WIDTH: tl.constexpr = BD >> CUTS
+    piece_d = tl.arange(0, WIDTH)
+    inside = valid[:, None] & (piece_d < depth - first_d)[None, :]
+    next_weight = _load(weight_ptr, weight_strides, c, piece_d, inside)
+    if RESIDUAL:
+        next_grad = _load(grad_ptr, grad_strides, c, piece_d, inside)
     for index in tl.static_range(1 << CUTS):
         update = piece(total, index, CUTS, BC, BD)
-        if index * WIDTH < depth - first_d:
-            piece_d = index * WIDTH + tl.arange(0, WIDTH)
+        this_d, this_inside, weight = piece_d, inside, next_weight
+        if RESIDUAL:
+            grad = next_grad
+        if index + 1 < 1 << CUTS:
+            piece_d = (index + 1) * WIDTH + tl.arange(0, WIDTH)
             inside = valid[:, None] & (piece_d < depth - first_d)[None, :]
+            next_weight = _load(weight_ptr, weight_strides, c, piece_d, inside)
             if RESIDUAL:
-                grad_offsets = c[:, None] * grad_strides[0] + piece_d[None, :] * grad_strides[1]
-                grad = tl.load(grad_ptr + grad_offsets, mask=inside, other=0.0).to(tl.float32)
-                # A skipped channel has factor 0, and 0 * NaN would still be NaN.
-                update += factor[:, None] * tl.where(factor[:, None] != 0.0, grad, 0.0)
-            weight_offsets = c[:, None] * weight_strides[0] + piece_d[None, :] * weight_strides[1]
-            weight = tl.load(weight_ptr + weight_offsets, mask=inside, other=0.0).to(tl.float32)
-            weight = keep * (weight - step * update)
-            if NOISE:
-                key = _noise_key(salts, noise_step, matrix, DEVICE_STEP)
-                weight = _rounded_at_random(weight, key, first_c + c, first_d + piece_d)
-            tl.store(
-                weight_ptr + weight_offsets, weight.to(weight_ptr.dtype.element_ty), mask=inside
-            )
+                next_grad = _load(grad_ptr, grad_strides, c, piece_d, inside)
+        if RESIDUAL:
+            # A skipped channel has factor 0, and 0 * NaN would still be NaN.
+            grad = tl.where(factor[:, None] != 0.0, grad.to(tl.float32), 0.0)
+            update += factor[:, None] * grad
+        weight = keep * (weight.to(tl.float32) - step * update)
+        if NOISE:
+            key = _noise_key(salts, noise_step, matrix, DEVICE_STEP)
+            weight = _rounded_at_random(weight, key, first_c + c, first_d + this_d)
+        offsets = c[:, None] * weight_strides[0] + this_d[None, :] * weight_strides[1]
+        tl.store(weight_ptr + offsets, weight.to(weight_ptr.dtype.element_ty), mask=this_inside)
