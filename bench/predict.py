@@ -3,21 +3,12 @@
     python -m bench.predict                     # compiles for sm_90, minutes on two CPU cores
     python -m bench.predict --version 1a2b3c    # keeps the rows of other versions beside its own
 
-PREDICTED, NOT MEASURED: arithmetic over compiled facts and the rates of `Rates`, most of which are
-assumptions. It orders designs; a measurement corrects the constants, in that one place.
+PREDICTED, NOT MEASURED: the model of `lowrank_kernels.ops.triton.model`, by which the heuristics
+choose tiles, over the registers, the shared memory and the rounds of loads that were compiled. It
+orders designs; a measurement corrects the model's constants, in that one place.
 
-A kernel is a grid of blocks, of which a processor holds as many as its registers and its shared
-memory allow. They run in waves. A block has a loop of products, then an epilogue:
-
-    loop      the slowest of: FLOPs at the processor's rate; bytes through L2 at its share of L2's
-              rate; bytes from memory at its share of memory's rate; bytes in flight a round trip
-    epilogue  the slower of: bytes at its share of memory's rate; rounds of loads that wait for one
-              another, a round trip each
-    wave      loop + epilogue where a block is alone on its processor; else the longer of the two
-              and what it does not hide of the shorter
-
-and no kernel takes less than its bytes or its FLOPs do. Floors count each operand once, N and R in
-float32 (`Case.traffic`); a kernel without a floor of its own is excess.
+Floors count each operand once, N and R in float32 (`Case.traffic`); a kernel without a floor of its
+own is excess.
 """
 
 from __future__ import annotations
@@ -29,7 +20,7 @@ import re
 import sys
 import tempfile
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
 
@@ -40,35 +31,24 @@ from bench.cases import DTYPES, Case
 from bench.models import PRESETS
 from bench.record import write_lines
 from bench.tables import new_table, progress, show
+from lowrank_kernels.ops.triton.config import Config, Problem
+from lowrank_kernels.ops.triton.model import (
+    RATES,
+    Build,
+    Rates,
+    Work,
+    combine_work,
+    project_work,
+    resident,
+    resident_work,
+    seconds,
+    update_work,
+)
 
 RESULT = Path(__file__).parent / "results" / "predict-h200.json"
 TITLE = "predicted, not measured"
 MODELS = ("60m", "1b", "7b")
 SMALL_RANK = 64
-
-
-@dataclass(frozen=True)
-class Rates:
-    """An H200 as it is assumed to be; seconds, bytes a second, FLOPs a second."""
-
-    processors: int = 132
-    registers: int = 65536  # of a processor, as all below up to `blocks`
-    shared_bytes: int = 228 * 1024
-    threads: int = 2048
-    blocks: int = 32
-    flops: float = 790e12  # of a large product of torch's, bf16
-    memory: float = 4.3e12  # of a copy
-    streaming: float = 0.92  # share of it that a kernel reaches
-    l2: float = 7.3e12  # what all processors read; 620 TFLOP/s of 128 x 256 tiles take as much
-    l2_of_one: float = 110e9  # what one processor can read
-    round_trip: float = 0.75e-6  # of a load from memory
-    l2_round_trip: float = 0.35e-6  # of a load that L2 holds
-    product: float = 0.85  # share of `flops` of an asynchronous product from shared memory
-    product_from_registers: float = 0.62  # which waits for what forms its operand
-    step_by_registers: float = 1.6e-6  # of a loop whose loads are narrow and not asynchronous
-    fill: float = 1.5e-6  # of a pipeline, once a wave
-    launch: float = 2e-6  # from the end of a kernel to the work of the next one
-    hidden: float = 0.65  # share of the shorter of loop and epilogue that another block hides
 
 
 class Facts(NamedTuple):
@@ -92,76 +72,11 @@ class Facts(NamedTuple):
     asynchronous: bool
     from_registers: bool
 
-    def blocks(self, rates: Rates) -> int:
-        """That a processor holds. Registers are given out by 8 to a thread."""
-        threads = 32 * self.warps
-        registers = threads * -(-max(self.registers, 1) // 8) * 8
-        # The system has 1 KiB of each block's shared memory.
-        shared = rates.shared_bytes // (self.shared + 1024)
-        return min(rates.registers // registers, shared, rates.threads // threads, rates.blocks)
-
-
-class Work(NamedTuple):
-    """What a kernel does; FLOPs and bytes of one block unless it says otherwise."""
-
-    tile: str
-    blocks: int  # of the grid
-    flops: float
-    loop_bytes: float  # that the loop reads through L2
-    stream_bytes: float  # of them from memory, and what the loop writes there
-    epilogue_bytes: float
-    total_bytes: float  # of the grid, from and to memory
-    steps: int  # of the loop
-    step_bytes: float  # that a step reads
-    stages: int
-    trips: int = 0  # to L2 and back, one after another, of its last block
-
     @property
-    def flops_a_byte(self) -> float:
-        """Of the product, by bytes that processors read through L2."""
-        return self.flops / self.loop_bytes if self.loop_bytes else 0.0
-
-    def bytes_in_flight(self) -> float:
-        """Of a block's loop."""
-        return max(1, self.stages - 1) * self.step_bytes
-
-
-def seconds(work: Work, facts: Facts, rates: Rates) -> float:
-    """Of one launch."""
-    if not work.blocks:
-        return 0.0
-    resident, left, total = max(1, facts.blocks(rates)), work.blocks, rates.launch
-    while left:
-        active = min(left, resident * rates.processors)
-        total += _wave(work, facts, rates, active)
-        left -= active
-    total += work.trips * rates.l2_round_trip
-    flops = work.blocks * work.flops / rates.flops
-    return max(total, work.total_bytes / (rates.memory * rates.streaming), flops)
-
-
-def _wave(work: Work, facts: Facts, rates: Rates, active: int) -> float:
-    processors = min(active, rates.processors)
-    together = -(-active // processors)
-    share = rates.product_from_registers if facts.from_registers else rates.product
-    # Of one processor.
-    flops = share * rates.flops / rates.processors
-    memory = rates.memory * rates.streaming / processors
-    l2 = min(rates.l2 / processors, rates.l2_of_one)
-    if facts.asynchronous:
-        waiting = work.steps * work.step_bytes / work.bytes_in_flight() * rates.round_trip
-    else:
-        waiting = work.steps * rates.step_by_registers
-    loop = max(
-        together * work.flops / flops,
-        together * work.loop_bytes / l2,
-        together * work.stream_bytes / memory,
-        waiting if work.steps else 0.0,
-    )
-    epilogue = max(together * work.epilogue_bytes / memory, facts.rounds * rates.round_trip)
-    if together == 1:
-        return rates.fill + loop + epilogue
-    return rates.fill + max(loop, epilogue) + (1 - rates.hidden) * min(loop, epilogue)
+    def build(self) -> Build:
+        """As the model takes it."""
+        held = resident(self.registers, self.warps, self.shared)
+        return Build(held, self.rounds, self.asynchronous, self.from_registers)
 
 
 def facts_of(code: str, usage: str, ttgir: str, shared: int, warps: int) -> Facts:
@@ -209,94 +124,40 @@ def _width(modifiers: str) -> int:
     return 4
 
 
-def work_of(kernel: str, case: Case, launched: dict) -> Work:
-    """By the kernel's name, from the options and the arguments that it was launched with."""
-    return _WORK[kernel](case, launched)
-
-
-class _Sizes(NamedTuple):
-    count: int
-    channels: int
-    depth: int
-    rank: int
-    bytes: int  # of an element of W, G and P
-    fira: bool
-
-
-def _sizes(case: Case) -> _Sizes:
+def work_of(kernel: str, case: Case, launched: dict) -> tuple[str, Work]:
+    """The tile and the work, from the options and the arguments that a kernel was launched with."""
     channels, depth = sorted((case.rows, case.cols), reverse=True)
-    size = DTYPES[case.dtype].itemsize
-    return _Sizes(case.matrices, channels, depth, case.rank, size, case.residual is not None)
+    fira, dtypes = case.residual is not None, (DTYPES[case.dtype],) * 2
+    problem = Problem(case.side, channels, depth, case.rank, case.matrices, dtypes, fira)
+    if kernel == "channel_scale_kernel":
+        block = launched["BC"]
+        blocks = case.matrices * -(-channels // block)
+        total, _ = case.traffic()["channel_scale"]
+        # Arrival, the shares of all blocks, then every channel's factor, a piece at a time.
+        trips = 6 + -(-channels // launched.get("WIDE", block))
+        return f"{block}", Work(blocks, 0, 0, 0, total / blocks, total, 0, 0, 1, trips)
+    if kernel == "combine_kernel":
+        tile = launched["BC"], launched["BR"]
+        return "{} x {}".format(*tile), combine_work(problem, *tile)
+    bc, br, bd = (launched[name] for name in ("BC", "BR", "BD"))
+    stages, split = launched["num_stages"], launched.get("parts", 1)
+    config = Config(bc, br, bd, launched.get("CUTS", 0), launched["num_warps"], stages, split)
+    if kernel == "project_kernel":
+        return f"{bc} x {br} x {bd}", project_work(problem, config)
+    work = resident_work if kernel == "resident_update_kernel" else update_work
+    return f"{bc} x {bd} x {br}", work(problem, config)
 
-
-def _project(case: Case, launched: dict) -> Work:
-    s, (bc, br, bd) = _sizes(case), (launched[name] for name in ("BC", "BR", "BD"))
-    parts = launched["parts"]
-    tiles_k = -(-s.rank // br)
-    depth = s.depth / parts
-    # M and V are read and written, N is written, and R for Fira.
-    low = bc * br * (24 if s.fira else 20)
-    partial = bc * br * 8 if parts > 1 else 0
-    (total, _), *_ = case.traffic().values()
-    blocks = s.count * -(-s.channels // bc) * tiles_k * parts
-    return Work(
-        tile=f"{bc} x {br} x {bd}",
-        blocks=blocks,
-        flops=2.0 * bc * br * depth,
-        loop_bytes=s.bytes * (bc + br) * depth,
-        stream_bytes=s.bytes * bc * depth / tiles_k,
-        epilogue_bytes=low / parts + partial,
-        total_bytes=total + blocks * partial,
-        steps=-(-s.depth // (bd * parts)),
-        step_bytes=s.bytes * bd * (bc + br),
-        stages=launched["num_stages"],
-    )
-
-
-def _channel_scale(case: Case, launched: dict) -> Work:
-    s = _sizes(case)
-    blocks = s.count * -(-s.channels // launched["BC"])
-    total, _ = case.traffic()["channel_scale"]
-    # Arrival, the shares of all blocks, then every channel's factor, a piece at a time.
-    trips = 6 + -(-s.channels // launched["BC"])
-    return Work(f"{launched['BC']}", blocks, 0, 0, 0, total / blocks, total, 0, 0, 1, trips)
-
-
-def _update(case: Case, launched: dict) -> Work:
-    s, (bc, bd, br) = _sizes(case), (launched[name] for name in ("BC", "BD", "BR"))
-    # B is formed in the loop, from N, and R for Fira.
-    low = 8 if s.fira else 4
-    total, _ = case.traffic()["back_project_update"]
-    return Work(
-        tile=f"{bc} x {bd} x {br}",
-        blocks=s.count * -(-s.channels // bc) * -(-s.depth // bd),
-        flops=2.0 * bc * bd * s.rank,
-        loop_bytes=(low * bc + s.bytes * bd) * s.rank,
-        stream_bytes=low * bc * s.rank / -(-s.depth // bd),
-        # W is read and written, and G read for Fira.
-        epilogue_bytes=bc * bd * s.bytes * (3 if s.fira else 2),
-        total_bytes=total,
-        steps=-(-s.rank // br),
-        step_bytes=br * (low * bc + s.bytes * bd),
-        stages=launched["num_stages"],
-    )
-
-
-_WORK = {
-    "project_kernel": _project,
-    "channel_scale_kernel": _channel_scale,
-    "update_kernel": _update,
-}
 
 # The operation of `Case.traffic` that a kernel stands for.
 _OPERATIONS = {
     "project_kernel": "project_moments",
     "channel_scale_kernel": "channel_scale",
     "update_kernel": "back_project_update",
+    "resident_update_kernel": "back_project_update",
 }
 
 
-def floor(case: Case, kernel: str, rates: Rates) -> float:
+def floor(case: Case, kernel: str, rates: Rates = RATES) -> float:
     """Seconds of a kernel's operation on a batch, each operand moved once; 0 if it has none."""
     operation = _OPERATIONS.get(kernel)
     moved, flops = case.traffic()[operation] if operation else (0.0, 0.0)
@@ -349,26 +210,26 @@ def cases(
                 yield f"{name} r{rank}", Case(*shape, rank, "bf16", method, min(size, count)), count
 
 
-def rows_of(version: str, model: str, case: Case, count: int, rates: Rates) -> Iterator[dict]:
+def rows_of(version: str, model: str, case: Case, count: int) -> Iterator[dict]:
     """A row a kernel, times of one matrix."""
     for kernel, launched, facts in compiled(case):
-        work = work_of(kernel, case, launched)
-        resident = facts.blocks(rates)
+        tile, work = work_of(kernel, case, launched)
+        build = facts.build
         yield {
             "version": version,
             "model": model,
             "case": asdict(case),
             "count": count,
             "kernel": kernel.removesuffix("_kernel"),
-            "tile": work.tile,
+            "tile": tile,
             **facts._asdict(),
-            "blocks_a_processor": resident,
-            "loop_bytes_in_flight": resident * work.bytes_in_flight(),
-            "epilogue_bytes_in_flight": resident * 32 * facts.warps * facts.bytes_a_round,
+            "blocks_a_processor": build.resident,
+            "loop_bytes_in_flight": build.resident * work.bytes_in_flight,
+            "epilogue_bytes_in_flight": build.resident * 32 * facts.warps * facts.bytes_a_round,
             "flops_a_byte_of_l2": work.flops_a_byte,
-            "waves": work.blocks / (resident * rates.processors),
-            "us": 1e6 * seconds(work, facts, rates) / case.matrices,
-            "floor_us": 1e6 * floor(case, kernel, rates) / case.matrices,
+            "waves": work.blocks / (build.resident * RATES.processors),
+            "us": 1e6 * seconds(work, build) / case.matrices,
+            "floor_us": 1e6 * floor(case, kernel) / case.matrices,
         }
 
 
@@ -460,15 +321,14 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     if os.environ.get("TRITON_INTERPRET") == "1":
         sys.exit("predict: unset TRITON_INTERPRET, it replaces the compiler")
-    rates = Rates()
     rows = json.loads(options.out.read_text())["rows"] if options.out.exists() else []
     rows = [row for row in rows if row["version"] != options.version]
     todo = list(cases(tuple(options.models.split(","))))
     for model, case, count in progress(todo, "compiling"):
-        rows += rows_of(options.version, model, case, count, rates)
+        rows += rows_of(options.version, model, case, count)
     import triton
 
-    head = {"bench": "predict", "note": TITLE, "triton": triton.__version__, "rates": asdict(rates)}
+    head = {"bench": "predict", "note": TITLE, "triton": triton.__version__, "rates": asdict(RATES)}
     write_lines(options.out, head, "rows", rows)
     tables = [kernels_table(rows, options.version), totals_table(rows)]
     with options.out.with_suffix(".txt").open("w") as file:

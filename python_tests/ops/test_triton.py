@@ -158,7 +158,7 @@ def scattered(runs, gap, backwards):
         tensors = [run.grads[role] if isinstance(role, int) else getattr(run, role) for run in runs]
         size = tensors[0].numel()
         pitch = size + gap + (-size) % 16
-        buffer = torch.full((len(runs) * pitch + gap,), float("nan"))
+        buffer = tensors[0].new_full((len(runs) * pitch + gap,), float("nan"))
         outside = torch.ones_like(buffer, dtype=torch.bool)
         for index, (run, tensor) in enumerate(zip(runs, tensors, strict=True)):
             start = gap + pitch * (len(runs) - 1 - index if backwards else index)
@@ -466,15 +466,39 @@ def tile(operation, one):
     return found.channels, found.rank if operation == "project" else found.depth
 
 
-def test_tiles_are_large_where_enough_of_them_occupy_the_processors():
-    assert tile("project", problem(4096, 4096, 1024)) == (128, 256)
-    assert tile("project", problem(2048, 2048, 512)) == (64, 128)
-    assert tile("project", problem(2048, 2048, 512, matrices=4)) == (128, 256)
+def test_tiles_are_large_or_share_a_processor_by_what_is_predicted():
+    large = config_of("project", problem(4096, 4096, 1024), H200)
+    assert (large.channels, large.rank, large.registers) == (128, 256, 255)
+    assert tile("update", problem(4096, 4096, 1024)) == (128, 256)
+    for operation in ("project", "update"):
+        shared = config_of(operation, problem(2048, 2048, 512, matrices=4), H200)
+        assert shared.registers == 128
     alone = problem(512, 4096, 128)
     assert tile("project", alone) == (64, 64)
-    assert config_of("project", alone, H200).split == 132 // 16
-    assert tile("update", problem(4096, 4096, 1024)) == (128, 256)
-    assert tile("update", problem(512, 512, 128)) == (64, 64)
+    assert config_of("project", alone, H200).split == 4096 // 512
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_nothing_that_may_be_chosen_is_predicted_to_be_faster(dtype):
+    for shape in ((4096, 4096, 1024), (5461, 2048, 512), (512, 4096, 128), (11008, 4096, 64)):
+        one = problem(*shape, dtype=dtype)
+        for operation in ("project", "update"):
+            chosen = config_of(operation, one, H200)
+            times = {
+                candidate: config.predicted_seconds(operation, one, candidate, H200)
+                for candidate in [*config._configs(operation, one, H200), chosen]
+            }
+            assert times[chosen] == min(times.values())
+
+
+def test_two_blocks_share_a_processor_only_where_all_accesses_are_wide():
+    """Narrow ones, and operands of older GPUs' products, take more registers than there are."""
+    one = problem(2048, 2048, 512, matrices=16)
+    a100 = Gpu("A100", 108, 163 * 1024, 40 * 2**20, 80)
+    for operation in ("project", "update"):
+        assert config_of(operation, one, H200).registers == 128
+        for other, gpu in ((one._replace(even=False), H200), (one, a100)):
+            assert config_of(operation, other, gpu).registers == 255
 
 
 def test_batches_that_16_does_not_divide_have_no_tile_that_spills_there():
@@ -486,25 +510,21 @@ def test_batches_that_16_does_not_divide_have_no_tile_that_spills_there():
 
 
 @pytest.mark.parametrize(
-    ("cols", "gap", "project", "update"),
-    [(48, 4096, 7, 7), (48, 4099, 8, 8), (37, 4096, 7, 8)],
+    ("cols", "gap", "stages"), [(48, 4096, 4), (48, 4099, 3), (37, 4096, 2), (37, 4099, 1)]
 )
-def test_launches_have_the_tiles_for_what_16_does_not_divide(
-    cols, gap, project, update, monkeypatch
-):
-    """Told apart by stages, which change nothing in the interpreter. Operation 3, whose epilogue
-    has an address for each narrow access, looks at rows too.
-    """
+def test_launches_have_the_tiles_for_what_16_does_not_divide(cols, gap, stages, monkeypatch):
+    """Matrices' places and their rows; told apart by stages, which the interpreter ignores."""
 
     def marked(operation, problem, gpu):
-        return config_of(operation, problem, gpu)._replace(stages=7 if problem.wide else 8)
+        found = config_of(operation, problem, gpu)
+        return found._replace(stages=1 + problem.wide + 2 * problem.even)
 
     monkeypatch.setattr(kernels, "config_of", marked)
-    runs, seen = made(2, (19, cols)), []
+    runs, seen = made(2, (19, cols), 16), []
     scattered(runs, gap, False)
     monkeypatch.setattr(launches, "by_jit", lambda *args: seen.append(args[3].get("num_stages")))
     launch(runs)
-    assert seen == [project, None, update]
+    assert seen == [stages, None, stages]
 
 
 def at(address, like):

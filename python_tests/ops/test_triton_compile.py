@@ -47,7 +47,7 @@ def report(records: list[Record]) -> str:
 
 
 def test_every_kernel_is_compiled_for_every_target(records):
-    kernels = {"project_kernel", "channel_scale_kernel", "update_kernel"}
+    kernels = {"project_kernel", "channel_scale_kernel", "combine_kernel", "update_kernel"}
     assert {record.kernel for record in records} == kernels
     assert {record.target for record in records} == {target.capability for target in TARGETS}
     assert {record.dtypes for record in records} == set(DTYPES)

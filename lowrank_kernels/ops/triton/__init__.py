@@ -1,4 +1,5 @@
-"""The Triton backend: three launches a batch, two for GaLore, and no temporary of W's size.
+"""The Triton backend: two launches a batch for GaLore, three for Fira, four for Fira in half
+precision, and no temporary of W's size.
 
 In the channel coordinates of `project`, both sides are the same kernels with strides swapped.
 """
@@ -17,14 +18,19 @@ from ..contract import (
     ChannelSums,
     Matrices,
     Projection,
+    Residual,
     Scalars,
+    Side,
     rank_axis,
 )
 from ..foreach import channels_of_block, residual_sq_in
 from ..notices import notice_once
 from ..reference import LIMITER_GROWTH, NORM_EPS, NOTHING_STORED, STORABLE_SHARE
 from .addresses import Addresses, addresses_of, arrival_counters, current_stream, device_table
+from .combine import combine_kernel
 from .config import (
+    COMBINE_TILE,
+    COMBINE_WARPS,
     LARGEST_TILE,
     SCALE_BLOCK,
     SCALE_WARPS,
@@ -69,6 +75,20 @@ def batch_size(param: Tensor, grad: Tensor, rank: int) -> int:
     return max(1, gpu_of(param.device).l2_bytes // 2 // max(1, grad.numel() * grad.itemsize))
 
 
+class _Low(NamedTuple):
+    """Where stacked matrices of R's shape have their elements."""
+
+    shape: tuple[int, int, int]
+    strides: tuple[int, int, int]  # of matrices, along the channels and along the directions
+    sizes: tuple[int, int]  # along the channels and the directions, with the padding
+
+
+def _low(matrices: int, rows: int, cols: int, side: Side) -> _Low:
+    across, along = ((cols, rows), (1, cols)), ((rows, cols), (cols, 1))
+    sizes, strides = across if side is Side.LEFT else along
+    return _Low((matrices, rows, cols), (rows * cols, *strides), sizes)
+
+
 class _Tiles(NamedTuple):
     """How operations 1 and 3 are cut up."""
 
@@ -96,9 +116,15 @@ class Operations:
             rank=basis.shape[1],
             matrices=len(matrices.params),
             dtypes=(grad.dtype, basis.dtype),
+            residual=matrices.residual is not None,
         )
-        self._low = (len(matrices.params), *moment.shape)
+        rows, cols = moment.shape
+        self._low = _low(len(matrices.params), rows, cols, matrices.side)
         self._empty = torch.empty(0, dtype=moment.dtype, device=param.device).new_empty
+        # What operation 3 multiplies by a basis in half precision: rows at multiples of 16 bytes.
+        self._padded = _low(len(matrices.params), rows, -(-cols // 16) * 16, matrices.side)
+        self._empty_half = torch.empty(0, dtype=basis.dtype, device=param.device).new_empty
+        self._half = basis.dtype.itemsize < 4
         self._copies_grads = 1 not in grad.stride()
         if self._copies_grads:
             notice_once(
@@ -108,13 +134,14 @@ class Operations:
             )
         (readable,) = self._readable(matrices.grads[:1])
         # Along the channels and along the other axis.
-        self._grad_strides, self._low_strides, self._param_strides = (
-            (matrix.stride(1 - axis), matrix.stride(axis)) for matrix in (readable, moment, param)
+        self._grad_strides, self._param_strides = (
+            (matrix.stride(1 - axis), matrix.stride(axis)) for matrix in (readable, param)
         )
         self._placed: tuple[int | None, list[int]] | None = None
         self._tiles = [self._cut(matrices, wide) for wide in (False, True)]
         self._project = Launcher(project_kernel, param.device)
         self._scale = Launcher(channel_scale_kernel, param.device)
+        self._combine = Launcher(combine_kernel, param.device)
         self._update = Launcher(update_kernel, param.device)
 
     def _cut(self, matrices: Matrices, wide: bool) -> _Tiles:
@@ -124,11 +151,14 @@ class Operations:
             return wide and all(addresses_of(tensors).wide for tensors in (matrices.bases, *roles))
 
         problem, gpu = self._problem, gpu_of(self._device)
-        one = problem._replace(wide=all_wide(matrices.exp_avgs, matrices.exp_avg_sqs))
-        rows = max(max(stride) for stride in (self._param_strides, self._grad_strides))
+        rows = max(max(strides) for strides in (self._param_strides, self._grad_strides))
+        even = rows % 16 == 0 and problem.rank % 16 == 0
+        one = problem._replace(
+            wide=all_wide(matrices.exp_avgs, matrices.exp_avg_sqs),
+            even=even and self._low.shape[-1] % 16 == 0,
+        )
         three = problem._replace(
-            wide=all_wide(matrices.params) and rows % 16 == 0,
-            dtypes=(matrices.bases[0].dtype,) * 2,
+            wide=all_wide(matrices.params), even=even, dtypes=(matrices.bases[0].dtype,) * 2
         )
         project, update = config_of("project", one, gpu), config_of("update", three, gpu)
         slots = triton.cdiv(problem.rank, project.rank)
@@ -144,7 +174,11 @@ class Operations:
         tiles = self._tiles[located.wide]
         config, (programs, split, _) = tiles.project, tiles.project_grid
         precision = _precision(*problem.dtypes)
-        direction, projected = self._empty(*self._low), self._empty(*self._low)
+        projected = self._empty(*self._low.shape)
+        # GaLore's N goes into operation 3's product as it is.
+        rounds = self._half and residual is None
+        placed = self._padded if rounds else self._low
+        direction = (self._empty_half if rounds else self._empty)(*placed.shape)
         sums = parts = parts_sq = direction
         if residual:
             sums = self._empty(3, problem.matrices, tiles.slots, problem.channels)
@@ -163,7 +197,9 @@ class Operations:
                 *map(addresses_of, (matrices.bases, matrices.exp_avgs, matrices.exp_avg_sqs)),
                 self._grad_strides,
                 matrices.bases[0].stride(),
-                self._low_strides,
+                self._low.strides[1:],
+                placed.strides,
+                placed.sizes,
                 problem.channels,
                 problem.depth,
                 problem.rank,
@@ -190,6 +226,8 @@ class Operations:
                 rest,
             )
         if residual is None:
+            if rounds:
+                direction = direction[..., : self._low.shape[-1]]
             return Projection(direction, projected, None)
         channel_sums = ChannelSums(*sums.unbind())
         # The kernel's difference is lost in what R and its basis were rounded to.
@@ -227,13 +265,16 @@ class Operations:
         scalars: Scalars,
     ) -> None:
         problem, residual, basis = self._problem, matrices.residual, matrices.bases[0]
-        stream, direction = current_stream(self._device), projection.direction
-        tiles, base, offsets, unit = self._tiles[True], direction, direction, 1
+        stream, (low, projected, _) = current_stream(self._device), projection
+        placed = self._padded if self._half else self._low
+        if residual and self._half:
+            low = self._combined(projection, factor, scalars.scale, residual)
+        tiles, base, offsets, unit = self._tiles[True], low, low, 1
         if residual:
             grads = self._readable(matrices.grads)  # copies have to live until the launch
             base, offsets, unit = located = self._located(grads, stream)
             tiles = self._tiles[located.wide]
-        salts, noise_step = direction, 0 if matrices.salts is None else scalars.step
+        salts, noise_step = projected, 0 if matrices.salts is None else scalars.step
         if matrices.salts is not None:
             salts = device_table(matrices.salts, self._device)
         precision = _precision(basis.dtype, basis.dtype)
@@ -246,7 +287,8 @@ class Operations:
                 self._param_strides,
                 self._grad_strides,
                 basis.stride(),
-                self._low_strides,
+                placed.strides,
+                placed.sizes,
                 problem.channels,
                 problem.depth,
                 problem.rank,
@@ -257,6 +299,7 @@ class Operations:
                 "OPERAND": _OPERANDS[basis.dtype],
                 "PRECISION": precision,
                 "RESIDUAL": residual is not None,
+                "FORMS": residual is not None and not self._half,
                 "DEVICE_SCALARS": isinstance(scalars.step_size, Tensor),
                 "NOISE": matrices.salts is not None,
                 "DEVICE_STEP": isinstance(noise_step, Tensor),
@@ -264,14 +307,43 @@ class Operations:
             return Rest(tiles.update_grid, arguments, options | tiles.update.options())
 
         if tiles.update_grid[0]:
-            factor = direction if factor is None else factor
+            factor = projected if factor is None else factor
             self._update(
                 (precision, unit),
                 stream,
-                (direction, projection.projected, factor, salts, base, offsets),
+                (low, projected, factor, salts, base, offsets),
                 (scalars.scale, scalars.step_size, scalars.decay, noise_step),
                 rest,
             )
+
+    def _combined(
+        self, projection: Projection, factor: Tensor | None, scale: float, residual: Residual
+    ) -> Tensor:
+        """B of Fira in half precision, its rows padded."""
+        problem, combined = self._problem, self._empty_half(*self._padded.shape)
+        # The contiguous axis is the longer one of a tile.
+        long, short = COMBINE_TILE
+        tile = (short, long) if problem.side is Side.RIGHT else (long, short)
+        programs = problem.matrices * triton.cdiv(problem.channels, tile[0])
+        programs *= triton.cdiv(problem.rank, tile[1])
+
+        def rest() -> Rest:
+            arguments = (
+                self._padded.strides,
+                self._padded.sizes,
+                self._low.strides[1:],
+                problem.channels,
+                problem.rank,
+                residual.rho * residual.kappa,
+            )
+            options = {"BC": tile[0], "BR": tile[1], "num_warps": COMBINE_WARPS}
+            return Rest((programs, 1, 1), arguments, options)
+
+        if programs:
+            assert factor is not None
+            tensors = combined, projection.direction, projection.projected, factor
+            self._combine((), current_stream(self._device), tensors, (scale,), rest)
+        return combined
 
     def _readable(self, grads: list[Tensor]) -> list[Tensor]:
         """The gradients, copied if no axis is contiguous: each element would cost a line."""

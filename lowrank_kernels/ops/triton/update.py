@@ -2,11 +2,14 @@
 
 In the channel coordinates of operation 1:
 
-    B(c, k) = scale N(c, k) - rho kappa phi'_c R(c, k)        (GaLore: scale N)
+    B(c, k) = scale N(c, k) - rho kappa phi'_c R(c, k)
     W'(c, d) <- keep (W'(c, d) - s (sum_k B(c, k) P(d, k) + rho phi'_c G'(c, d)))
 
-Bytes a matrix, b for W, G and P: 3 C D b (GaLore 2 C D b) + D r b + 8 C r. FLOPs: 2 C D r. W is
-read and written once, B is formed in registers on its way into the product.
+and for GaLore sum_k scale N(c, k) P(d, k). Half precision takes B from `combine`, or for GaLore
+rounded N from operation 1, straight into the product. In float32 B is formed on its way into it.
+
+Bytes a matrix, b for W, G, P and B: 3 C D b (GaLore 2 C D b) + D r b + b C r, float32 8 C r. FLOPs:
+2 C D r. W is read and written once.
 
 Matrices and tiles come in the reverse of operation 1's order: what of G it read last is still in
 the L2 cache when this kernel reads G again.
@@ -45,6 +48,34 @@ def _rounded_at_random(weight, key, channel, d):
 
 
 @triton.jit
+def _stepped(
+    weight,
+    update,
+    grad,  # if RESIDUAL
+    factor,
+    scale,
+    step,
+    keep,
+    key,
+    channel,
+    d,
+    RESIDUAL: tl.constexpr,
+    NOISE: tl.constexpr,
+):
+    """A tile of W after the step, in float32."""
+    if RESIDUAL:
+        # A skipped channel has factor 0, and 0 * NaN would still be NaN.
+        grad = tl.where(factor[:, None] != 0.0, grad.to(tl.float32), 0.0)
+        update += factor[:, None] * grad
+    else:
+        update *= scale
+    weight = keep * (weight.to(tl.float32) - step * update)
+    if NOISE:
+        weight = _rounded_at_random(weight, key, channel, d)
+    return weight
+
+
+@triton.jit
 def _load(pointer, strides, c, d, inside):
     offsets = c[:, None] * strides[0] + d[None, :] * strides[1]
     return tl.load(pointer + offsets, mask=inside, other=0.0)
@@ -52,8 +83,8 @@ def _load(pointer, strides, c, d, inside):
 
 @triton.jit(do_not_specialize=["scale", "step_size", "decay", "noise_step"])
 def update_kernel(
-    direction_ptr,  # [B, shape of R]
-    projected_ptr,  # [B, shape of R]
+    low_ptr,  # [B, shape of R, rows padded or not]: N if FORMS or not RESIDUAL, else B
+    projected_ptr,  # [B, shape of R], if FORMS
     factor_ptr,  # [B, C], if RESIDUAL
     salts,  # [B], if NOISE
     grads_ptr,  # if RESIDUAL
@@ -68,7 +99,8 @@ def update_kernel(
     weight_strides,  # of c and d
     grad_strides,  # of c and d
     basis_strides,  # of d and k
-    low_strides,  # of c and k
+    low_strides,  # of matrices, c and k
+    low_sizes,  # in c and k, with the padding
     channels,
     depth,
     rank,
@@ -77,6 +109,7 @@ def update_kernel(
     OPERAND: tl.constexpr,
     PRECISION: tl.constexpr,
     RESIDUAL: tl.constexpr,
+    FORMS: tl.constexpr,
     DEVICE_SCALARS: tl.constexpr,
     NOISE: tl.constexpr,
     DEVICE_STEP: tl.constexpr,
@@ -97,8 +130,10 @@ def update_kernel(
     c, d, k = tl.arange(0, BC), tl.arange(0, BD), tl.arange(0, BR)
     valid = c < channels - first_c
     inside_d = (d < depth - first_d)[None, :]
-    low_offset = matrix.to(tl.int64) * channels * rank + first_c * low_strides[0]
-    low_offsets = c[:, None] * low_strides[0] + k[None, :] * low_strides[1]
+    low_ptr += matrix.to(tl.int64) * low_strides[0] + first_c * low_strides[1]
+    projected_ptr += matrix.to(tl.int64) * low_strides[0] + first_c * low_strides[1]
+    low_offsets = c[:, None] * low_strides[1] + k[None, :] * low_strides[2]
+    low_inside_c = (c < low_sizes[0] - first_c)[:, None]
     basis_ptr = locate(bases, matrix) + first_d * basis_strides[0]
     basis_offsets = d[None, :] * basis_strides[0] + k[:, None] * basis_strides[1]
 
@@ -109,19 +144,19 @@ def update_kernel(
     total = tl.zeros((BC, BD), dtype=tl.float32)
     for start in range(0, rank, BR):
         first_k = tl.cast(start, tl.int64)
-        inside_k = k < rank - first_k
-        low_first = low_offset + first_k * low_strides[1]
-        inside = valid[:, None] & inside_k[None, :]
-        combined = scale * tl.load(direction_ptr + low_first + low_offsets, mask=inside, other=0.0)
-        if RESIDUAL:
-            low = tl.load(projected_ptr + low_first + low_offsets, mask=inside, other=0.0)
-            combined -= kappa * factor[:, None] * low
+        inside = low_inside_c & (k < low_sizes[1] - first_k)[None, :]
+        low = tl.load(low_ptr + first_k * low_strides[2] + low_offsets, mask=inside, other=0.0)
+        if FORMS:
+            projected = tl.load(
+                projected_ptr + first_k * low_strides[2] + low_offsets, mask=inside, other=0.0
+            )
+            low = scale * low - kappa * factor[:, None] * projected
         basis = tl.load(
             basis_ptr + first_k * basis_strides[1] + basis_offsets,
-            mask=inside_d & inside_k[:, None],
+            mask=inside_d & (k < rank - first_k)[:, None],
             other=0.0,
         )
-        total = tl.dot(combined.to(OPERAND), basis.to(OPERAND), total, input_precision=PRECISION)
+        total = tl.dot(low.to(OPERAND), basis.to(OPERAND), total, input_precision=PRECISION)
 
     weight_ptr = locate(weights, matrix) + first_c * weight_strides[0] + first_d * weight_strides[1]
     if RESIDUAL:
@@ -129,32 +164,40 @@ def update_kernel(
         grad_ptr += first_c * grad_strides[0] + first_d * grad_strides[1]
     step = scalar(step_size, matrix, DEVICE_SCALARS)
     keep = 1.0 - scalar(decay, matrix, DEVICE_SCALARS)
+    key = step
+    if NOISE:
+        key = _noise_key(salts, noise_step, matrix, DEVICE_STEP)
     # A piece at a time: whole tiles of W and G would spill. Loads of the next piece stand before
     # the store of this one, which they could not pass: for the compiler they may overlap.
     WIDTH: tl.constexpr = BD >> CUTS
     piece_d = tl.arange(0, WIDTH)
     inside = valid[:, None] & (piece_d < depth - first_d)[None, :]
     next_weight = _load(weight_ptr, weight_strides, c, piece_d, inside)
+    next_grad = next_weight
     if RESIDUAL:
         next_grad = _load(grad_ptr, grad_strides, c, piece_d, inside)
     for index in tl.static_range(1 << CUTS):
         update = piece(total, index, CUTS, BC, BD)
-        this_d, this_inside, weight = piece_d, inside, next_weight
-        if RESIDUAL:
-            grad = next_grad
+        this_d, this_inside, weight, grad = piece_d, inside, next_weight, next_grad
         if index + 1 < 1 << CUTS:
             piece_d = (index + 1) * WIDTH + tl.arange(0, WIDTH)
             inside = valid[:, None] & (piece_d < depth - first_d)[None, :]
             next_weight = _load(weight_ptr, weight_strides, c, piece_d, inside)
             if RESIDUAL:
                 next_grad = _load(grad_ptr, grad_strides, c, piece_d, inside)
-        if RESIDUAL:
-            # A skipped channel has factor 0, and 0 * NaN would still be NaN.
-            grad = tl.where(factor[:, None] != 0.0, grad.to(tl.float32), 0.0)
-            update += factor[:, None] * grad
-        weight = keep * (weight.to(tl.float32) - step * update)
-        if NOISE:
-            key = _noise_key(salts, noise_step, matrix, DEVICE_STEP)
-            weight = _rounded_at_random(weight, key, first_c + c, first_d + this_d)
+        weight = _stepped(
+            weight,
+            update,
+            grad,
+            factor,
+            scale,
+            step,
+            keep,
+            key,
+            first_c + c,
+            first_d + this_d,
+            RESIDUAL,
+            NOISE,
+        )
         offsets = c[:, None] * weight_strides[0] + this_d[None, :] * weight_strides[1]
         tl.store(weight_ptr + offsets, weight.to(weight_ptr.dtype.element_ty), mask=this_inside)
