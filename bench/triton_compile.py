@@ -6,7 +6,8 @@
 Its operations run on meta tensors of LLaMA's shapes, and what they would launch is compiled by
 Triton's JIT for each target: the same tiles, and the same arguments taken as 1 or as divisible by
 16, as on a GPU. Registers, spills and shared memory are read from the binary, the width of memory
-accesses and the matrix instruction from the PTX. Speed is another question.
+accesses and the matrix instruction from the PTX, hazards of asynchronous copies and products from
+the TTGIR (`bench.pipelines`). Speed is another question.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import JITFunction, driver
 
 from bench.models import PRESETS
+from bench.pipelines import follow
 from lowrank_kernels.ops import AdamScalars, Matrices, Residual, Scalars, Side
 from lowrank_kernels.ops import triton as launchers
 from lowrank_kernels.ops.contract import basis_shape, projected_shape, rank_axis
@@ -60,6 +62,9 @@ TARGETS = (
     Target(90, config.Gpu("h200", 132, 227 * 1024, 50 * 2**20, 90)),
     Target(100, config.Gpu("b200", 148, 227 * 1024, 126 * 2**20, 100)),
 )
+
+# Of the loop over a reduction, none included: all slots of a pipeline, in all its stages.
+TURNS = range(10)
 
 PRODUCTS = {"tcgen05": "tcgen05.mma", "wgmma": "wgmma.mma_async", "mma": "mma.sync"}
 
@@ -147,7 +152,10 @@ class Variant:
 
 @dataclass(frozen=True)
 class Record:
-    """What a variant compiles to; bytes of stack and shared memory, spilling instructions."""
+    """What a variant compiles to; bytes of stack and shared memory, spilling instructions.
+
+    `overlapping`: copies to shared memory that begin while a product is pending.
+    """
 
     kernel: str
     target: int
@@ -165,6 +173,8 @@ class Record:
     shared: int
     product: str | None
     accesses: dict[str, int]
+    overlapping: int
+    hazards: list[str]
     uses: list[str]
 
     def __str__(self) -> str:
@@ -172,7 +182,8 @@ class Record:
             f"sm_{self.target} {self.kernel} {self.tile} ({self.warps} warps, {self.stages} stages,"
             f" {self.cuts} cuts, split {self.split}, {self.dtypes}): {self.registers} registers,"
             f" {self.stack} bytes of stack, {self.spills} spilling instructions,"
-            f" {self.shared} bytes shared, {self.product}, {self.accesses}; {self.uses[0]},"
+            f" {self.shared} bytes shared, {self.product}, {self.accesses};"
+            f" {'; '.join(self.hazards) or 'no hazards'}; {self.uses[0]},"
             f" {len(self.uses)} in all"
         )
 
@@ -288,7 +299,12 @@ def launches(target: Target, case: Case) -> list[tuple[JITFunction, tuple, dict]
         scalar, step = empty((count,), torch.float64)[0], empty((count,), torch.int32)[0]
     adam = AdamScalars(0.9, 0.999, 1e-8, scalar, scalar)
     with (
-        mock.patch.multiple(launchers, addresses_of=addresses_of, gpu_of=lambda _: target.gpu),
+        mock.patch.multiple(
+            launchers,
+            addresses_of=addresses_of,
+            gpu_of=lambda _: target.gpu,
+            rereads_gradients=lambda _: target.capability == 90,
+        ),
         mock.patch.object(launch, "by_jit", record),
         mock.patch.object(torch.backends.cuda, "matmul", switches),
     ):
@@ -341,6 +357,7 @@ def compile_variant(variant: Variant) -> Record:
         usage = _tool("cuobjdump", "-res-usage", file.name)
         code = _tool("nvdisasm", file.name)
     ptx = compiled.asm["ptx"]
+    overlapping, hazards = _course(compiled.asm["ttgir"], options)
     return Record(
         kernel=variant.kernel.__name__,
         target=target.capability,
@@ -358,6 +375,8 @@ def compile_variant(variant: Variant) -> Record:
         shared=compiled.metadata.shared,
         product=next((name for name, code in PRODUCTS.items() if code in ptx), None),
         accesses=_accesses(ptx),
+        overlapping=overlapping,
+        hazards=hazards,
         uses=variant.uses,
     )
 
@@ -365,6 +384,17 @@ def compile_variant(variant: Variant) -> Record:
 def _tool(name: str, *arguments: str) -> str:
     command = [TOOLS / name, *arguments]
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def _course(ttgir: str, options: dict) -> tuple[int, list[str]]:
+    """Copies that overlap products, and the hazards, whatever the length of the reduction."""
+    tile = {"depth": options.get("BD", 1), "rank": options.get("BR", 1)}
+    courses = [
+        follow(ttgir, parts=1, **{name: turns * size for name, size in tile.items()})
+        for turns in TURNS
+    ]
+    hazards = {hazard: None for course in courses for hazard in course.hazards}
+    return courses[-1].overlapping, list(hazards)
 
 
 def _accesses(ptx: str) -> dict[str, int]:
@@ -447,7 +477,7 @@ def write(records: list[Record], path: Path) -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Compiles, writes the record and prints the table."""
+    """Compiles, writes the record and prints the table; ends with status 1 if there are hazards."""
     parser = argparse.ArgumentParser(prog="python -m bench.triton_compile")
     parser.add_argument("--quick", action="store_true", help="fewer shapes and dtypes")
     parser.add_argument("--candidates", action="store_true", help="what a tuner may try")
@@ -458,6 +488,8 @@ def main(arguments: list[str] | None = None) -> None:
     records = compile_all(command.quick, command.candidates)
     write(records, command.out)
     Console(width=None if sys.stdout.isatty() else 150).print(table(records))
+    if dangerous := [str(record) for record in records if record.hazards]:
+        sys.exit("\n".join(["triton_compile: hazards", *dangerous]))
 
 
 if __name__ == "__main__":

@@ -24,9 +24,10 @@ from .text import table, user_errors
 SUMMARY = "take steps with every available backend and compare them with float64"
 
 STEPS = 2
-RANK = 13
-# Odd sizes of either orientation, so that no row is aligned and tiles are cut.
-SHAPES = ((37, 61), (61, 37))
+# Shapes and ranks. Odd sizes of either orientation, so that no row is aligned and tiles are cut.
+ODD = (((37, 61), 13), ((61, 37), 13))
+# On a GPU also aligned rows and long reductions, whose loops Triton pipelines.
+PIPELINED = (((256, 1024), 128), ((1024, 256), 128))
 DTYPES = (torch.float32, torch.bfloat16)
 OPTIMIZERS: tuple[type[LowRankAdamW], ...] = (FiraAdamW, GaLoreAdamW)
 COMPARED = ("weight", "exp_avg", "exp_avg_sq")
@@ -40,6 +41,7 @@ class Case(NamedTuple):
     dtype: torch.dtype
     optimizer: type[LowRankAdamW]
     shape: tuple[int, int]
+    rank: int
     side: Side
 
 
@@ -96,8 +98,9 @@ def _cases() -> Iterator[Case]:
             choose_kind(name, Kind(torch.device(device).type, dtype, dtype))
         except ValueError:
             continue  # not served
-        for rest in itertools.product(OPTIMIZERS, SHAPES, Side):
-            yield Case(name, device, dtype, *rest)
+        sizes = ODD if device == "cpu" else ODD + PIPELINED
+        for optimizer, (shape, rank), side in itertools.product(OPTIMIZERS, sizes, Side):
+            yield Case(name, device, dtype, optimizer, shape, rank, side)
 
 
 def _result(case: Case) -> dict[str, Any]:
@@ -152,10 +155,10 @@ def _start(case: Case) -> Start:
     def normal(*shape: int) -> Tensor:
         return torch.randn(shape, generator=rng, dtype=torch.float64)
 
-    basis = torch.linalg.qr(normal(size, RANK))[0]
+    basis = torch.linalg.qr(normal(size, case.rank))[0]
 
     def grad() -> Tensor:
-        low = normal(channels, RANK)
+        low = normal(channels, case.rank)
         low = low + low.sign()
         full = normal(channels, size)
         full = full + (low - full @ basis) @ basis.T
@@ -175,14 +178,14 @@ def _steps(case: Case, start: Start, backend: str, dtype: torch.dtype) -> dict[s
     param = nn.Parameter(placed(start.weight))
     group = {
         "params": [param],
-        "rank": RANK,
+        "rank": case.rank,
         "scale": 0.5,
         "proj_type": case.side.name.lower(),
         "update_proj_gap": STEPS + 1,
     }
     limited = ("limiter_norm",) if case.optimizer is FiraAdamW else ()
     optimizer = case.optimizer([group], lr=1.0, weight_decay=0.1, backend=backend)
-    state = new_projected_state(param, RANK, case.side, 0, Subspace(), *limited)
+    state = new_projected_state(param, case.rank, case.side, 0, Subspace(), *limited)
     state["basis"].copy_(start.basis)
     state["basis_step"] = 0
     optimizer.state[param] = state

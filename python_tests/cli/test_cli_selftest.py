@@ -1,4 +1,5 @@
 import os
+from itertools import product
 
 import pytest
 import torch
@@ -68,9 +69,30 @@ def test_an_override_that_stops_every_step_stops_the_self_test(refused, monkeypa
     assert "LOWRANK_BACKEND='native' cannot run here" in refused("selftest")
 
 
+def cases_of_a_gpu():
+    """Those that a CPU does not have, on the CPU."""
+    for dtype, optimizer, (shape, rank), side in product(
+        selftest.DTYPES, selftest.OPTIMIZERS, selftest.PIPELINED, Side
+    ):
+        yield selftest.Case("foreach", "cpu", dtype, optimizer, shape, rank, side)
+
+
+def test_what_a_gpu_has_besides_passes_on_a_cpu():
+    for case in cases_of_a_gpu():
+        assert selftest._result(case)["passed"], case
+
+
+def test_a_gpu_has_shapes_besides_those_of_a_cpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    shapes = {"cpu": set(), "cuda:0": set()}
+    for case in selftest._cases():
+        shapes[case.device].add((case.shape, case.rank))
+    assert shapes["cuda:0"] - shapes["cpu"] == set(selftest.PIPELINED)
+
+
 def test_no_projected_gradient_is_near_zero():
     """Its direction would hang on one rounding, and the error of a case on that direction."""
-    for case in selftest._cases():
+    for case in (*selftest._cases(), *cases_of_a_gpu()):
         start = selftest._start(case)
         for grad in start.grads:
             low = start.basis.T @ grad if case.side is Side.LEFT else grad @ start.basis

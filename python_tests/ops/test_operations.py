@@ -8,6 +8,7 @@ import math
 
 import pytest
 import torch
+from devices import GPU, device_of
 from oracles.low_rank import Matrix, balanced_gradients, literal_step, orthonormal
 from pairs import pairwise
 
@@ -40,6 +41,7 @@ BACKEND_DTYPES = [
     ("native", torch.float32),
     ("native", torch.bfloat16),
     ("triton", torch.float32),
+    pytest.param("triton", torch.bfloat16, marks=GPU),
 ]
 
 
@@ -70,22 +72,23 @@ class Run:
         outside=1.0,
     ):
         self.form, self.side, self.backend = form, side, backend
+        self.device = device_of(backend)
         rng = torch.Generator().manual_seed(1000 * seed + sum(shape) + rank)
         weight = torch.randn(shape, generator=rng, dtype=torch.float64).to(dtype)
         left = side is Side.LEFT
         basis = orthonormal(shape[0] if left else shape[1], rank, rng)
         grads = balanced_gradients(shape, basis, left, STEPS, rng, outside)
-        basis, self.grads = basis.to(dtype), [grad.to(dtype) for grad in grads]
+        basis, self.grads = basis.to(dtype), [grad.to(self.device, dtype) for grad in grads]
         # Steps as long as the weights, so that an error of a step is one of the weight. Scale and
         # decay are exact in any dtype: their roundings would be the same in all elements.
         self.options = {"lr": 1.0, "eps": 1e-6, "scale": scale, "weight_decay": weight_decay}
         moments = torch.promote_types(dtype, torch.float32)
         self.oracle = Matrix(weight.double(), basis.double(), left, torch.float64)
         self.plain = Matrix(weight.clone(), basis, left, moments)
-        self.weight, self.basis = weight.clone(), basis
-        self.exp_avg = torch.zeros_like(self.plain.exp_avg)
-        self.exp_avg_sq = torch.zeros_like(self.plain.exp_avg)
-        self.limiter_norm = torch.zeros((), dtype=moments)
+        self.weight, self.basis = weight.to(self.device, copy=True), basis.to(self.device)
+        self.exp_avg = torch.zeros_like(self.plain.exp_avg, device=self.device)
+        self.exp_avg_sq = torch.zeros_like(self.exp_avg)
+        self.limiter_norm = torch.zeros((), dtype=moments, device=self.device)
 
     def step(self, index):
         """One step of the package's operations and of the literal code."""
@@ -93,7 +96,7 @@ class Run:
         Run.step_batch([self], index)
 
     def literal_step(self, index):
-        grad = self.grads[index]
+        grad = self.grads[index].cpu()
         literal_step(self.oracle, grad.double(), form=self.form, **self.options)
         literal_step(self.plain, grad, form=self.form, **self.options)
 
@@ -117,9 +120,12 @@ class Run:
         return take_step(prepare(matrices, backend=first.backend), matrices, scalars)
 
     def outputs(self):
-        yield "weight", self.weight, self.plain.weight, self.oracle.weight
-        yield "exp_avg", self.exp_avg, self.plain.exp_avg, self.oracle.exp_avg
-        yield "exp_avg_sq", self.exp_avg_sq, self.plain.exp_avg_sq, self.oracle.exp_avg_sq
+        for name in ("weight", "exp_avg", "exp_avg_sq"):
+            yield (
+                name,
+                getattr(self, name).cpu(),
+                *(getattr(literal, name) for literal in (self.plain, self.oracle)),
+            )
 
 
 def error(value, exact):
@@ -149,7 +155,7 @@ def assert_as_accurate(run):
         norms = (run.limiter_norm, run.plain.limiter_norm, run.oracle.limiter_norm)
         # A basis that spans everything leaves nothing to store, which is -1.
         got, plain, exact = (max(float(norm), 0.0) ** 2 for norm in norms)
-        scaled = run.oracle.factor * run.grads[run.oracle.step - 1].double()
+        scaled = run.oracle.factor * run.grads[run.oracle.step - 1].cpu().double()
         energy = float(scaled.square().sum())
         of_plain = abs(plain - exact) if math.isfinite(plain) else 0.0
         allowed = 2 * max(of_plain, unit(run.weight.dtype) * energy)
@@ -180,7 +186,7 @@ def test_residual_norms_of_a_gradient_near_the_span_of_the_basis(
 ):
     """At scale 1 all but `outside` of the gradient cancels in the residual."""
     run = Run(backend, dtype, (96, 160), 24, side, "official", scale=scale, outside=outside)
-    grad, axis = run.grads[0], 0 if side is Side.LEFT else 1
+    grad, axis = run.grads[0].cpu(), 0 if side is Side.LEFT else 1
 
     def residual_sq(matrix, grad):
         return (grad - scale * matrix.back(matrix.down(grad))).double().square().sum(axis)
@@ -197,14 +203,14 @@ def test_residual_norms_of_a_gradient_near_the_span_of_the_basis(
         rounding = unit(run.exp_avg.dtype) * torch.linalg.norm((grad_sq * exact).sqrt())
     else:
         rounding = unit(dtype) * torch.linalg.norm(grad_sq)
-    got = sums.residual.reshape(-1, len(exact)).sum(0)
+    got = sums.residual.reshape(-1, len(exact)).sum(0).cpu()
     assert error(got, exact) <= 2 * max(plain, float(rounding))
 
 
 LAYOUTS = {
-    "transposed": lambda rows, cols: torch.empty(cols, rows).T,
-    "every other row": lambda rows, cols: torch.empty(2 * rows, cols)[::2],
-    "every other column": lambda rows, cols: torch.empty(rows, 2 * cols)[:, ::2],
+    "transposed": lambda like, rows, cols: like.new_empty(cols, rows).T,
+    "every other row": lambda like, rows, cols: like.new_empty(2 * rows, cols)[::2],
+    "every other column": lambda like, rows, cols: like.new_empty(rows, 2 * cols)[:, ::2],
 }
 
 
@@ -212,7 +218,7 @@ LAYOUTS = {
 @pytest.mark.parametrize(("backend", "dtype"), BACKEND_DTYPES)
 def test_strided_weights_and_gradients(backend, dtype, side, layout, form):
     def strided(matrix):
-        return LAYOUTS[layout](*matrix.shape).to(dtype).copy_(matrix)
+        return LAYOUTS[layout](matrix, *matrix.shape).copy_(matrix)
 
     run = Run(backend, dtype, (37, 61), 13, side, form)
     run.weight, run.grads = strided(run.weight), [strided(grad) for grad in run.grads]

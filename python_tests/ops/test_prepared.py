@@ -4,6 +4,7 @@ import gc
 
 import pytest
 import torch
+from devices import device_of
 from ops.test_operations import FORMS, STEPS, Run, take_step
 from pairs import pairwise
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -17,7 +18,7 @@ def served():
     for name in (name for name, (available, _) in backends().items() if available):
         for dtype in (torch.float32, torch.bfloat16, torch.float64):
             try:
-                choose_kind(name, Kind("cpu", dtype, dtype))
+                choose_kind(name, Kind(device_of(name).type, dtype, dtype))
             except ValueError:
                 continue
             yield name, dtype

@@ -1,7 +1,8 @@
 """What only the Triton kernels can get wrong: tiles, batches, split sums, workspaces, launches.
 
 Without a GPU they run in Triton's interpreter, in float32. It has no bounds checks, so every buffer
-lies between zones of NaN: a read outside spoils the result, a write outside spoils the zone.
+lies between zones of NaN: a read outside spoils the result, a write outside spoils the zone. What a
+GPU may do and the interpreter does not is left to `test_triton_pipelined`.
 """
 
 import ctypes
@@ -9,10 +10,12 @@ import logging
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
 import torch
+from devices import device_of
 from ops.test_operations import Run, assert_as_accurate, take_step
 from pairs import pairwise
 
@@ -30,16 +33,24 @@ from lowrank_kernels.ops.triton import launch as launches
 from lowrank_kernels.ops.triton.addresses import Addresses
 from lowrank_kernels.ops.triton.config import Config, Gpu, Problem, candidates, config_of, forced
 
+DEVICE = device_of("triton")
+INTERPRETED = DEVICE.type == "cpu"
+in_the_interpreter = pytest.mark.skipif(not INTERPRETED, reason="looks into the interpreter")
+
 FORMS = [None, "official", "paper"]
 SHAPES_AND_RANKS = [((18, 37), 13), ((21, 20), 20), ((16, 67), 7)]
 STATE = ("weight", "exp_avg", "exp_avg_sq", "limiter_norm")
 ROLES = ("weight", "basis", "exp_avg", "exp_avg_sq", "limiter_norm")
 
-# The interpreter pays for each program: few large ones for larger matrices.
-WHOLE = {
-    "project": Config(256, 64, 64, cuts=0, warps=8, stages=1),
-    "update": Config(256, 64, 256, cuts=0, warps=8, stages=1),
-}
+
+def large_tiles():
+    """The interpreter pays for each program: few large ones for larger matrices."""
+    if not INTERPRETED:
+        return nullcontext()
+    return forced(
+        project=Config(256, 64, 64, cuts=0, warps=8, stages=1),
+        update=Config(256, 64, 256, cuts=0, warps=8, stages=1),
+    )
 
 
 def small_tiles(split=1):
@@ -64,12 +75,12 @@ def made(count, shape=(19, 37), rank=13, side=Side.RIGHT, form="official"):
         Run("triton", torch.float32, shape, rank, side, form, seed=seed) for seed in range(count)
     ]
     for seed, run in enumerate(runs):
-        run.limiter_norm = torch.tensor(float(seed))
+        run.limiter_norm = torch.tensor(float(seed), device=DEVICE)
     return runs
 
 
 def scalars_of(run, index, count, *, device_scalars=False, noise_step=0):
-    step = torch.full((count,), index + 1.0) if device_scalars else index + 1
+    step = torch.full((count,), index + 1.0, device=DEVICE) if device_scalars else index + 1
     group = {**run.options, "betas": (0.9, 0.999)}
     return step_scalars(group, step, run.form == "paper")._replace(step=noise_step)
 
@@ -110,7 +121,7 @@ LARGER = [
 def test_larger_shapes_against_oracle(shape, rank, side, form):
     """One step; `test_operations` takes small shapes through several."""
     run = Run("triton", torch.float32, shape, rank, side, form)
-    with forced(**WHOLE):
+    with large_tiles():
         run.step(0)
     assert_as_accurate(run)
 
@@ -137,7 +148,7 @@ def test_split_sums_and_many_tiles(shape_rank, parts, form, side, poisoned_works
         run.step(0)
         run.step(1)
     assert_as_accurate(run)
-    assert not addresses.arrival_counters(1, torch.device("cpu")).any()
+    assert not addresses.arrival_counters(1, DEVICE).any()
 
 
 @pytest.mark.parametrize("rank", [13, 18])
@@ -180,7 +191,11 @@ def scattered(runs, gap, backwards):
 def test_a_batch_is_its_matrices_one_by_one(
     side, form, count, gap, unit, backwards, poisoned_workspaces
 ):
-    """Bit for bit, wherever they lie, and nothing outside of them is read or written."""
+    """Bit for bit, and nothing outside of them is read or written.
+
+    Wherever they lie; on a GPU, where the compiler orders sums as memory is accessed, at distances
+    of 16 elements.
+    """
     alone, together = (made(count, rank=18, side=side, form=form) for _ in "ab")
     buffers = scattered(together, gap, backwards)
     assert addresses.addresses_of([run.weight for run in together]).unit == unit
@@ -188,7 +203,8 @@ def test_a_batch_is_its_matrices_one_by_one(
         for run in alone:
             launch([run])
         launch(together)
-    assert_equal(alone, together)
+    if INTERPRETED or unit == 16:
+        assert_equal(alone, together)
     for buffer, outside in buffers:
         assert buffer[outside].isnan().all()
         assert not buffer[~outside].isnan().any()
@@ -203,13 +219,15 @@ def test_nothing_is_touched_outside_the_tensors(side, shape_rank, poisoned_works
     (rows, cols), rank = shape_rank
     sizes = (rows, cols) if side is Side.RIGHT else (cols, rows)
     problem = Problem(side, *sizes, rank, 2, (torch.float32,) * 2, wide=False)
-    gpu = config.gpu_of(torch.device("cpu"))
-    with forced(**{name: config_of(name, problem, gpu) for name in WHOLE}):
+    gpu = config.gpu_of(DEVICE)
+    with forced(**{name: config_of(name, problem, gpu) for name in ("project", "update")}):
         launch(plain)
     launch(guarded)
-    assert_equal(plain, guarded)
+    if INTERPRETED:
+        assert_equal(plain, guarded)
     for buffer, outside in buffers:
         assert buffer[outside].isnan().all()
+        assert not buffer[~outside].isnan().any()
 
 
 @pytest.mark.parametrize(("parts", "form"), [(5, "official"), (9, None)])
@@ -229,6 +247,7 @@ def test_split_batches_leave_no_count_behind(parts, form):
         assert_as_accurate(run)
 
 
+@in_the_interpreter
 @pytest.mark.parametrize("parts", [1, 3])
 def test_the_order_of_programs_changes_no_bit(parts, monkeypatch):
     """Who arrives last is chance on a GPU; in the interpreter it is the last program."""
@@ -254,10 +273,28 @@ def test_two_runs_are_bitwise_equal():
     """At the tiles that the heuristics choose, parts included."""
     first, second = (made(1, (40, 1100), 20, Side.RIGHT) for _ in "ab")
     one = problem(40, 1100, 20, dtype=torch.float32)
-    assert config_of("project", one, config.gpu_of(torch.device("cpu"))).split == 2
+    assert config_of("project", one, config.gpu_of(DEVICE)).split == 2
     launch(first)
     launch(second)
     assert_equal(first, second)
+
+
+@in_the_interpreter
+@pytest.mark.parametrize(("side", "parts"), [(Side.LEFT, 1), (Side.RIGHT, 3)])
+def test_squares_of_gradients_that_are_read_again_are_the_same(side, parts, monkeypatch):
+    once, twice = (made(2, side=side) for _ in "ab")
+    for runs, again in ((once, False), (twice, True)):
+        monkeypatch.setattr(kernels, "rereads_gradients", lambda _, again=again: again)
+        with small_tiles(parts):
+            launch(runs)
+    assert_equal(once, twice)
+
+
+def test_only_sm_90_reads_gradients_again(monkeypatch):
+    assert not kernels.rereads_gradients(torch.device("cpu"))
+    for capability, again in (((8, 9), False), ((9, 0), True), ((10, 0), False)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, c=capability: c)
+        assert kernels.rereads_gradients(torch.device("cuda", 0)) is again
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -273,11 +310,11 @@ def test_scalars_on_the_device_equal_numbers(side, form):
 def test_each_matrix_has_its_own_scalars_on_the_device(monkeypatch):
     """As in a batch whose parameters were added at different steps."""
     alone, together = made(2, form="paper"), made(2, form="paper")
-    steps = [torch.tensor([1.0]), torch.tensor([9.0])]
-    monkeypatch.setattr(torch, "full", lambda *_: torch.cat(steps))
+    steps = [torch.tensor([1.0], device=DEVICE), torch.tensor([9.0], device=DEVICE)]
+    monkeypatch.setattr(torch, "full", lambda *_, **__: torch.cat(steps))
     launch(together, device_scalars=True)
     for run, step in zip(alone, steps, strict=True):
-        monkeypatch.setattr(torch, "full", lambda *_, step=step: step)
+        monkeypatch.setattr(torch, "full", lambda *_, step=step, **__: step)
         launch([run], device_scalars=True)
     assert_equal(alone, together)
 
@@ -296,7 +333,7 @@ def test_stochastic_rounding_is_the_references_bit_for_bit(side, on_device):
     for run in exact:
         run.weight = run.weight.float()
     salts, step = (7, 2**32 - 1), 70000
-    steps = torch.tensor([step, step + 1], dtype=torch.int32)
+    steps = torch.tensor([step, step + 1], dtype=torch.int32, device=DEVICE)
     with small_tiles():
         launch(exact)
         launch(rounded, salts=salts, noise_step=steps if on_device else step)
@@ -309,7 +346,8 @@ def test_stochastic_rounding_is_the_references_bit_for_bit(side, on_device):
 
 def test_stochastic_rounding_keeps_inf_and_nan():
     (run,) = half_weights(made(1, (16, 16), 4))
-    run.weight[0, :3] = torch.tensor([float("inf"), -float("inf"), float("nan")])
+    for column, value in enumerate((float("inf"), -float("inf"), float("nan"))):
+        run.weight[0, column] = value
     launch([run], salts=(3,), noise_step=1)
     assert run.weight[0, 0] == float("inf")
     assert run.weight[0, 1] == -float("inf")
@@ -341,9 +379,9 @@ def test_a_batch_is_three_launches_for_fira_and_two_for_galore(parts, monkeypatc
 
 @pytest.mark.parametrize(("cls", "launches"), [(FiraAdamW, 3), (GaLoreAdamW, 2)])
 def test_an_optimizer_launches_no_more_than_that(cls, launches, monkeypatch):
-    weight = torch.nn.Parameter(torch.ones(64, 48))
+    weight = torch.nn.Parameter(torch.ones(64, 48, device=DEVICE))
     optimizer = cls([{"params": [weight], "rank": 8}], lr=0.1, backend="triton")
-    weight.grad = torch.randn(64, 48, generator=torch.Generator().manual_seed(0))
+    weight.grad = torch.randn(64, 48, generator=torch.Generator().manual_seed(0)).to(DEVICE)
     log = count_launches(monkeypatch)
     optimizer.step()
     assert len(log) == launches
@@ -352,7 +390,7 @@ def test_an_optimizer_launches_no_more_than_that(cls, launches, monkeypatch):
 def test_launching_asks_nothing_of_the_device(monkeypatch):
     """Each of these methods would wait for a GPU."""
     numbers, tensors = made(2), made(2)
-    steps = torch.tensor([3, 4], dtype=torch.int32)
+    steps = torch.tensor([3, 4], dtype=torch.int32, device=DEVICE)
     log = count_launches(monkeypatch, run=False)
 
     def refuse(*_, **__):
@@ -366,9 +404,9 @@ def test_launching_asks_nothing_of_the_device(monkeypatch):
 
 
 LAYOUTS = {
-    "transposed": (lambda rows, cols: torch.empty(cols, rows).T, False),
-    "every other row": (lambda rows, cols: torch.empty(2 * rows, cols)[::2], False),
-    "every other column": (lambda rows, cols: torch.empty(rows, 2 * cols)[:, ::2], True),
+    "transposed": (lambda like, rows, cols: like.new_empty(cols, rows).T, False),
+    "every other row": (lambda like, rows, cols: like.new_empty(2 * rows, cols)[::2], False),
+    "every other column": (lambda like, rows, cols: like.new_empty(rows, 2 * cols)[:, ::2], True),
 }
 
 
@@ -378,13 +416,15 @@ def test_gradients_without_a_contiguous_axis_are_copied_and_reported(side, layou
     empty, copied = LAYOUTS[layout]
     dense, strided = made(2, side=side), made(2, side=side)
     for run in strided:
-        run.grads = [empty(*grad.shape).copy_(grad) for grad in run.grads]
+        run.grads = [empty(grad, *grad.shape).copy_(grad) for grad in run.grads]
     notices.notice_once.cache_clear()
     with caplog.at_level(logging.WARNING, logger="lowrank_kernels"):
         launch(dense)
         assert not caplog.records
         launch(strided)
-        assert_equal(dense, strided)
+        # The compiler orders sums as memory is accessed.
+        if INTERPRETED or layout != "transposed":
+            assert_equal(dense, strided)
         launch(strided)
     assert len(caplog.records) == copied
     if copied:
@@ -395,7 +435,7 @@ def test_gradients_without_a_contiguous_axis_are_copied_and_reported(side, layou
 def test_transposed_weights(side):
     dense, transposed = made(2, side=side), made(2, side=side)
     for run in transposed:
-        run.weight = torch.empty(37, 19).T.copy_(run.weight)
+        run.weight = run.weight.new_empty(37, 19).T.copy_(run.weight)
         assert kernels.obstacle(run.weight, run.grads[0]) is None
     launch(dense)
     launch(transposed)
@@ -538,6 +578,8 @@ def at(address, like):
 @pytest.fixture
 def bound_launches(monkeypatch):
     """Launches are bound as on a GPU, and run in the interpreter; logs how each was made."""
+    if not INTERPRETED:
+        pytest.skip("stands for what a GPU does")
     log, by_jit = [], launches.by_jit
 
     def first(*arguments):
@@ -676,7 +718,7 @@ def test_a_step_on_the_meta_device_allocates_what_a_real_one_does(shape_rank, fo
         new = operations._empty
         operations._empty = lambda *size, new=new, found=found: (found.append(size), new(*size))[1]
         take_step(operations, each, scalars)
-    assert sizes["cpu"] == sizes["meta"]
+    assert sizes[DEVICE.type] == sizes["meta"]
     assert len(sizes["meta"]) == (2 if form is None else 5) + 2 * (shape_rank[1] == 20)
 
 

@@ -1,4 +1,4 @@
-"""What the configured Triton kernels compile to, which no interpreter shows: spills, wide loads.
+"""What the configured Triton kernels compile to, which no interpreter shows: spills, races.
 
 No GPU is needed. The compiler runs in a process of its own, because TRITON_INTERPRET, which the
 other tests set, replaces it.
@@ -66,6 +66,24 @@ def test_shared_memory_fits(records):
     limits = {target.capability: target.gpu.shared_bytes for target in TARGETS}
     large = [record for record in records if record.shared > limits[record.target]]
     assert not large, report(large)
+
+
+def test_nothing_is_overwritten_while_a_product_or_a_copy_is_pending(records):
+    dangerous = [record for record in records if record.hazards]
+    assert not dangerous, report(dangerous)
+
+
+def test_copies_of_aligned_rows_overlap_products(records):
+    """On sm_80 a product ends before the next instruction."""
+    pipelined = [
+        record
+        for record in records
+        if record.kernel == "project_kernel" and record.target > 80 and record.aligned
+    ]
+    pipelined = [record for record in pipelined if record.dtypes in HALF]
+    alone = [record for record in pipelined if not record.overlapping]
+    assert pipelined
+    assert not alone, report(alone)
 
 
 def test_half_precision_products_use_the_matrix_unit(records):

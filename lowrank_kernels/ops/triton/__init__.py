@@ -89,6 +89,16 @@ def _low(matrices: int, rows: int, cols: int, side: Side) -> _Low:
     return _Low((matrices, rows, cols), (rows * cols, *strides), sizes)
 
 
+def rereads_gradients(device: torch.device) -> bool:
+    """Whether operation 1 has to read what it squares anew, and not with its product.
+
+    On sm_90 a product reads shared memory while the next instructions run. Triton, 3.6 to 3.9,
+    keeps a slot for that, but only of tiles which nothing else reads: over another it copies the
+    next tile while a product still reads it. Elsewhere the second load is of no use, and spills.
+    """
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
+
+
 class _Tiles(NamedTuple):
     """How operations 1 and 3 are cut up."""
 
@@ -211,6 +221,7 @@ class Operations:
                 "PRECISION": precision,
                 "SUMS": residual is not None,
                 "SPLIT": split > 1,
+                "REREAD": residual is not None and rereads_gradients(self._device),
                 "DEVICE_SCALARS": isinstance(adam.bias_correction1, Tensor),
             }
             return Rest(tiles.project_grid, arguments, options | config.options())

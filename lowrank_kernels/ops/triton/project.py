@@ -14,6 +14,8 @@ Bytes a matrix, b for G and P, float32 moments: C D b + D r b + 24 C r. FLOPs: 2
 Adam is not linear, so it has to see complete sums. Where the reduction is split, each part stores
 its sums and is counted; the part that arrives last adds all of them, its own too, in ascending
 order, and alone goes on to Adam. Which part that is changes no bit, nor does any atomic add floats.
+
+Where REREAD, the squares have a load of G of their own: see `rereads_gradients`.
 """
 
 import triton
@@ -67,6 +69,7 @@ def project_kernel(
     PRECISION: tl.constexpr,
     SUMS: tl.constexpr,
     SPLIT: tl.constexpr,
+    REREAD: tl.constexpr,
     DEVICE_SCALARS: tl.constexpr,
     BC: tl.constexpr,
     BR: tl.constexpr,
@@ -99,11 +102,9 @@ def project_kernel(
     for block in range(part, tl.cdiv(depth, BD), parts):
         first_d = tl.cast(block, tl.int64) * BD
         inside_d = d < depth - first_d
-        grad = tl.load(
-            grad_ptr + first_d * grad_strides[1] + grad_offsets,
-            mask=inside_c & inside_d[None, :],
-            other=0.0,
-        )
+        tile_ptr = grad_ptr + first_d * grad_strides[1] + grad_offsets
+        inside = inside_c & inside_d[None, :]
+        grad = tl.load(tile_ptr, mask=inside, other=0.0)
         basis = tl.load(
             basis_ptr + first_d * basis_strides[0] + basis_offsets,
             mask=inside_d[:, None] & inside_k,
@@ -113,6 +114,9 @@ def project_kernel(
         if SUMS:  # noqa: SIM102, one condition is the compiler's
             # Each rank tile squares its share of the blocks.
             if block % tiles_k == tile_k:
+                if REREAD:
+                    # By another policy, or the compiler would make one load of the two.
+                    grad = tl.load(tile_ptr, mask=inside, other=0.0, eviction_policy="evict_first")
                 wide = grad.to(tl.float32)
                 grad_sq += tl.sum(wide * wide, axis=1)
 
