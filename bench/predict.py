@@ -134,7 +134,7 @@ def work_of(kernel: str, case: Case, launched: dict) -> tuple[str, Work]:
         blocks = case.matrices * -(-channels // block)
         total, _ = case.traffic()["channel_scale"]
         # Arrival, the shares of all blocks, then every channel's factor, a piece at a time.
-        trips = 6 + -(-channels // launched.get("WIDE", block))
+        trips = 6 + -(-channels // launched["SWEEP"])
         return f"{block}", Work(blocks, 0, 0, 0, total / blocks, total, 0, 0, 1, trips)
     if kernel == "combine_kernel":
         tile = launched["BC"], launched["BR"]

@@ -226,6 +226,7 @@ def quick_cases(target: Target) -> Iterator[Case]:
         odd._replace(options=options) for options in OPTIONS if options not in ("", "scattered")
     ]
     some += [aligned._replace(dtypes="fp32"), aligned._replace(residual=None)]
+    some += [split._replace(options="capturable, stochastic"), small._replace(residual=None)]
     for shape, rank in DEGENERATE:
         for dtypes, options in (("bf16", "capturable"), ("fp32", "")):
             some.append(Case("degenerate", shape, rank, 1, dtypes, options, FIRA))

@@ -11,7 +11,9 @@ from pairs import pairwise
 
 from lowrank_kernels.ops import Side
 
-kernels = pytest.importorskip("lowrank_kernels.ops.triton")
+pytest.importorskip("triton")
+from lowrank_kernels.ops import triton as kernels
+from lowrank_kernels.ops.triton.config import Config, forced
 
 
 @pytest.fixture(autouse=True)
@@ -65,6 +67,49 @@ def test_a_batch_is_its_matrices_one_by_one(side, form):
         assert buffer[outside].isnan().all()
 
 
+def resident_tiles(parts):
+    """B stays; several tiles of channels and of depth."""
+    return forced(
+        project=Config(16, 16, 16, cuts=0, warps=4, stages=1),
+        update=Config(16, 64, 16, cuts=0, warps=4, stages=2, split=parts, resident=True),
+    )
+
+
+@pytest.mark.parametrize(
+    ("shape_rank", "parts", "side", "form"),
+    pairwise(SHAPES_AND_RANKS, (1, 2, 7), Side, FORMS),
+    ids=str,
+)
+def test_b_stays_and_w_g_and_p_pass_by(shape_rank, parts, side, form):
+    """More parts than tiles leave some of them without work."""
+    runs = half_runs(2, *shape_rank, side, form)
+    for run in runs:
+        run.literal_step(0)
+    with resident_tiles(parts):
+        launch(runs, 0)
+    for run in runs:
+        assert_as_accurate(run)
+
+
+@pytest.mark.parametrize(("side", "form"), pairwise(Side, FORMS), ids=str)
+def test_b_that_stays_touches_nothing_outside(side, form):
+    alone, together = (half_runs(3, (19, 37), 18, side, form) for _ in "ab")
+    buffers = scattered(together, 4099, True)
+    with resident_tiles(2):
+        for run in alone:
+            launch([run])
+        launch(together)
+    assert_equal(alone, together)
+    for buffer, outside in buffers:
+        assert buffer[outside].isnan().all()
+
+
+def test_b_that_stays_is_formed_where_it_is_used(monkeypatch):
+    with resident_tiles(1):
+        log = launched("paper", monkeypatch)
+    assert list(log) == ["project_kernel", "channel_scale_kernel", "resident_update_kernel"]
+
+
 def launched(form, monkeypatch):
     """The tensors that each kernel of a step is given first."""
     log, call = {}, kernels.Launcher.__call__
@@ -79,7 +124,8 @@ def launched(form, monkeypatch):
 
 
 def test_fira_forms_b_once_in_padded_rows(monkeypatch):
-    log = launched("official", monkeypatch)
+    with small_tiles():
+        log = launched("official", monkeypatch)
     assert list(log) == [
         "project_kernel",
         "channel_scale_kernel",
@@ -94,7 +140,8 @@ def test_fira_forms_b_once_in_padded_rows(monkeypatch):
 
 
 def test_galore_rounds_its_direction_and_forms_nothing(monkeypatch):
-    log = launched(None, monkeypatch)
+    with small_tiles():
+        log = launched(None, monkeypatch)
     assert list(log) == ["project_kernel", "update_kernel"]
     direction = log["project_kernel"][0]
     assert (direction.shape, direction.dtype) == ((2, 18, 48), torch.float16)

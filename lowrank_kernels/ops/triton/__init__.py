@@ -1,5 +1,5 @@
-"""The Triton backend: two launches a batch for GaLore, three for Fira, four for Fira in half
-precision, and no temporary of W's size.
+"""The Triton backend: two launches a batch for GaLore, three for Fira, four where half precision
+has B formed by itself, and no temporary of W's size.
 
 In the channel coordinates of `project`, both sides are the same kernels with strides swapped.
 """
@@ -33,7 +33,9 @@ from .config import (
     COMBINE_WARPS,
     LARGEST_TILE,
     SCALE_BLOCK,
+    SCALE_SWEEP,
     SCALE_WARPS,
+    WORKSPACE_BYTES,
     Config,
     Problem,
     config_of,
@@ -43,7 +45,7 @@ from .config import (
 from .launch import Grid, Launcher, Rest
 from .project import project_kernel
 from .scale import channel_scale_kernel
-from .update import update_kernel
+from .update import resident_update_kernel, update_kernel
 
 __all__ = ["Operations", "batch_size", "obstacle", "sources"]
 
@@ -68,11 +70,13 @@ def obstacle(param: Tensor, grad: Tensor) -> str | None:
 
 
 def batch_size(param: Tensor, grad: Tensor, rank: int) -> int:
-    """As many matrices as have their gradients in half of the L2 cache, at least 1.
+    """As many matrices as have room in a workspace, at least 1.
 
-    Operation 3 then reads most of G from L2, and the other half is left to everything else.
+    A launch of many tiles leaves few processors without work in its last wave. That G could stay in
+    L2 from operation 1 to 3 is not counted on: M, V, N and R pass through in between.
     """
-    return max(1, gpu_of(param.device).l2_bytes // 2 // max(1, grad.numel() * grad.itemsize))
+    each = (4 + 4 + param.itemsize) * max(param.shape) * rank  # N, R and B
+    return max(1, WORKSPACE_BYTES // max(1, each))
 
 
 class _Low(NamedTuple):
@@ -153,6 +157,7 @@ class Operations:
         self._scale = Launcher(channel_scale_kernel, param.device)
         self._combine = Launcher(combine_kernel, param.device)
         self._update = Launcher(update_kernel, param.device)
+        self._resident = Launcher(resident_update_kernel, param.device)
 
     def _cut(self, matrices: Matrices, wide: bool) -> _Tiles:
         """The tiles for gradients that are wide (see `Addresses`) or not."""
@@ -174,8 +179,11 @@ class Operations:
         slots = triton.cdiv(problem.rank, project.rank)
         rows = problem.matrices * triton.cdiv(problem.channels, project.channels)
         tiles = problem.matrices * triton.cdiv(problem.channels, update.channels)
-        tiles *= triton.cdiv(problem.depth, update.depth)
-        return _Tiles(project, update, (rows * slots, project.split, 1), (tiles, 1, 1), slots)
+        if update.resident:
+            grid = tiles, update.split, 1
+        else:
+            grid = tiles * triton.cdiv(problem.depth, update.depth), 1, 1
+        return _Tiles(project, update, (rows * slots, project.split, 1), grid, slots)
 
     def project_moments(self, matrices: Matrices, adam: AdamScalars) -> Projection:
         problem, residual = self._problem, matrices.residual
@@ -259,7 +267,7 @@ class Operations:
             counters = arrival_counters(count, self._device)
             bounds = (LIMITER_GROWTH, NORM_EPS, STORABLE_SHARE, NOTHING_STORED)
             arguments = (counters, addresses_of(matrices.limiter_norms), channels, slots, *bounds)
-            options = {"BC": SCALE_BLOCK, "num_warps": SCALE_WARPS}
+            options = {"BC": SCALE_BLOCK, "SWEEP": SCALE_SWEEP, "num_warps": SCALE_WARPS}
             return Rest((count * programs, 1, 1), arguments, options)
 
         if programs:
@@ -277,14 +285,16 @@ class Operations:
     ) -> None:
         problem, residual, basis = self._problem, matrices.residual, matrices.bases[0]
         stream, (low, projected, _) = current_stream(self._device), projection
-        placed = self._padded if self._half else self._low
-        if residual and self._half:
-            low = self._combined(projection, factor, scalars.scale, residual)
         tiles, base, offsets, unit = self._tiles[True], low, low, 1
         if residual:
             grads = self._readable(matrices.grads)  # copies have to live until the launch
             base, offsets, unit = located = self._located(grads, stream)
             tiles = self._tiles[located.wide]
+        resident = tiles.update.resident
+        forms = residual is not None and (resident or not self._half)
+        placed = self._padded if self._half and not forms else self._low
+        if residual and not forms:
+            low = self._combined(projection, factor, scalars.scale, residual)
         salts, noise_step = projected, 0 if matrices.salts is None else scalars.step
         if matrices.salts is not None:
             salts = device_table(matrices.salts, self._device)
@@ -305,12 +315,13 @@ class Operations:
                 problem.rank,
                 residual.rho if residual else 0.0,
                 residual.kappa if residual else 0.0,
+                *((tiles.update.split,) if resident else ()),
             )
             options = {
                 "OPERAND": _OPERANDS[basis.dtype],
                 "PRECISION": precision,
                 "RESIDUAL": residual is not None,
-                "FORMS": residual is not None and not self._half,
+                "FORMS": forms,
                 "DEVICE_SCALARS": isinstance(scalars.step_size, Tensor),
                 "NOISE": matrices.salts is not None,
                 "DEVICE_STEP": isinstance(noise_step, Tensor),
@@ -319,7 +330,8 @@ class Operations:
 
         if tiles.update_grid[0]:
             factor = projected if factor is None else factor
-            self._update(
+            update = self._resident if resident else self._update
+            update(
                 (precision, unit),
                 stream,
                 (low, projected, factor, salts, base, offsets),

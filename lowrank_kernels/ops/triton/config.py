@@ -16,7 +16,7 @@ import torch
 import triton
 
 from ..contract import Side
-from .model import RATES, Build, Rates, project_work, resident, seconds, update_work
+from .model import RATES, Build, Rates, project_work, resident, resident_work, seconds, update_work
 
 # Of an H200 in float32, without tensor cores.
 _FMA_FLOPS = 60e12
@@ -24,8 +24,12 @@ _FMA_FLOPS = 60e12
 # Offsets within a tile have 32 bits: see `obstacle`.
 LARGEST_TILE = 256
 
+# Of a batch, between operations 1 and 3.
+WORKSPACE_BYTES = 256 * 2**20
+
 # Channels a program of operation 2, which waits for memory: short loops, many programs.
 SCALE_BLOCK = 256
+SCALE_SWEEP = 2048  # that the last of them multiplies at a time
 SCALE_WARPS = 4
 
 # Elements of B that a program forms, along its contiguous axis and the other.
@@ -43,7 +47,11 @@ class _Tile(NamedTuple):
     # Of a thread at most. Below 255 so that a processor holds more than one block, which hide each
     # other's epilogues; then no access may be narrow, nor a product's operand in registers.
     registers: int = 255
+    resident: bool = False  # B stays in a block, of a rank up to `_RESIDENT_RANK`
 
+
+# P, W and G of a larger rank have no room beside B.
+_RESIDENT_RANK = 128
 
 # By operation and bytes of an operand: how much of the reduction goes through shared memory at a
 # time, and tiles. A large tile reads less through the L2 cache, which bounds a product of 64 x 64
@@ -68,6 +76,8 @@ _TILES = {
             _Tile(128, 128, 8, 32, registers=128),
             _Tile(128, 128, 8, 16),
             _Tile(64, 64, 4, 32),
+            _Tile(128, 128, 8, 128, registers=254, resident=True),
+            _Tile(128, 64, 8, 64, registers=128, resident=True),
         ),
     ),
     ("update", 4): (16, (_Tile(128, 128, 8, 8), _Tile(64, 64, 8, 16))),
@@ -86,16 +96,18 @@ class Config(NamedTuple):
     cuts: int  # times that the epilogue halves its tile
     warps: int
     stages: int
-    split: int = 1  # parts of operation 1's reduction
+    split: int = 1  # parts of operation 1's reduction, or of a resident kernel's depth
     registers: int = 255
+    resident: bool = False  # which kernel operation 3 is
 
     def options(self) -> dict[str, int]:
         """As the kernels and Triton call them."""
+        own = {"STAGES": self.stages} if self.resident else {"CUTS": self.cuts}
         return {
             "BC": self.channels,
             "BR": self.rank,
             "BD": self.depth,
-            "CUTS": self.cuts,
+            **own,
             "num_warps": self.warps,
             "num_stages": self.stages,
             "maxnreg": self.registers,
@@ -184,9 +196,8 @@ def candidates(operation: str, problem: Problem, gpu: Gpu) -> list[Config]:
     return [
         config._replace(split=split, stages=stages)
         for config in _configs(operation, problem, gpu)
-        for split in ((1, 2, 4, 8, 16) if operation == "project" else (1,))
-        # The sum of 128 x 256 partial sums spills.
-        if split == 1 or (split * config.depth < problem.depth and config.rank <= 128)
+        for split in (1, 2, 4, 8, 16)
+        if split == 1 or (split * config.depth < problem.depth and _may_split(operation, config))
         for stages in (2, 3, 4)
         if stages * _stage_bytes(operation, config, problem.itemsize) <= gpu.shared_bytes
     ]
@@ -207,15 +218,16 @@ def _choice(operation: str, problem: Problem, gpu: Gpu) -> Config:
 
 def predicted_seconds(operation: str, problem: Problem, config: Config, gpu: Gpu) -> float:
     """By `model`, with the registers that the configuration allows."""
-    work = {"project": project_work, "update": update_work}[operation](problem, config)
+    of_update = resident_work if config.resident else update_work
+    work = (project_work if operation == "project" else of_update)(problem, config)
     return seconds(work, _build(operation, problem, config), _rates(problem.itemsize, gpu))
 
 
 def _build(operation: str, problem: Problem, config: Config) -> Build:
     shared = config.stages * _stage_bytes(operation, config, problem.itemsize)
     pieces = 1 << config.cuts
-    # Operation 3 has its next piece loaded.
-    rounds = pieces if operation == "project" else max(1, pieces - 1)
+    # Operation 3 has its next piece loaded. A resident B is waited for: N, R and the factors.
+    rounds = pieces if operation == "project" else 2 if config.resident else max(1, pieces - 1)
     return Build(resident(config.registers, config.warps, shared), rounds)
 
 
@@ -233,17 +245,28 @@ def _rates(itemsize: int, gpu: Gpu) -> Rates:
 
 
 def _splits(operation: str, problem: Problem, config: Config, gpu: Gpu) -> tuple[int, ...]:
-    """Parts of operation 1's reduction: 1, and as many as give every place of a block one.
+    """Parts of operation 1's reduction: 1, and as many as give every place of a block one; parts of
+    a resident kernel's depth that fill the places once, twice or four times.
 
-    A part is at least 512 entries deep: below that its share of the workspace's traffic, 8 bytes an
-    element of R and part, outweighs the product. The sum of 128 x 256 partial sums spills.
+    A part of a reduction is at least 512 entries deep: below that its share of the workspace's
+    traffic, 8 bytes an element of R and part, outweighs the product.
     """
-    if operation == "update" or config.rank > 128:
-        return (1,)
     tiles = problem.matrices * triton.cdiv(problem.channels, config.channels)
-    tiles *= triton.cdiv(problem.rank, config.rank)
     places = gpu.processors * _build(operation, problem, config).resident
+    if config.resident:
+        most = triton.cdiv(problem.depth, config.depth)
+        return tuple(max(1, min(times * places // max(tiles, 1), most)) for times in (1, 2, 4))
+    if not _may_split(operation, config):
+        return (1,)
+    tiles *= triton.cdiv(problem.rank, config.rank)
     return 1, max(1, min(places // max(tiles, 1), problem.depth // 512, 16))
+
+
+def _may_split(operation: str, config: Config) -> bool:
+    """Where sums fill half of the registers, adding partial sums to them spills."""
+    if operation == "update":
+        return config.resident
+    return config.channels * config.rank < 16 * config.warps * config.registers
 
 
 def _configs(operation: str, problem: Problem, gpu: Gpu) -> Iterator[Config]:
@@ -264,11 +287,18 @@ def _configs(operation: str, problem: Problem, gpu: Gpu) -> Iterator[Config]:
         else:
             narrow_fits = channels * width * size <= 128 * 128 * 2
             depth, rank = width, _tile(problem.rank, step)
-        pieces = max(1, width // tile.piece)
-        config = Config(
-            channels, rank, depth, pieces.bit_length() - 1, tile.warps, 1, registers=registers
-        )
-        stages = min(3, gpu.shared_bytes // _stage_bytes(operation, config, size))
+        if tile.resident:
+            # On the left Triton 3.7.1 does not copy W and G asynchronously on sm_90.
+            if problem.rank > _RESIDENT_RANK or problem.side is Side.LEFT:
+                continue
+            rank = _tile(problem.rank, _RESIDENT_RANK)
+        cuts = max(1, width // tile.piece).bit_length() - 1
+        common = channels, rank, depth, cuts, tile.warps
+        config = Config(*common, stages=1, registers=registers, resident=tile.resident)
+        # Registers decide how many blocks share a processor's memory, of which each loses 1 KiB.
+        blocks = RATES.registers // (registers * 32 * tile.warps) if registers < 254 else 1
+        shared = min(gpu.shared_bytes, RATES.shared_bytes // blocks - 1024)
+        stages = min(3, shared // _stage_bytes(operation, config, size))
         capped = registers < 255
         if capped and not (problem.wide and problem.even and gpu.capability >= 90):
             continue
@@ -280,6 +310,9 @@ def _stage_bytes(operation: str, config: Config, size: int) -> int:
     """Of shared memory, at most: in float32 operation 3 holds N, R and P, else B and P."""
     if operation == "project":
         return config.depth * (config.channels + config.rank) * size
+    if config.resident:
+        # W and G too; B is in registers, or in as much of shared memory as P.
+        return size * (config.rank + 2 * config.channels) * config.depth
     low = 2 * 4 if size == 4 else size
     return config.rank * (config.channels * low + config.depth * size)
 

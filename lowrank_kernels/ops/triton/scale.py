@@ -42,6 +42,7 @@ def channel_scale_kernel(
     storable_share,
     nothing_stored,
     BC: tl.constexpr,
+    SWEEP: tl.constexpr,
 ):
     programs = tl.cdiv(channels, BC)
     matrix = tl.program_id(0) // programs
@@ -86,8 +87,9 @@ def channel_scale_kernel(
         storable = storable & (norm > storable_share * ordinary)
         kept = tl.where((previous == 0.0) & (ordinary > 0.0), nothing_stored, previous)
         tl.store(limiter_norm_ptr, tl.where(storable, limited, kept))
-        for start in range(0, channels, BC):
-            channel = start + tl.arange(0, BC)
+        # One program for all channels waits for each of its rounds: few of them.
+        for start in range(0, channels, SWEEP):
+            channel = start + tl.arange(0, SWEEP)
             inside = channel < channels
             phi = tl.load(factor_ptr + channel, mask=inside, other=0.0, cache_modifier=".cg")
             tl.store(factor_ptr + channel, limit * phi, mask=inside)

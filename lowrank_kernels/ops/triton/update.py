@@ -201,3 +201,111 @@ def update_kernel(
         )
         offsets = c[:, None] * weight_strides[0] + this_d[None, :] * weight_strides[1]
         tl.store(weight_ptr + offsets, weight.to(weight_ptr.dtype.element_ty), mask=this_inside)
+
+
+@triton.jit(do_not_specialize=["scale", "step_size", "decay", "noise_step"])
+def resident_update_kernel(
+    low_ptr,  # [B, shape of R, rows padded or not]: N
+    projected_ptr,  # [B, shape of R], if RESIDUAL
+    factor_ptr,  # [B, C], if RESIDUAL
+    salts,  # [B], if NOISE
+    grads_ptr,  # if RESIDUAL
+    grads_offsets,
+    scale,
+    step_size,
+    decay,
+    noise_step,
+    grads_unit,  # all from here on is equal in launches of a kind
+    weights,
+    bases,
+    weight_strides,  # of c and d
+    grad_strides,  # of c and d
+    basis_strides,  # of d and k
+    low_strides,  # of matrices, c and k
+    low_sizes,  # in c and k, with the padding
+    channels,
+    depth,
+    rank,
+    rho,
+    kappa,
+    parts,
+    OPERAND: tl.constexpr,
+    PRECISION: tl.constexpr,
+    RESIDUAL: tl.constexpr,
+    FORMS: tl.constexpr,
+    DEVICE_SCALARS: tl.constexpr,
+    NOISE: tl.constexpr,
+    DEVICE_STEP: tl.constexpr,
+    BC: tl.constexpr,
+    BD: tl.constexpr,
+    BR: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """Of a rank that fits into one tile: B stays, and tiles of P, W and G pass by."""
+    tiles_c = tl.cdiv(channels, BC)
+    tile = tl.num_programs(0) - 1 - tl.program_id(0)
+    matrix = tile // tiles_c
+    part = tl.program_id(1)
+
+    first_c = (tile % tiles_c).to(tl.int64) * BC
+    c, d, k = tl.arange(0, BC), tl.arange(0, BD), tl.arange(0, BR)
+    valid = c < channels - first_c
+    inside_k = k < rank
+    inside = (c < low_sizes[0] - first_c)[:, None] & (k < low_sizes[1])[None, :]
+    low_first = matrix.to(tl.int64) * low_strides[0] + first_c * low_strides[1]
+    low_offsets = c[:, None] * low_strides[1] + k[None, :] * low_strides[2]
+    low = tl.load(low_ptr + low_first + low_offsets, mask=inside, other=0.0)
+    factor = tl.zeros((BC,), dtype=tl.float32)
+    if RESIDUAL:
+        factor_ptr += matrix.to(tl.int64) * channels + first_c
+        factor = rho * tl.load(factor_ptr + c, mask=valid, other=0.0)
+    if FORMS:
+        projected = tl.load(projected_ptr + low_first + low_offsets, mask=inside, other=0.0)
+        low = scale * low - kappa * factor[:, None] * projected
+    low = low.to(OPERAND)
+
+    basis_ptr = locate(bases, matrix)
+    weight_ptr = locate(weights, matrix) + first_c * weight_strides[0]
+    grad_ptr = weight_ptr
+    if RESIDUAL:
+        grad_ptr = first_of(grads_ptr, grads_offsets, grads_unit, matrix)
+        grad_ptr += first_c * grad_strides[0]
+    step = scalar(step_size, matrix, DEVICE_SCALARS)
+    keep = 1.0 - scalar(decay, matrix, DEVICE_SCALARS)
+    key = step
+    if NOISE:
+        key = _noise_key(salts, noise_step, matrix, DEVICE_STEP)
+    for block in tl.range(part, tl.cdiv(depth, BD), parts, num_stages=STAGES):
+        first_d = tl.cast(block, tl.int64) * BD
+        inside_d = d < depth - first_d
+        within = valid[:, None] & inside_d[None, :]
+        basis = tl.load(
+            basis_ptr
+            + first_d * basis_strides[0]
+            + d[None, :] * basis_strides[0]
+            + k[:, None] * basis_strides[1],
+            mask=inside_d[None, :] & inside_k[:, None],
+            other=0.0,
+        )
+        weights_here = weight_ptr + first_d * weight_strides[1]
+        weight = _load(weights_here, weight_strides, c, d, within)
+        grad = weight
+        if RESIDUAL:
+            grad = _load(grad_ptr + first_d * grad_strides[1], grad_strides, c, d, within)
+        update = tl.dot(low, basis.to(OPERAND), input_precision=PRECISION)
+        weight = _stepped(
+            weight,
+            update,
+            grad,
+            factor,
+            scale,
+            step,
+            keep,
+            key,
+            first_c + c,
+            first_d + d,
+            RESIDUAL,
+            NOISE,
+        )
+        offsets = c[:, None] * weight_strides[0] + d[None, :] * weight_strides[1]
+        tl.store(weights_here + offsets, weight.to(weight_ptr.dtype.element_ty), mask=within)
