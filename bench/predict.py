@@ -136,6 +136,10 @@ def work_of(kernel: str, case: Case, launched: dict) -> tuple[str, Work]:
         # Arrival, the shares of all blocks, then every channel's factor, a piece at a time.
         trips = 6 + -(-channels // launched["SWEEP"])
         return f"{block}", Work(blocks, 0, 0, 0, total / blocks, total, 0, 0, 1, trips)
+    if kernel == "pad_rows_kernel":
+        blocks = case.matrices * launched["rows"] * -(-launched["padded"] // launched["BLOCK"])
+        moved = case.matrices * launched["rows"] * (launched["length"] + launched["padded"]) * 2
+        return f"{launched['BLOCK']}", Work(blocks, 0, 0, 0, moved / blocks, moved, 0, 0, 1)
     if kernel == "combine_kernel":
         tile = launched["BC"], launched["BR"]
         return "{} x {}".format(*tile), combine_work(problem, *tile)

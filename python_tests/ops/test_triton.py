@@ -755,6 +755,8 @@ def test_batch_sizes_fill_a_workspace():
         ((512, 512), 128, 409),
         ((2048, 2048), 512, 25),
         ((4096, 11008), 1024, 2),
+        ((5461, 2048), 512, 9),
+        ((2048, 5461), 512, 5),  # with copies of G
         ((2**16, 2**16), 2**14, 1),
     ):
         weight = torch.empty(shape, dtype=torch.bfloat16, device="meta")

@@ -110,8 +110,8 @@ def test_b_that_stays_is_formed_where_it_is_used(monkeypatch):
     assert list(log) == ["project_kernel", "channel_scale_kernel", "resident_update_kernel"]
 
 
-def launched(form, monkeypatch):
-    """The tensors that each kernel of a step is given first."""
+def logged_launches(monkeypatch):
+    """The tensors that each kernel is given first, by its name."""
     log, call = {}, kernels.Launcher.__call__
 
     def logged(launcher, kind, stream, tensors, scalars, rest):
@@ -119,6 +119,11 @@ def launched(form, monkeypatch):
         return call(launcher, kind, stream, tensors, scalars, rest)
 
     monkeypatch.setattr(kernels.Launcher, "__call__", logged)
+    return log
+
+
+def launched(form, monkeypatch):
+    log = logged_launches(monkeypatch)
     launch(half_runs(2, (19, 37), 18, Side.LEFT, form))
     return log
 
@@ -147,3 +152,60 @@ def test_galore_rounds_its_direction_and_forms_nothing(monkeypatch):
     assert (direction.shape, direction.dtype) == ((2, 18, 48), torch.float16)
     assert not direction[..., 37:].any()
     assert log["update_kernel"][0].data_ptr() == direction.data_ptr()
+
+
+@pytest.fixture
+def always_pads(monkeypatch):
+    monkeypatch.setattr(kernels, "PAD_FROM", 0)
+    monkeypatch.setattr(kernels, "PAD_BLOCK", 32)
+
+
+@pytest.mark.parametrize(
+    ("shape_rank", "transposed", "side", "form"),
+    pairwise([((37, 61), 13), ((61, 37), 17), ((40, 70), 33)], (False, True), Side, FORMS),
+    ids=str,
+)
+def test_copies_of_gradients_with_padded_rows(shape_rank, transposed, side, form, always_pads):
+    runs = half_runs(2, *shape_rank, side, form)
+    for run in runs:
+        if transposed:
+            run.grads = [grad.T.contiguous().T for grad in run.grads]
+    for index in range(2):
+        for run in runs:
+            run.literal_step(index)
+        with small_tiles():
+            launch(runs, index)
+    for run in runs:
+        assert_as_accurate(run)
+
+
+@pytest.mark.parametrize(("side", "form"), pairwise(Side, FORMS), ids=str)
+def test_padded_copies_change_no_bit(side, form, monkeypatch):
+    """One copy serves operations 1 and 3, wherever the gradients lie."""
+    plain, padded = (half_runs(3, (19, 37), 18, side, form) for _ in "ab")
+    buffers = scattered(padded, 4099, True)
+    with small_tiles():
+        launch(plain)
+        monkeypatch.setattr(kernels, "PAD_FROM", 0)
+        log = logged_launches(monkeypatch)
+        launch(padded)
+    assert_equal(plain, padded)
+    for buffer, outside in buffers:
+        assert buffer[outside].isnan().all()
+    copy = log["pad_rows_kernel"][0]
+    assert copy.shape == (3, 19, 48)
+    assert not copy[..., 37:].any()
+    assert log["project_kernel"][5] is copy
+    if form:
+        assert log["update_kernel"][4] is copy
+
+
+@pytest.mark.parametrize(
+    ("shape", "matrices", "padded"),
+    [((2048, 5461), 1, 5472), ((5461, 2048), 1, None), ((512, 1376), 9, None), ((37, 61), 2, None)],
+)
+def test_only_large_batches_with_odd_rows_are_copied(shape, matrices, padded):
+    grad = torch.empty(shape, dtype=torch.bfloat16, device="meta")
+    rows = kernels._rows(grad, matrices)
+    assert (rows and rows.padded) == padded
+    assert kernels._rows(grad.float(), matrices) is None

@@ -32,6 +32,9 @@ from .config import (
     COMBINE_TILE,
     COMBINE_WARPS,
     LARGEST_TILE,
+    PAD_BLOCK,
+    PAD_FROM,
+    PAD_WARPS,
     SCALE_BLOCK,
     SCALE_SWEEP,
     SCALE_WARPS,
@@ -43,6 +46,7 @@ from .config import (
     sources,
 )
 from .launch import Grid, Launcher, Rest
+from .pad import pad_rows_kernel
 from .project import project_kernel
 from .scale import channel_scale_kernel
 from .update import resident_update_kernel, update_kernel
@@ -76,6 +80,8 @@ def batch_size(param: Tensor, grad: Tensor, rank: int) -> int:
     L2 from operation 1 to 3 is not counted on: M, V, N and R pass through in between.
     """
     each = (4 + 4 + param.itemsize) * max(param.shape) * rank  # N, R and B
+    if _rows(grad, PAD_FROM) is not None:
+        each += grad.itemsize * grad.numel()
     return max(1, WORKSPACE_BYTES // max(1, each))
 
 
@@ -101,6 +107,37 @@ def rereads_gradients(device: torch.device) -> bool:
     next tile while a product still reads it. Elsewhere the second load is of no use, and spills.
     """
     return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
+
+
+class _Rows(NamedTuple):
+    """Of gradients, the lines along which they are contiguous, and of their copies."""
+
+    lines: int
+    length: int
+    pitch: int
+    padded: int
+    strides: tuple[int, int]  # of a copy, as the gradient's axes are
+    sizes: tuple[int, int]
+
+
+def _rows(grad: Tensor, matrices: int) -> _Rows | None:
+    """What is copied with padding: large batches in half precision with rows at odd places."""
+    along = 0 if grad.stride(0) == 1 else 1
+    length, count, pitch = grad.shape[along], grad.shape[1 - along], grad.stride(1 - along)
+    if grad.itemsize > 2 or pitch % 16 == 0 or matrices * grad.numel() < PAD_FROM:
+        return None
+    padded = -(-length // 16) * 16
+    strides, sizes = (
+        ((1, padded), (padded, count)) if along == 0 else ((padded, 1), (count, padded))
+    )
+    return _Rows(count, length, pitch, padded, strides, sizes)
+
+
+def _stacked(copy: Tensor) -> Addresses:
+    """Where stacked matrices lie, whose rows are padded."""
+    matrices, rows, padded = copy.shape
+    table = tuple(range(0, matrices * rows * padded // 16, rows * padded // 16))
+    return Addresses(copy, device_table(table, copy.device), 16)
 
 
 class _Tiles(NamedTuple):
@@ -147,12 +184,17 @@ class Operations:
                 " backend reads rows or columns that are contiguous",
             )
         (readable,) = self._readable(matrices.grads[:1])
+        self._rows = _rows(readable, len(matrices.grads))
+        pitches, sizes = readable.stride(), tuple(readable.shape)
+        if self._rows is not None:
+            pitches, sizes = self._rows.strides, self._rows.sizes
         # Along the channels and along the other axis.
-        self._grad_strides, self._param_strides = (
-            (matrix.stride(1 - axis), matrix.stride(axis)) for matrix in (readable, param)
+        self._grad_strides, self._grad_sizes, self._param_strides = (
+            (pair[1 - axis], pair[axis]) for pair in (pitches, sizes, param.stride())
         )
         self._placed: tuple[int | None, list[int]] | None = None
         self._tiles = [self._cut(matrices, wide) for wide in (False, True)]
+        self._pad = Launcher(pad_rows_kernel, param.device)
         self._project = Launcher(project_kernel, param.device)
         self._scale = Launcher(channel_scale_kernel, param.device)
         self._combine = Launcher(combine_kernel, param.device)
@@ -166,14 +208,19 @@ class Operations:
             return wide and all(addresses_of(tensors).wide for tensors in (matrices.bases, *roles))
 
         problem, gpu = self._problem, gpu_of(self._device)
-        rows = max(max(strides) for strides in (self._param_strides, self._grad_strides))
-        even = rows % 16 == 0 and problem.rank % 16 == 0
+
+        def even(*pitches: int) -> bool:
+            return all(pitch % 16 == 0 for pitch in (*pitches, problem.rank))
+
+        grads, params = max(self._grad_strides), max(self._param_strides)
         one = problem._replace(
             wide=all_wide(matrices.exp_avgs, matrices.exp_avg_sqs),
-            even=even and self._low.shape[-1] % 16 == 0,
+            even=even(grads, self._low.shape[-1]),
         )
         three = problem._replace(
-            wide=all_wide(matrices.params), even=even, dtypes=(matrices.bases[0].dtype,) * 2
+            wide=all_wide(matrices.params),
+            even=even(grads, params),
+            dtypes=(matrices.bases[0].dtype,) * 2,
         )
         project, update = config_of("project", one, gpu), config_of("update", three, gpu)
         slots = triton.cdiv(problem.rank, project.rank)
@@ -189,6 +236,10 @@ class Operations:
         problem, residual = self._problem, matrices.residual
         stream, grads = current_stream(self._device), self._readable(matrices.grads)
         base, offsets, unit = located = self._located(grads, stream)
+        copy = None
+        if self._rows is not None:
+            copy = self._copied(self._rows, located, stream)
+            base, offsets, unit = located = _stacked(copy)
         tiles = self._tiles[located.wide]
         config, (programs, split, _) = tiles.project, tiles.project_grid
         precision = _precision(*problem.dtypes)
@@ -214,6 +265,7 @@ class Operations:
                 unit,
                 *map(addresses_of, (matrices.bases, matrices.exp_avgs, matrices.exp_avg_sqs)),
                 self._grad_strides,
+                self._grad_sizes,
                 matrices.bases[0].stride(),
                 self._low.strides[1:],
                 placed.strides,
@@ -247,7 +299,7 @@ class Operations:
         if residual is None:
             if rounds:
                 direction = direction[..., : self._low.shape[-1]]
-            return Projection(direction, projected, None)
+            return Projection(direction, projected, None, copy)
         channel_sums = ChannelSums(*sums.unbind())
         # The kernel's difference is lost in what R and its basis were rounded to.
         rounded = precision == "tf32" or min(dtype.itemsize for dtype in problem.dtypes) < 4
@@ -255,7 +307,7 @@ class Operations:
             _form_residuals(
                 matrices._replace(grads=grads), residual.kappa, projected, channel_sums.residual
             )
-        return Projection(direction, projected, channel_sums)
+        return Projection(direction, projected, channel_sums, copy)
 
     def channel_scale(self, matrices: Matrices, sums: ChannelSums) -> Tensor:
         count, channels = self._problem.matrices, self._problem.channels
@@ -284,11 +336,12 @@ class Operations:
         scalars: Scalars,
     ) -> None:
         problem, residual, basis = self._problem, matrices.residual, matrices.bases[0]
-        stream, (low, projected, _) = current_stream(self._device), projection
+        stream, (low, projected, _, copy) = current_stream(self._device), projection
         tiles, base, offsets, unit = self._tiles[True], low, low, 1
         if residual:
             grads = self._readable(matrices.grads)  # copies have to live until the launch
-            base, offsets, unit = located = self._located(grads, stream)
+            located = self._located(grads, stream) if copy is None else _stacked(copy)
+            base, offsets, unit = located
             tiles = self._tiles[located.wide]
         resident = tiles.update.resident
         forms = residual is not None and (resident or not self._half)
@@ -307,6 +360,7 @@ class Operations:
                 addresses_of(matrices.bases),
                 self._param_strides,
                 self._grad_strides,
+                self._grad_sizes,
                 basis.stride(),
                 placed.strides,
                 placed.sizes,
@@ -322,6 +376,7 @@ class Operations:
                 "PRECISION": precision,
                 "RESIDUAL": residual is not None,
                 "FORMS": forms,
+                "PADDED": copy is not None,
                 "DEVICE_SCALARS": isinstance(scalars.step_size, Tensor),
                 "NOISE": matrices.salts is not None,
                 "DEVICE_STEP": isinstance(noise_step, Tensor),
@@ -367,6 +422,18 @@ class Operations:
             tensors = combined, projection.direction, projection.projected, factor
             self._combine((), current_stream(self._device), tensors, (scale,), rest)
         return combined
+
+    def _copied(self, rows: _Rows, located: Addresses, stream: int | None) -> Tensor:
+        """The gradients with padded rows."""
+        copy = located.base.new_empty((self._problem.matrices, rows.lines, rows.padded))
+        programs = copy.shape[0] * rows.lines * triton.cdiv(rows.padded, PAD_BLOCK)
+
+        def rest() -> Rest:
+            arguments = (located.unit, rows.lines, rows.length, rows.pitch, rows.padded)
+            return Rest((programs, 1, 1), arguments, {"BLOCK": PAD_BLOCK, "num_warps": PAD_WARPS})
+
+        self._pad(located.unit, stream, (copy, located.base, located.offsets), (), rest)
+        return copy
 
     def _readable(self, grads: list[Tensor]) -> list[Tensor]:
         """The gradients, copied if no axis is contiguous: each element would cost a line."""

@@ -32,6 +32,12 @@ SCALE_BLOCK = 256
 SCALE_SWEEP = 2048  # that the last of them multiplies at a time
 SCALE_WARPS = 4
 
+# Elements of a row of G that a program copies, and of a batch from which on a copy saves more than
+# the time of its launch.
+PAD_BLOCK = 2048
+PAD_WARPS = 4
+PAD_FROM = 2**20
+
 # Elements of B that a program forms, along its contiguous axis and the other.
 COMBINE_TILE = (128, 32)
 COMBINE_WARPS = 4
@@ -68,7 +74,7 @@ _TILES = {
             _Tile(64, 64, 4, 16),
         ),
     ),
-    ("project", 4): (32, (_Tile(128, 128, 8, 16), _Tile(64, 64, 8, 16))),
+    ("project", 4): (32, (_Tile(128, 128, 8, 8), _Tile(64, 64, 8, 16))),
     ("update", 2): (
         64,
         (
@@ -277,6 +283,10 @@ def _configs(operation: str, problem: Problem, gpu: Gpu) -> Iterator[Config]:
     """
     size = problem.itemsize
     step, tiles = _TILES[operation, size]
+    # Of wgmma and tcgen05 operands are in shared memory, of mma.sync in registers.
+    wide, from_shared = problem.wide, gpu.capability >= 90
+    if operation == "update" and size == 2 and not from_shared:
+        step //= 2
     mixed = problem.dtypes[0] is not problem.dtypes[1]
     for tile in _MIXED_TILES if mixed else tiles:
         channels, width, registers = tile.channels, tile.width, tile.registers
@@ -299,10 +309,11 @@ def _configs(operation: str, problem: Problem, gpu: Gpu) -> Iterator[Config]:
         blocks = RATES.registers // (registers * 32 * tile.warps) if registers < 254 else 1
         shared = min(gpu.shared_bytes, RATES.shared_bytes // blocks - 1024)
         stages = min(3, shared // _stage_bytes(operation, config, size))
-        capped = registers < 255
-        if capped and not (problem.wide and problem.even and gpu.capability >= 90):
-            continue
-        if stages and (problem.wide or narrow_fits):
+        if registers < 255:
+            fits = wide and problem.even and from_shared
+        else:
+            fits = narrow_fits or (wide and (problem.even or from_shared))
+        if stages and fits:
             yield config._replace(stages=stages)
 
 

@@ -56,6 +56,7 @@ def project_kernel(
     exp_avgs,
     exp_avg_sqs,
     grad_strides,  # of c and d
+    grad_sizes,  # in c and d, with the padding
     basis_strides,  # of d and k
     low_strides,  # of c and k
     direction_strides,  # of matrices, c and k
@@ -90,6 +91,7 @@ def project_kernel(
     first_k = tile_k.to(tl.int64) * BR
     c, k, d = tl.arange(0, BC), tl.arange(0, BR), tl.arange(0, BD)
     inside_c = (c < channels - first_c)[:, None]
+    inside_grad = (c < grad_sizes[0] - first_c)[:, None]
     inside_k = (k < rank - first_k)[None, :]
     grad_ptr = first_of(grads_ptr, grads_offsets, grads_unit, matrix)
     grad_ptr += first_c * grad_strides[0]
@@ -103,7 +105,7 @@ def project_kernel(
         first_d = tl.cast(block, tl.int64) * BD
         inside_d = d < depth - first_d
         tile_ptr = grad_ptr + first_d * grad_strides[1] + grad_offsets
-        inside = inside_c & inside_d[None, :]
+        inside = inside_grad & (d < grad_sizes[1] - first_d)[None, :]
         grad = tl.load(tile_ptr, mask=inside, other=0.0)
         basis = tl.load(
             basis_ptr + first_d * basis_strides[0] + basis_offsets,

@@ -89,7 +89,8 @@ def channel_scale_kernel(
         tl.store(limiter_norm_ptr, tl.where(storable, limited, kept))
         # One program for all channels waits for each of its rounds: few of them.
         for start in range(0, channels, SWEEP):
-            channel = start + tl.arange(0, SWEEP)
-            inside = channel < channels
-            phi = tl.load(factor_ptr + channel, mask=inside, other=0.0, cache_modifier=".cg")
-            tl.store(factor_ptr + channel, limit * phi, mask=inside)
+            swept = start + tl.arange(0, SWEEP)
+            phis = tl.load(
+                factor_ptr + swept, mask=swept < channels, other=0.0, cache_modifier=".cg"
+            )
+            tl.store(factor_ptr + swept, limit * phis, mask=swept < channels)

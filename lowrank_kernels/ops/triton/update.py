@@ -81,6 +81,14 @@ def _load(pointer, strides, c, d, inside):
     return tl.load(pointer + offsets, mask=inside, other=0.0)
 
 
+@triton.jit
+def _inside_grad(inside, sizes, first_c, first_d, c, d, PADDED: tl.constexpr):
+    """Padded rows are read in whole lines, past their ends."""
+    if PADDED:
+        inside = (c < sizes[0] - first_c)[:, None] & (d < sizes[1] - first_d)[None, :]
+    return inside
+
+
 @triton.jit(do_not_specialize=["scale", "step_size", "decay", "noise_step"])
 def update_kernel(
     low_ptr,  # [B, shape of R, rows padded or not]: N if FORMS or not RESIDUAL, else B
@@ -98,6 +106,7 @@ def update_kernel(
     bases,
     weight_strides,  # of c and d
     grad_strides,  # of c and d
+    grad_sizes,  # in c and d, with the padding, if PADDED
     basis_strides,  # of d and k
     low_strides,  # of matrices, c and k
     low_sizes,  # in c and k, with the padding
@@ -110,6 +119,7 @@ def update_kernel(
     PRECISION: tl.constexpr,
     RESIDUAL: tl.constexpr,
     FORMS: tl.constexpr,
+    PADDED: tl.constexpr,
     DEVICE_SCALARS: tl.constexpr,
     NOISE: tl.constexpr,
     DEVICE_STEP: tl.constexpr,
@@ -175,7 +185,8 @@ def update_kernel(
     next_weight = _load(weight_ptr, weight_strides, c, piece_d, inside)
     next_grad = next_weight
     if RESIDUAL:
-        next_grad = _load(grad_ptr, grad_strides, c, piece_d, inside)
+        readable = _inside_grad(inside, grad_sizes, first_c, first_d, c, piece_d, PADDED)
+        next_grad = _load(grad_ptr, grad_strides, c, piece_d, readable)
     for index in tl.static_range(1 << CUTS):
         update = piece(total, index, CUTS, BC, BD)
         this_d, this_inside, weight, grad = piece_d, inside, next_weight, next_grad
@@ -184,7 +195,8 @@ def update_kernel(
             inside = valid[:, None] & (piece_d < depth - first_d)[None, :]
             next_weight = _load(weight_ptr, weight_strides, c, piece_d, inside)
             if RESIDUAL:
-                next_grad = _load(grad_ptr, grad_strides, c, piece_d, inside)
+                readable = _inside_grad(inside, grad_sizes, first_c, first_d, c, piece_d, PADDED)
+                next_grad = _load(grad_ptr, grad_strides, c, piece_d, readable)
         weight = _stepped(
             weight,
             update,
@@ -220,6 +232,7 @@ def resident_update_kernel(
     bases,
     weight_strides,  # of c and d
     grad_strides,  # of c and d
+    grad_sizes,  # in c and d, with the padding, if PADDED
     basis_strides,  # of d and k
     low_strides,  # of matrices, c and k
     low_sizes,  # in c and k, with the padding
@@ -233,6 +246,7 @@ def resident_update_kernel(
     PRECISION: tl.constexpr,
     RESIDUAL: tl.constexpr,
     FORMS: tl.constexpr,
+    PADDED: tl.constexpr,
     DEVICE_SCALARS: tl.constexpr,
     NOISE: tl.constexpr,
     DEVICE_STEP: tl.constexpr,
@@ -291,7 +305,8 @@ def resident_update_kernel(
         weight = _load(weights_here, weight_strides, c, d, within)
         grad = weight
         if RESIDUAL:
-            grad = _load(grad_ptr + first_d * grad_strides[1], grad_strides, c, d, within)
+            readable = _inside_grad(within, grad_sizes, first_c, first_d, c, d, PADDED)
+            grad = _load(grad_ptr + first_d * grad_strides[1], grad_strides, c, d, readable)
         update = tl.dot(low, basis.to(OPERAND), input_precision=PRECISION)
         weight = _stepped(
             weight,
