@@ -58,9 +58,9 @@ class Target(NamedTuple):
 
 
 TARGETS = (
-    Target(80, config.Gpu("a100", 108, 163 * 1024, 40 * 2**20)),
-    Target(90, config.Gpu("h200", 132, 227 * 1024, 50 * 2**20)),
-    Target(100, config.Gpu("b200", 148, 227 * 1024, 126 * 2**20)),
+    Target(80, config.Gpu("a100", 108, 163 * 1024, 40 * 2**20, 80)),
+    Target(90, config.Gpu("h200", 132, 227 * 1024, 50 * 2**20, 90)),
+    Target(100, config.Gpu("b200", 148, 227 * 1024, 126 * 2**20, 100)),
 )
 
 # Of the loop over a reduction, none included: all slots of a pipeline, in all its stages.
@@ -226,6 +226,7 @@ def quick_cases(target: Target) -> Iterator[Case]:
         odd._replace(options=options) for options in OPTIONS if options not in ("", "scattered")
     ]
     some += [aligned._replace(dtypes="fp32"), aligned._replace(residual=None)]
+    some += [split._replace(options="capturable, stochastic"), small._replace(residual=None)]
     for shape, rank in DEGENERATE:
         for dtypes, options in (("bf16", "capturable"), ("fp32", "")):
             some.append(Case("degenerate", shape, rank, 1, dtypes, options, FIRA))

@@ -173,11 +173,20 @@ class ChannelSums(NamedTuple):
 
 
 class Projection(NamedTuple):
-    """What operation 1 hands to the other two: N and R, B x the shape of R each, and the sums."""
+    """What operation 1 hands to the other two.
+
+    Attributes:
+        direction: N, B x the shape of R; rounded to what operation 3 multiplies where nothing else
+            reads it.
+        projected: R, B x its shape.
+        sums: for Fira.
+        grads: G in another layout, if the backend has made a copy that operation 3 reads, too.
+    """
 
     direction: Tensor
     projected: Tensor
     sums: ChannelSums | None
+    grads: Tensor | None = None
 
 
 class Operations(Protocol):

@@ -84,7 +84,7 @@ class _NoPasses:
 def batch_size(param: Tensor, grad: Tensor, rank: int) -> int:
     """Matrices a batch: as many as a cache holds, or a GPU's workspace with R, N, B and R again."""
     if device_type(param) == "cuda":
-        return matrices_in_workspace(param, rank, entry_bytes=16)
+        return matrices_in_workspace(param.device, 16 * rank * max(param.shape))
     return max(1, BATCH_ELEMENTS // max(1, param.numel()))
 
 

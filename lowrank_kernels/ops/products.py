@@ -74,16 +74,9 @@ def stacked(tensors: Sequence[Tensor]) -> Tensor:
     return tensors[0].unsqueeze(0) if len(tensors) == 1 else torch.stack(list(tensors))
 
 
-def matrices_in_workspace(param: Tensor, rank: int, entry_bytes: int) -> int:
-    """Matrices a batch on a GPU, at least 1.
-
-    Args:
-        param: one of them.
-        rank: of its basis.
-        entry_bytes: kept for each entry of R.
-    """
-    entries = max(1, rank * max(param.shape))
-    return max(1, _workspace_bytes(param.device) // (entry_bytes * entries))
+def matrices_in_workspace(device: torch.device, matrix_bytes: int) -> int:
+    """Matrices a batch on a GPU that keeps so many bytes for each, at least 1."""
+    return max(1, _workspace_bytes(device) // max(1, matrix_bytes))
 
 
 @functools.cache

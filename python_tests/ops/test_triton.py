@@ -168,7 +168,7 @@ def scattered(runs, gap, backwards):
         tensors = [run.grads[role] if isinstance(role, int) else getattr(run, role) for run in runs]
         size = tensors[0].numel()
         pitch = size + gap + (-size) % 16
-        buffer = torch.full((len(runs) * pitch + gap,), float("nan"), device=DEVICE)
+        buffer = tensors[0].new_full((len(runs) * pitch + gap,), float("nan"))
         outside = torch.ones_like(buffer, dtype=torch.bool)
         for index, (run, tensor) in enumerate(zip(runs, tensors, strict=True)):
             start = gap + pitch * (len(runs) - 1 - index if backwards else index)
@@ -510,15 +510,47 @@ def tile(operation, one):
     return found.channels, found.rank if operation == "project" else found.depth
 
 
-def test_tiles_are_large_where_enough_of_them_occupy_the_processors():
-    assert tile("project", problem(4096, 4096, 1024)) == (128, 256)
-    assert tile("project", problem(2048, 2048, 512)) == (64, 128)
-    assert tile("project", problem(2048, 2048, 512, matrices=4)) == (128, 256)
+def test_tiles_are_large_or_share_a_processor_by_what_is_predicted():
+    large = config_of("project", problem(4096, 4096, 1024), H200)
+    assert (large.channels, large.rank, large.registers) == (128, 256, 255)
+    assert tile("update", problem(4096, 4096, 1024)) == (128, 256)
+    for operation in ("project", "update"):
+        shared = config_of(operation, problem(2048, 2048, 512, matrices=4), H200)
+        assert shared.registers == 128
     alone = problem(512, 4096, 128)
     assert tile("project", alone) == (64, 64)
-    assert config_of("project", alone, H200).split == 132 // 16
-    assert tile("update", problem(4096, 4096, 1024)) == (128, 256)
-    assert tile("update", problem(512, 512, 128)) == (64, 64)
+    assert config_of("project", alone, H200).split == 4096 // 512
+
+
+def test_b_stays_in_a_block_where_a_rank_is_small_and_accesses_are_wide():
+    one = problem(4096, 4096, 64)
+    assert config_of("update", one, H200).resident
+    narrow = one._replace(even=False), one._replace(wide=False)
+    for other in (*narrow, one._replace(rank=129), one._replace(side=Side.LEFT)):
+        assert not config_of("update", other, H200).resident
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_nothing_that_may_be_chosen_is_predicted_to_be_faster(dtype):
+    for shape in ((4096, 4096, 1024), (5461, 2048, 512), (512, 4096, 128), (11008, 4096, 64)):
+        one = problem(*shape, dtype=dtype)
+        for operation in ("project", "update"):
+            chosen = config_of(operation, one, H200)
+            times = {
+                candidate: config.predicted_seconds(operation, one, candidate, H200)
+                for candidate in [*config._configs(operation, one, H200), chosen]
+            }
+            assert times[chosen] == min(times.values())
+
+
+def test_two_blocks_share_a_processor_only_where_all_accesses_are_wide():
+    """Narrow ones, and operands of older GPUs' products, take more registers than there are."""
+    one = problem(2048, 2048, 512, matrices=16)
+    a100 = Gpu("A100", 108, 163 * 1024, 40 * 2**20, 80)
+    for operation in ("project", "update"):
+        assert config_of(operation, one, H200).registers == 128
+        for other, gpu in ((one._replace(even=False), H200), (one, a100)):
+            assert config_of(operation, other, gpu).registers == 255
 
 
 def test_batches_that_16_does_not_divide_have_no_tile_that_spills_there():
@@ -529,19 +561,22 @@ def test_batches_that_16_does_not_divide_have_no_tile_that_spills_there():
     assert tile("project", mixed) == (64, 128)
 
 
-@pytest.mark.parametrize(("gap", "wide"), [(4096, True), (4099, False)])
-def test_launches_have_the_tiles_for_what_16_does_not_divide(gap, wide, monkeypatch):
-    """Told apart by stages, which change nothing in the interpreter."""
+@pytest.mark.parametrize(
+    ("cols", "gap", "stages"), [(48, 4096, 4), (48, 4099, 3), (37, 4096, 2), (37, 4099, 1)]
+)
+def test_launches_have_the_tiles_for_what_16_does_not_divide(cols, gap, stages, monkeypatch):
+    """Matrices' places and their rows; told apart by stages, which the interpreter ignores."""
 
     def marked(operation, problem, gpu):
-        return config_of(operation, problem, gpu)._replace(stages=7 if problem.wide else 8)
+        found = config_of(operation, problem, gpu)
+        return found._replace(stages=1 + problem.wide + 2 * problem.even)
 
     monkeypatch.setattr(kernels, "config_of", marked)
-    runs, seen = made(2), []
+    runs, seen = made(2, (19, cols), 16), []
     scattered(runs, gap, False)
     monkeypatch.setattr(launches, "by_jit", lambda *args: seen.append(args[3].get("num_stages")))
     launch(runs)
-    assert seen == [7 if wide else 8, None, 7 if wide else 8]
+    assert seen == [stages, None, stages]
 
 
 def at(address, like):
@@ -710,17 +745,24 @@ def test_configurations_fit_into_shared_memory(shared, dtype):
             tiles = candidate.depth * (candidate.channels + candidate.rank)
             assert candidate.stages * tiles * dtype.itemsize <= shared
         for candidate in (config_of("update", one, gpu), *candidates("update", one, gpu)):
-            tiles = candidate.channels * 8 + candidate.depth * dtype.itemsize
-            assert candidate.stages * candidate.rank * tiles <= shared
+            if candidate.resident:
+                tiles = (candidate.rank + 2 * candidate.channels) * candidate.depth * 2
+            else:
+                low = 8 if dtype is torch.float32 else 2
+                tiles = candidate.channels * low + candidate.depth * dtype.itemsize
+                tiles *= candidate.rank
+            assert candidate.stages * tiles <= shared
 
 
 @pytest.mark.parametrize(
     ("shape", "rank", "expected"),
     [
-        ((512, 512), 128, 2224),
-        ((2048, 2048), 512, 139),
-        ((4096, 11008), 1024, 12),
-        ((100_000, 50_000), 40_000, 1),
+        ((512, 512), 128, 1779),
+        ((2048, 2048), 512, 111),
+        ((4096, 11008), 1024, 10),
+        ((5461, 2048), 512, 41),
+        ((2048, 5461), 512, 23),  # with copies of G
+        ((2**16, 2**16), 2**14, 1),
         ((0, 5), 0, None),
     ],
 )

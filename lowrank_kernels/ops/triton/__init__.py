@@ -1,4 +1,5 @@
-"""The Triton backend: three launches a batch, two for GaLore, and no temporary of W's size.
+"""The Triton backend: two launches a batch for GaLore, three for Fira, four where half precision
+has B formed by itself, and no temporary of W's size.
 
 In the channel coordinates of `project`, both sides are the same kernels with strides swapped.
 """
@@ -17,7 +18,9 @@ from ..contract import (
     ChannelSums,
     Matrices,
     Projection,
+    Residual,
     Scalars,
+    Side,
     rank_axis,
 )
 from ..foreach import channels_of_block, residual_sq_in
@@ -26,9 +29,16 @@ from ..products import matrices_in_workspace
 from ..reference import LIMITER_GROWTH, NORM_EPS, NOTHING_STORED, STORABLE_SHARE
 from ..tensors import READER
 from .addresses import Addresses, addresses_of, current_stream, device_table
+from .combine import combine_kernel
 from .config import (
+    COMBINE_TILE,
+    COMBINE_WARPS,
     LARGEST_TILE,
+    PAD_BLOCK,
+    PAD_FROM,
+    PAD_WARPS,
     SCALE_BLOCK,
+    SCALE_SWEEP,
     SCALE_WARPS,
     Config,
     Problem,
@@ -37,9 +47,10 @@ from .config import (
     sources,
 )
 from .launch import Grid, Launcher, Rest
+from .pad import pad_rows_kernel
 from .project import project_kernel
 from .scale import channel_scale_kernel
-from .update import update_kernel
+from .update import resident_update_kernel, update_kernel
 
 __all__ = ["Operations", "batch_size", "obstacle", "sources"]
 
@@ -64,8 +75,29 @@ def obstacle(param: Tensor, grad: Tensor) -> str | None:
 
 
 def batch_size(param: Tensor, grad: Tensor, rank: int) -> int:
-    """Matrices a batch: as many as have their N and R, in float32, in the workspace."""
-    return matrices_in_workspace(param, rank, entry_bytes=8)
+    """As many matrices as have room in a workspace, at least 1.
+
+    A launch of many tiles leaves few processors without work in its last wave. That G could stay in
+    L2 from operation 1 to 3 is not counted on: M, V, N and R pass through in between.
+    """
+    each = (4 + 4 + param.itemsize) * max(param.shape) * rank  # N, R and B
+    if _rows(grad, PAD_FROM) is not None:
+        each += grad.itemsize * grad.numel()
+    return matrices_in_workspace(param.device, each)
+
+
+class _Low(NamedTuple):
+    """Where stacked matrices of R's shape have their elements."""
+
+    shape: tuple[int, int, int]
+    strides: tuple[int, int, int]  # of matrices, along the channels and along the directions
+    sizes: tuple[int, int]  # along the channels and the directions, with the padding
+
+
+def _low(matrices: int, rows: int, cols: int, side: Side) -> _Low:
+    across, along = ((cols, rows), (1, cols)), ((rows, cols), (cols, 1))
+    sizes, strides = across if side is Side.LEFT else along
+    return _Low((matrices, rows, cols), (rows * cols, *strides), sizes)
 
 
 def rereads_gradients(device: torch.device) -> bool:
@@ -76,6 +108,37 @@ def rereads_gradients(device: torch.device) -> bool:
     next tile while a product still reads it. Elsewhere the second load is of no use, and spills.
     """
     return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
+
+
+class _Rows(NamedTuple):
+    """Of gradients, the lines along which they are contiguous, and of their copies."""
+
+    lines: int
+    length: int
+    pitch: int
+    padded: int
+    strides: tuple[int, int]  # of a copy, as the gradient's axes are
+    sizes: tuple[int, int]
+
+
+def _rows(grad: Tensor, matrices: int) -> _Rows | None:
+    """What is copied with padding: large batches in half precision with rows at odd places."""
+    along = 0 if grad.stride(0) == 1 else 1
+    length, count, pitch = grad.shape[along], grad.shape[1 - along], grad.stride(1 - along)
+    if grad.itemsize > 2 or pitch % 16 == 0 or matrices * grad.numel() < PAD_FROM:
+        return None
+    padded = -(-length // 16) * 16
+    strides, sizes = (
+        ((1, padded), (padded, count)) if along == 0 else ((padded, 1), (count, padded))
+    )
+    return _Rows(count, length, pitch, padded, strides, sizes)
+
+
+def _stacked(copy: Tensor) -> Addresses:
+    """Where stacked matrices lie, whose rows are padded."""
+    matrices, rows, padded = copy.shape
+    table = tuple(range(0, matrices * rows * padded // 16, rows * padded // 16))
+    return Addresses(copy, device_table(table, copy.device), 16)
 
 
 class _Tiles(NamedTuple):
@@ -105,9 +168,15 @@ class Operations:
             rank=basis.shape[1],
             matrices=len(matrices.params),
             dtypes=(grad.dtype, basis.dtype),
+            residual=matrices.residual is not None,
         )
-        self._low = (len(matrices.params), *moment.shape)
+        rows, cols = moment.shape
+        self._low = _low(len(matrices.params), rows, cols, matrices.side)
         self._empty = torch.empty(0, dtype=moment.dtype, device=param.device).new_empty
+        # What operation 3 multiplies by a basis in half precision: rows at multiples of 16 bytes.
+        self._padded = _low(len(matrices.params), rows, -(-cols // 16) * 16, matrices.side)
+        self._empty_half = torch.empty(0, dtype=basis.dtype, device=param.device).new_empty
+        self._half = basis.dtype.itemsize < 4
         self._copies_grads = 1 not in grad.stride()
         if self._copies_grads:
             notice_once(
@@ -116,9 +185,13 @@ class Operations:
                 " backend reads rows or columns that are contiguous",
             )
         (readable,) = self._readable(matrices.grads[:1])
+        self._rows = _rows(readable, len(matrices.grads))
+        pitches, sizes = readable.stride(), tuple(readable.shape)
+        if self._rows is not None:
+            pitches, sizes = self._rows.strides, self._rows.sizes
         # Along the channels and along the other axis.
-        self._grad_strides, self._low_strides, self._param_strides = (
-            (matrix.stride(1 - axis), matrix.stride(axis)) for matrix in (readable, moment, param)
+        self._grad_strides, self._grad_sizes, self._param_strides = (
+            (pair[1 - axis], pair[axis]) for pair in (pitches, sizes, param.stride())
         )
         self._placed: tuple[int | None, list[int]] | None = None
         self._tiles = [self._cut(matrices, wide) for wide in (False, True)]
@@ -128,9 +201,12 @@ class Operations:
         self._arrived = torch.zeros(
             max(arrivals, len(matrices.params)), dtype=torch.int32, device=param.device
         )
+        self._pad = Launcher(pad_rows_kernel, param.device)
         self._project = Launcher(project_kernel, param.device)
         self._scale = Launcher(channel_scale_kernel, param.device)
+        self._combine = Launcher(combine_kernel, param.device)
         self._update = Launcher(update_kernel, param.device)
+        self._resident = Launcher(resident_update_kernel, param.device)
 
     def _cut(self, matrices: Matrices, wide: bool) -> _Tiles:
         """The tiles for gradients that are wide (see `Addresses`) or not."""
@@ -139,25 +215,46 @@ class Operations:
             return wide and all(addresses_of(tensors).wide for tensors in (matrices.bases, *roles))
 
         problem, gpu = self._problem, gpu_of(self._device)
-        one = problem._replace(wide=all_wide(matrices.exp_avgs, matrices.exp_avg_sqs))
+
+        def even(*pitches: int) -> bool:
+            return all(pitch % 16 == 0 for pitch in (*pitches, problem.rank))
+
+        grads, params = max(self._grad_strides), max(self._param_strides)
+        one = problem._replace(
+            wide=all_wide(matrices.exp_avgs, matrices.exp_avg_sqs),
+            even=even(grads, self._low.shape[-1]),
+        )
         three = problem._replace(
-            wide=all_wide(matrices.params), dtypes=(matrices.bases[0].dtype,) * 2
+            wide=all_wide(matrices.params),
+            even=even(grads, params),
+            dtypes=(matrices.bases[0].dtype,) * 2,
         )
         project, update = config_of("project", one, gpu), config_of("update", three, gpu)
         slots = triton.cdiv(problem.rank, project.rank)
         rows = problem.matrices * triton.cdiv(problem.channels, project.channels)
         tiles = problem.matrices * triton.cdiv(problem.channels, update.channels)
-        tiles *= triton.cdiv(problem.depth, update.depth)
-        return _Tiles(project, update, (rows * slots, project.split, 1), (tiles, 1, 1), slots)
+        if update.resident:
+            grid = tiles, update.split, 1
+        else:
+            grid = tiles * triton.cdiv(problem.depth, update.depth), 1, 1
+        return _Tiles(project, update, (rows * slots, project.split, 1), grid, slots)
 
     def project_moments(self, matrices: Matrices, adam: AdamScalars) -> Projection:
         problem, residual = self._problem, matrices.residual
         stream, grads = current_stream(self._device), self._readable(matrices.grads)
         base, offsets, unit = located = self._located(grads, stream)
+        copy = None
+        if self._rows is not None:
+            copy = self._copied(self._rows, located, stream)
+            base, offsets, unit = located = _stacked(copy)
         tiles = self._tiles[located.wide]
         config, (programs, split, _) = tiles.project, tiles.project_grid
         precision = _precision(*problem.dtypes)
-        direction, projected = self._empty(*self._low), self._empty(*self._low)
+        projected = self._empty(*self._low.shape)
+        # GaLore's N goes into operation 3's product as it is.
+        rounds = self._half and residual is None
+        placed = self._padded if rounds else self._low
+        direction = (self._empty_half if rounds else self._empty)(*placed.shape)
         sums = parts = parts_sq = direction
         if residual:
             sums = self._empty(3, problem.matrices, tiles.slots, problem.channels)
@@ -180,8 +277,11 @@ class Operations:
                 unit,
                 *map(addresses_of, (matrices.bases, matrices.exp_avgs, matrices.exp_avg_sqs)),
                 self._grad_strides,
+                self._grad_sizes,
                 matrices.bases[0].stride(),
-                self._low_strides,
+                self._low.strides[1:],
+                placed.strides,
+                placed.sizes,
                 problem.channels,
                 problem.depth,
                 problem.rank,
@@ -209,7 +309,9 @@ class Operations:
                 rest,
             )
         if residual is None:
-            return Projection(direction, projected, None)
+            if rounds:
+                direction = direction[..., : self._low.shape[-1]]
+            return Projection(direction, projected, None, copy)
         channel_sums = ChannelSums(*sums.unbind())
         # The kernel's difference is lost in what R and its basis were rounded to.
         rounded = precision == "tf32" or min(dtype.itemsize for dtype in problem.dtypes) < 4
@@ -217,7 +319,7 @@ class Operations:
             _form_residuals(
                 matrices._replace(grads=grads), residual.kappa, projected, channel_sums.residual
             )
-        return Projection(direction, projected, channel_sums)
+        return Projection(direction, projected, channel_sums, copy)
 
     def channel_scale(self, matrices: Matrices, sums: ChannelSums) -> Tensor:
         count, channels = self._problem.matrices, self._problem.channels
@@ -234,7 +336,7 @@ class Operations:
                 slots,
                 *bounds,
             )
-            options = {"BC": SCALE_BLOCK, "num_warps": SCALE_WARPS}
+            options = {"BC": SCALE_BLOCK, "SWEEP": SCALE_SWEEP, "num_warps": SCALE_WARPS}
             return Rest((count * programs, 1, 1), arguments, options)
 
         if programs:
@@ -251,13 +353,19 @@ class Operations:
         scalars: Scalars,
     ) -> None:
         problem, residual, basis = self._problem, matrices.residual, matrices.bases[0]
-        stream, direction = current_stream(self._device), projection.direction
-        tiles, base, offsets, unit = self._tiles[True], direction, direction, 1
+        stream, (low, projected, _, copy) = current_stream(self._device), projection
+        tiles, base, offsets, unit = self._tiles[True], low, low, 1
         if residual:
             grads = self._readable(matrices.grads)  # copies have to live until the launch
-            base, offsets, unit = located = self._located(grads, stream)
+            located = self._located(grads, stream) if copy is None else _stacked(copy)
+            base, offsets, unit = located
             tiles = self._tiles[located.wide]
-        salts, noise_step = direction, 0 if matrices.salts is None else scalars.step
+        resident = tiles.update.resident
+        forms = residual is not None and (resident or not self._half)
+        placed = self._padded if self._half and not forms else self._low
+        if residual and not forms:
+            low = self._combined(projection, factor, scalars.scale, residual)
+        salts, noise_step = projected, 0 if matrices.salts is None else scalars.step
         if matrices.salts is not None:
             salts = device_table(matrices.salts, self._device)
         precision = _precision(basis.dtype, basis.dtype)
@@ -269,18 +377,23 @@ class Operations:
                 addresses_of(matrices.bases),
                 self._param_strides,
                 self._grad_strides,
+                self._grad_sizes,
                 basis.stride(),
-                self._low_strides,
+                placed.strides,
+                placed.sizes,
                 problem.channels,
                 problem.depth,
                 problem.rank,
                 residual.rho if residual else 0.0,
                 residual.kappa if residual else 0.0,
+                *((tiles.update.split,) if resident else ()),
             )
             options = {
                 "OPERAND": _OPERANDS[basis.dtype],
                 "PRECISION": precision,
                 "RESIDUAL": residual is not None,
+                "FORMS": forms,
+                "PADDED": copy is not None,
                 "DEVICE_SCALARS": isinstance(scalars.step_size, Tensor),
                 "NOISE": matrices.salts is not None,
                 "DEVICE_STEP": isinstance(noise_step, Tensor),
@@ -288,14 +401,56 @@ class Operations:
             return Rest(tiles.update_grid, arguments, options | tiles.update.options())
 
         if tiles.update_grid[0]:
-            factor = direction if factor is None else factor
-            self._update(
+            factor = projected if factor is None else factor
+            update = self._resident if resident else self._update
+            update(
                 (precision, unit),
                 stream,
-                (direction, projection.projected, factor, salts, base, offsets),
+                (low, projected, factor, salts, base, offsets),
                 (scalars.scale, scalars.step_size, scalars.decay, noise_step),
                 rest,
             )
+
+    def _combined(
+        self, projection: Projection, factor: Tensor | None, scale: float, residual: Residual
+    ) -> Tensor:
+        """B of Fira in half precision, its rows padded."""
+        problem, combined = self._problem, self._empty_half(*self._padded.shape)
+        # The contiguous axis is the longer one of a tile.
+        long, short = COMBINE_TILE
+        tile = (short, long) if problem.side is Side.RIGHT else (long, short)
+        programs = problem.matrices * triton.cdiv(problem.channels, tile[0])
+        programs *= triton.cdiv(problem.rank, tile[1])
+
+        def rest() -> Rest:
+            arguments = (
+                self._padded.strides,
+                self._padded.sizes,
+                self._low.strides[1:],
+                problem.channels,
+                problem.rank,
+                residual.rho * residual.kappa,
+            )
+            options = {"BC": tile[0], "BR": tile[1], "num_warps": COMBINE_WARPS}
+            return Rest((programs, 1, 1), arguments, options)
+
+        if programs:
+            assert factor is not None
+            tensors = combined, projection.direction, projection.projected, factor
+            self._combine((), current_stream(self._device), tensors, (scale,), rest)
+        return combined
+
+    def _copied(self, rows: _Rows, located: Addresses, stream: int | None) -> Tensor:
+        """The gradients with padded rows."""
+        copy = located.base.new_empty((self._problem.matrices, rows.lines, rows.padded))
+        programs = copy.shape[0] * rows.lines * triton.cdiv(rows.padded, PAD_BLOCK)
+
+        def rest() -> Rest:
+            arguments = (located.unit, rows.lines, rows.length, rows.pitch, rows.padded)
+            return Rest((programs, 1, 1), arguments, {"BLOCK": PAD_BLOCK, "num_warps": PAD_WARPS})
+
+        self._pad(located.unit, stream, (copy, located.base, located.offsets), (), rest)
+        return copy
 
     def _readable(self, grads: list[Tensor]) -> list[Tensor]:
         """The gradients, copied if no axis is contiguous: each element would cost a line."""

@@ -1,17 +1,7 @@
-"""Which configuration a launch has: forced, or by the heuristics here.
+"""Which configuration a launch has: forced, or the one that `model` predicts to be the fastest.
 
-Compiled ahead of time by Triton 3.7.1 for sm_80, sm_90 and sm_100, none of what the heuristics
-choose spills: bf16, fp16, float32, TF32 and mixed dtypes, both sides, batches at any distance, rows
-of 5461 elements. No speed has been measured. Tiles of channels x directions x depth, and of
-channels x depth x directions, with the registers of a thread, 255 being the end, at the worst
-variant, where accesses are 16 bytes wide / where they are as narrow as an element:
-
-    project  bf16  128 x 256 x 64  255 / 255    update  bf16  128 x 256 x 32  255 / 255
-                   128 x 128 x 64  215 / 254                  128 x 128 x 32  174 / 248
-                    64 x 128 x 64  164 / -                     64 x  64 x 32  128 / 222
-                    64 x  64 x 64  200 / -            fp32  128 x 128 x 16  255 / 168
-             fp32  128 x 128 x 32  255 / 254                   64 x  64 x 16  126 / 235
-                    64 x  64 x 32  254 / -
+Compiled ahead of time by Triton 3.7.1 for sm_80, sm_90 and sm_100, none of what may be chosen
+spills. No speed has been measured.
 
 `python -m bench.triton_compile`, record in bench/results/triton-compile.json.
 """
@@ -19,35 +9,85 @@ variant, where accesses are 16 bytes wide / where they are as narrow as an eleme
 import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 import triton
 
 from ..contract import Side
+from .model import RATES, Build, Rates, project_work, resident, resident_work, seconds, update_work
+
+# Of an H200 in float32, without tensor cores.
+_FMA_FLOPS = 60e12
 
 # Offsets within a tile have 32 bits: see `obstacle`.
 LARGEST_TILE = 256
 
 # Channels a program of operation 2, which waits for memory: short loops, many programs.
 SCALE_BLOCK = 256
+SCALE_SWEEP = 2048  # that the last of them multiplies at a time
 SCALE_WARPS = 4
 
+# Elements of a row of G that a program copies, and of a batch from which on a copy saves more than
+# the time of its launch.
+PAD_BLOCK = 2048
+PAD_WARPS = 4
+PAD_FROM = 2**20
+
+# Elements of B that a program forms, along its contiguous axis and the other.
+COMBINE_TILE = (128, 32)
+COMBINE_WARPS = 4
+
+
+class _Tile(NamedTuple):
+    """Of channels x directions, or of channels x depth, and how it is compiled."""
+
+    channels: int
+    width: int
+    warps: int
+    piece: int  # columns of the epilogue at a time
+    # Of a thread at most. Below 255 so that a processor holds more than one block, which hide each
+    # other's epilogues; then no access may be narrow, nor a product's operand in registers.
+    registers: int = 255
+    resident: bool = False  # B stays in a block, of a rank up to `_RESIDENT_RANK`
+
+
+# P, W and G of a larger rank have no room beside B.
+_RESIDENT_RANK = 128
+
 # By operation and bytes of an operand: how much of the reduction goes through shared memory at a
-# time, and tiles of channels x directions or of channels x depth, from large to small. A large tile
-# reads less through the L2 cache, which bounds a product of 64 x 64 tiles.
+# time, and tiles. A large tile reads less through the L2 cache, which bounds a product of 64 x 64
+# tiles. A float32 product is a sum of FMAs, whose operands take registers of their own.
 _TILES = {
-    ("project", 2): (64, ((128, 256), (128, 128), (64, 128), (64, 64))),
-    ("project", 4): (32, ((128, 128), (64, 64))),
-    ("update", 2): (32, ((128, 256), (128, 128), (64, 64))),
-    ("update", 4): (16, ((128, 128), (64, 64))),
+    ("project", 2): (
+        64,
+        (
+            _Tile(128, 256, 8, 16),
+            _Tile(128, 128, 8, 8, registers=128),
+            _Tile(128, 128, 8, 16),
+            _Tile(64, 128, 8, 16),
+            _Tile(64, 64, 4, 16, registers=168),
+            _Tile(64, 64, 4, 16),
+        ),
+    ),
+    ("project", 4): (32, (_Tile(128, 128, 8, 8), _Tile(64, 64, 8, 16))),
+    ("update", 2): (
+        64,
+        (
+            _Tile(128, 256, 8, 64, registers=254),
+            _Tile(128, 128, 8, 32, registers=128),
+            _Tile(128, 128, 8, 16),
+            _Tile(64, 64, 4, 32),
+            _Tile(128, 128, 8, 128, registers=254, resident=True),
+            _Tile(128, 64, 8, 64, registers=128, resident=True),
+        ),
+    ),
+    ("update", 4): (16, (_Tile(128, 128, 8, 8), _Tile(64, 64, 8, 16))),
 }
 
 # Of operation 1 with two dtypes: three TF32 products, which take registers.
-_MIXED_TILES = ((64, 128), (64, 64))
-
-# A tile size is taken if its tiles occupy this share of the processors.
-_OCCUPIED = 0.75
+_MIXED_TILES = (_Tile(64, 128, 8, 16), _Tile(64, 64, 8, 16))
 
 
 class Config(NamedTuple):
@@ -59,16 +99,18 @@ class Config(NamedTuple):
     cuts: int  # times that the epilogue halves its tile
     warps: int
     stages: int
-    split: int = 1  # parts of operation 1's reduction
+    split: int = 1  # parts of operation 1's reduction, or of a resident kernel's depth
     registers: int = 255
+    resident: bool = False  # which kernel operation 3 is
 
     def options(self) -> dict[str, int]:
         """As the kernels and Triton call them."""
+        own = {"STAGES": self.stages} if self.resident else {"CUTS": self.cuts}
         return {
             "BC": self.channels,
             "BR": self.rank,
             "BD": self.depth,
-            "CUTS": self.cuts,
+            **own,
             "num_warps": self.warps,
             "num_stages": self.stages,
             "maxnreg": self.registers,
@@ -84,7 +126,9 @@ class Problem(NamedTuple):
     rank: int
     matrices: int
     dtypes: tuple[torch.dtype, torch.dtype]  # of the product's operands
+    residual: bool = True
     wide: bool = True  # whether every matrix begins at a multiple of 16 bytes
+    even: bool = True  # whether every row of a matrix does, as its first
 
     @property
     def itemsize(self) -> int:
@@ -99,6 +143,7 @@ class Gpu(NamedTuple):
     processors: int
     shared_bytes: int  # that one block can have
     l2_bytes: int
+    capability: int = 90
 
 
 @functools.cache
@@ -119,6 +164,7 @@ def gpu_of(device: torch.device) -> Gpu:
         properties.multi_processor_count,
         limits["max_shared_mem"],
         properties.L2_cache_size,
+        10 * properties.major + properties.minor,
     )
 
 
@@ -153,9 +199,8 @@ def candidates(operation: str, problem: Problem, gpu: Gpu) -> list[Config]:
     return [
         config._replace(split=split, stages=stages)
         for config in _configs(operation, problem, gpu)
-        for split in ((1, 2, 4, 8, 16) if operation == "project" else (1,))
-        # The sum of 128 x 256 partial sums spills.
-        if split == 1 or (split * config.depth < problem.depth and config.rank <= 128)
+        for split in (1, 2, 4, 8, 16)
+        if split == 1 or (split * config.depth < problem.depth and _may_split(operation, config))
         for stages in (2, 3, 4)
         if stages * _stage_bytes(operation, config, problem.itemsize) <= gpu.shared_bytes
     ]
@@ -163,20 +208,68 @@ def candidates(operation: str, problem: Problem, gpu: Gpu) -> list[Config]:
 
 @functools.lru_cache(maxsize=4096)
 def _choice(operation: str, problem: Problem, gpu: Gpu) -> Config:
-    for config in _configs(operation, problem, gpu):
-        tiles = problem.matrices * triton.cdiv(problem.channels, config.channels)
-        if operation == "project":
-            tiles *= triton.cdiv(problem.rank, config.rank)
-        else:
-            tiles *= triton.cdiv(problem.depth, config.depth)
-        if tiles >= _OCCUPIED * gpu.processors:
-            return config
+    """What the model takes for the fastest; of equals the first."""
+    return min(
+        (
+            config._replace(split=split)
+            for config in _configs(operation, problem, gpu)
+            for split in _splits(operation, problem, config, gpu)
+        ),
+        key=lambda config: predicted_seconds(operation, problem, config, gpu),
+    )
+
+
+def predicted_seconds(operation: str, problem: Problem, config: Config, gpu: Gpu) -> float:
+    """By `model`, with the registers that the configuration allows."""
+    of_update = resident_work if config.resident else update_work
+    work = (project_work if operation == "project" else of_update)(problem, config)
+    return seconds(work, _build(operation, problem, config), _rates(problem.itemsize, gpu))
+
+
+def _build(operation: str, problem: Problem, config: Config) -> Build:
+    shared = config.stages * _stage_bytes(operation, config, problem.itemsize)
+    pieces = 1 << config.cuts
+    # Operation 3 has its next piece loaded. A resident B is waited for: N, R and the factors.
+    rounds = pieces if operation == "project" else 2 if config.resident else max(1, pieces - 1)
+    return Build(resident(config.registers, config.warps, shared), rounds)
+
+
+@functools.cache
+def _rates(itemsize: int, gpu: Gpu) -> Rates:
+    """Of a GPU as an H200 of its number of processors; float32 products are FMAs."""
+    share = gpu.processors / RATES.processors
+    return replace(
+        RATES,
+        processors=gpu.processors,
+        flops=share * (RATES.flops if itemsize == 2 else _FMA_FLOPS),
+        memory=share * RATES.memory,
+        l2=share * RATES.l2,
+    )
+
+
+def _splits(operation: str, problem: Problem, config: Config, gpu: Gpu) -> tuple[int, ...]:
+    """Parts of operation 1's reduction: 1, and as many as give every place of a block one; parts of
+    a resident kernel's depth that fill the places once, twice or four times.
+
+    A part of a reduction is at least 512 entries deep: below that its share of the workspace's
+    traffic, 8 bytes an element of R and part, outweighs the product.
+    """
+    tiles = problem.matrices * triton.cdiv(problem.channels, config.channels)
+    places = gpu.processors * _build(operation, problem, config).resident
+    if config.resident:
+        most = triton.cdiv(problem.depth, config.depth)
+        return tuple(max(1, min(times * places // max(tiles, 1), most)) for times in (1, 2, 4))
+    if not _may_split(operation, config):
+        return (1,)
+    tiles *= triton.cdiv(problem.rank, config.rank)
+    return 1, max(1, min(places // max(tiles, 1), problem.depth // 512, 16))
+
+
+def _may_split(operation: str, config: Config) -> bool:
+    """Where sums fill half of the registers, adding partial sums to them spills."""
     if operation == "update":
-        return config
-    # A part is at least 512 entries deep: below that its share of the workspace's traffic, 8 bytes
-    # an element of R and part, outweighs the product.
-    split = min(gpu.processors // max(tiles, 1), problem.depth // 512, 16)
-    return config._replace(split=max(split, 1))
+        return config.resident
+    return config.channels * config.rank < 16 * config.warps * config.registers
 
 
 def _configs(operation: str, problem: Problem, gpu: Gpu) -> Iterator[Config]:
@@ -187,32 +280,49 @@ def _configs(operation: str, problem: Problem, gpu: Gpu) -> Iterator[Config]:
     """
     size = problem.itemsize
     step, tiles = _TILES[operation, size]
+    # Of wgmma and tcgen05 operands are in shared memory, of mma.sync in registers.
+    wide, from_shared = problem.wide, gpu.capability >= 90
+    if operation == "update" and size == 2 and not from_shared:
+        step //= 2
     mixed = problem.dtypes[0] is not problem.dtypes[1]
-    for channels, width in _MIXED_TILES if mixed else tiles:
+    for tile in _MIXED_TILES if mixed else tiles:
+        channels, width, registers = tile.channels, tile.width, tile.registers
         if operation == "project":
             narrow_fits = width <= 128
             width = rank = _tile(problem.rank, width)
             depth = step // (1 if problem.wide else 2)
-            # Pieces of 16 columns.
-            piece = 16
         else:
             narrow_fits = channels * width * size <= 128 * 128 * 2
             depth, rank = width, _tile(problem.rank, step)
-            # Pieces of 64 bytes of W a row, half of that for the largest tile.
-            piece = 16 if depth == 256 else 64 // size
-        # A float32 product is a sum of FMAs, whose operands take registers of their own.
-        warps = 8 if size == 4 or channels * width >= 64 * 128 else 4
-        config = Config(channels, rank, depth, (width // piece).bit_length() - 1, warps, stages=1)
-        stages = min(3, gpu.shared_bytes // _stage_bytes(operation, config, size))
-        if stages and (problem.wide or narrow_fits):
+        if tile.resident:
+            # On the left Triton 3.7.1 does not copy W and G asynchronously on sm_90.
+            if problem.rank > _RESIDENT_RANK or problem.side is Side.LEFT:
+                continue
+            rank = _tile(problem.rank, _RESIDENT_RANK)
+        cuts = max(1, width // tile.piece).bit_length() - 1
+        common = channels, rank, depth, cuts, tile.warps
+        config = Config(*common, stages=1, registers=registers, resident=tile.resident)
+        # Registers decide how many blocks share a processor's memory, of which each loses 1 KiB.
+        blocks = RATES.registers // (registers * 32 * tile.warps) if registers < 254 else 1
+        shared = min(gpu.shared_bytes, RATES.shared_bytes // blocks - 1024)
+        stages = min(3, shared // _stage_bytes(operation, config, size))
+        if registers < 255:
+            fits = wide and problem.even and from_shared
+        else:
+            fits = narrow_fits or (wide and (problem.even or from_shared))
+        if stages and fits:
             yield config._replace(stages=stages)
 
 
 def _stage_bytes(operation: str, config: Config, size: int) -> int:
-    """Of shared memory, at most: operation 3 holds N and R in float32, and P."""
+    """Of shared memory, at most: in float32 operation 3 holds N, R and P, else B and P."""
     if operation == "project":
         return config.depth * (config.channels + config.rank) * size
-    return config.rank * (config.channels * 2 * 4 + config.depth * size)
+    if config.resident:
+        # W and G too; B is in registers, or in as much of shared memory as P.
+        return size * (config.rank + 2 * config.channels) * config.depth
+    low = 2 * 4 if size == 4 else size
+    return config.rank * (config.channels * low + config.depth * size)
 
 
 def _tile(size: int, largest: int) -> int:

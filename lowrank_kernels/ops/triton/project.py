@@ -36,7 +36,7 @@ from .device import arrives_last, first_of, locate, piece, scalar
     ]
 )
 def project_kernel(
-    direction_ptr,  # [B, shape of R]
+    direction_ptr,  # [B, shape of R], in operation 3's precision and its rows padded unless SUMS
     projected_ptr,  # [B, shape of R]
     sums_ptr,  # [3, B, rank tiles, C], if SUMS
     partial_ptr,  # [tiles, parts, BC, BR], if SPLIT
@@ -56,8 +56,11 @@ def project_kernel(
     exp_avgs,
     exp_avg_sqs,
     grad_strides,  # of c and d
+    grad_sizes,  # in c and d, with the padding
     basis_strides,  # of d and k
     low_strides,  # of c and k
+    direction_strides,  # of matrices, c and k
+    direction_sizes,  # in c and k, with the padding
     channels,
     depth,
     rank,
@@ -88,6 +91,7 @@ def project_kernel(
     first_k = tile_k.to(tl.int64) * BR
     c, k, d = tl.arange(0, BC), tl.arange(0, BR), tl.arange(0, BD)
     inside_c = (c < channels - first_c)[:, None]
+    inside_grad = (c < grad_sizes[0] - first_c)[:, None]
     inside_k = (k < rank - first_k)[None, :]
     grad_ptr = first_of(grads_ptr, grads_offsets, grads_unit, matrix)
     grad_ptr += first_c * grad_strides[0]
@@ -101,7 +105,7 @@ def project_kernel(
         first_d = tl.cast(block, tl.int64) * BD
         inside_d = d < depth - first_d
         tile_ptr = grad_ptr + first_d * grad_strides[1] + grad_offsets
-        inside = inside_c & inside_d[None, :]
+        inside = inside_grad & (d < grad_sizes[1] - first_d)[None, :]
         grad = tl.load(tile_ptr, mask=inside, other=0.0)
         basis = tl.load(
             basis_ptr + first_d * basis_strides[0] + basis_offsets,
@@ -138,15 +142,20 @@ def project_kernel(
         stacked_first = matrix.to(tl.int64) * channels * rank + low_first
         exp_avg_ptr = locate(exp_avgs, matrix) + low_first
         exp_avg_sq_ptr = locate(exp_avg_sqs, matrix) + low_first
-        direction_ptr += stacked_first
         projected_ptr += stacked_first
+        if SUMS:
+            direction_ptr += stacked_first
+        else:
+            direction_ptr += matrix.to(tl.int64) * direction_strides[0]
+            direction_ptr += first_c * direction_strides[1] + first_k * direction_strides[2]
+            direction_inside_c = (c < direction_sizes[0] - first_c)[:, None]
         # A piece at a time: whole tiles of M, V, N and R would spill.
         WIDTH: tl.constexpr = BR >> CUTS
         direction_sq = tl.zeros((BC, WIDTH), dtype=tl.float32)
         low_sq = tl.zeros((BC, WIDTH), dtype=tl.float32)
         for index in tl.static_range(1 << CUTS):
             low_piece = piece(low, index, CUTS, BC, BR)
-            if index * WIDTH < rank - first_k:
+            if index * WIDTH < direction_sizes[1] - first_k:
                 piece_k = index * WIDTH + tl.arange(0, WIDTH)
                 offsets = c[:, None] * low_strides[0] + piece_k[None, :] * low_strides[1]
                 inside = inside_c & (piece_k < rank - first_k)[None, :]
@@ -166,8 +175,18 @@ def project_kernel(
                 direction = tl.where(finite & inside, direction, 0.0)
                 tl.store(exp_avg_ptr + offsets, exp_avg, mask=inside)
                 tl.store(exp_avg_sq_ptr + offsets, exp_avg_sq, mask=inside)
-                tl.store(direction_ptr + offsets, direction, mask=inside)
                 tl.store(projected_ptr + offsets, new, mask=inside)
+                if SUMS:
+                    tl.store(direction_ptr + offsets, direction, mask=inside)
+                else:
+                    offsets = c[:, None] * direction_strides[1]
+                    offsets += piece_k[None, :] * direction_strides[2]
+                    inside = (piece_k < direction_sizes[1] - first_k)[None, :]
+                    tl.store(
+                        direction_ptr + offsets,
+                        direction.to(direction_ptr.dtype.element_ty),
+                        mask=direction_inside_c & inside,
+                    )
                 direction_sq += direction * direction
                 low_sq += new * new
         if SUMS:

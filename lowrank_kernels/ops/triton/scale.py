@@ -47,6 +47,7 @@ def channel_scale_kernel(
     storable_share,
     nothing_stored,
     BC: tl.constexpr,
+    SWEEP: tl.constexpr,
 ):
     programs = tl.cdiv(channels, BC)
     matrix = tl.program_id(0) // programs
@@ -93,8 +94,10 @@ def channel_scale_kernel(
         storable = storable & (norm > storable_share * ordinary)
         kept = tl.where((previous == 0.0) & (ordinary > 0.0), nothing_stored, previous)
         tl.store(limiter_norm_ptr, tl.where(storable, limited, kept))
-        for start in range(0, channels, BC):
-            channel = start + tl.arange(0, BC)
-            inside = channel < channels
-            phi = tl.load(factor_ptr + channel, mask=inside, other=0.0, cache_modifier=".cg")
-            tl.store(factor_ptr + channel, limit * phi, mask=inside)
+        # One program for all channels waits for each of its rounds: few of them.
+        for start in range(0, channels, SWEEP):
+            swept = start + tl.arange(0, SWEEP)
+            phis = tl.load(
+                factor_ptr + swept, mask=swept < channels, other=0.0, cache_modifier=".cg"
+            )
+            tl.store(factor_ptr + swept, limit * phis, mask=swept < channels)
