@@ -72,9 +72,13 @@ def test_master_adamw_is_adamw_on_float32_copies():
 
 
 def test_who_is_not_here_is_named_with_the_reason(monkeypatch):
-    here, missing = present(["adamw", "flashoptim", "fira-official"], "cpu")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name != "bitsandbytes" or None)
+    here, missing = present(["adamw", "flashoptim", "fira-official", "galore-torch"], "cpu")
     assert here == ["adamw", "fira-official"]
-    assert missing == {"flashoptim": "needs cuda"}
+    assert missing == {
+        "flashoptim": "needs cuda",
+        "galore-torch": "bitsandbytes is not installed",
+    }
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert present(["fira-official"], "cpu") == ([], {"fira-official": "fira is not installed"})
 
