@@ -101,7 +101,7 @@ def test_what_raises_hangs_or_dies_is_named_and_the_others_go_on(tmp_path, monke
     def counted(name, run=dict):
         def counting():
             with begun.open("a") as file:
-                file.write(f"{name} ")
+                file.write(f"{name} {os.getpid()}\n")
             return run()
 
         return one(name, counting, hangs=1.0 if name == "hangs" else 60.0)
@@ -130,13 +130,18 @@ def test_what_raises_hangs_or_dies_is_named_and_the_others_go_on(tmp_path, monke
         "last": None,
         "its cases": "RuntimeError: no list",
     }
-    assert begun.read_text().split() == [task.name for task in todo]
+    processes = dict(line.split() for line in begun.read_text().splitlines())
+    assert list(processes) == [task.name for task in todo]
+    good, raised, hung, died, broke, last = processes.values()
+    assert good == raised == hung
+    assert len({hung, died, broke, last}) == 4
 
     todo[:] = [counted(task.name) for task in todo]
     monkeypatch.setitem(first_contact.PARTS, "models", lambda options: iter(()))
     begun.unlink()
     first_contact.main(command)
-    assert begun.read_text().split() == ["raises", "hangs", "dies", "breaks"]
+    again = [line.split()[0] for line in begun.read_text().splitlines()]
+    assert again == ["raises", "hangs", "dies", "breaks"]
     assert not any("error" in row for row in rows_in(tmp_path))
 
 
@@ -163,12 +168,20 @@ def test_a_case_that_hangs_holds_no_command_beyond_its_time(tmp_path, monkeypatc
     assert limits == [(200.0, True), (5.0 + first_contact.GRACE, True)]
 
 
-def test_a_killed_command_leaves_a_record_that_the_next_one_goes_on_with(tmp_path):
+def test_a_killed_command_leaves_a_record_that_the_next_one_goes_on_with(tmp_path, monkeypatch):
     journal = Journal(tmp_path / "first_contact.json", "first_contact")
     journal.begin({"device": "one"})
     journal.put({"begun": True}, part="check", case="a")
     journal.put({"value": 1.0}, part="check", case="b")
-    (tmp_path / "first_contact.json.new").write_text('{"bench": ')  # killed while writing
+
+    def killed(path, text):
+        path.open("w").write(text[: len(text) // 2])
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("pathlib.Path.write_text", killed)
+        with pytest.raises(KeyboardInterrupt):
+            journal.put({"value": 3.0}, part="check", case="c")
     again = Journal(tmp_path / "first_contact.json", "first_contact")
     again.begin({"device": "other"})
     again.put({"value": 2.0}, part="check", case="a")
@@ -204,8 +217,10 @@ def racing():
 
 
 def unwritten(projection):
-    """An output that was allocated, and that nobody wrote."""
+    """Allocated and not written: unless it is poisoned, memory holds what an earlier run left."""
     fresh = torch.empty_like(projection.direction)
+    if not fresh.isnan().all():
+        fresh.copy_(projection.direction)
     return projection._replace(direction=fresh)
 
 

@@ -8,6 +8,7 @@ import torch
 
 from bench import step
 from bench.cases import Case
+from bench.optimizers import Method
 from lowrank_kernels.ops import Side, native
 
 CPU = torch.device("cpu")
@@ -58,20 +59,16 @@ def test_a_wrong_step_is_reported_and_not_timed(monkeypatch, capsys):
 
 
 def test_without_the_official_packages_the_reference_is_who_is_right(monkeypatch, tmp_path, capsys):
-    find = step.OPTIMIZERS["fira-official"].__class__.obstacle
-
-    def obstacle(self, device):
-        return "bitsandbytes is not installed" if self.packages else find(self, device)
-
-    monkeypatch.setattr(step.OPTIMIZERS["fira-official"].__class__, "obstacle", obstacle)
+    absent = Method(lambda *_: pytest.fail("it is not here"), packages=("no_such_package",))
+    monkeypatch.setitem(step.OPTIMIZERS, "fira-official", absent)
     out = tmp_path / "step.json"
     step.main([*QUICK, "--dtypes", "fp32", "--methods", "fira", "--out", str(out)])
     record = json.loads(out.read_text())
-    assert record["missing"] == {"fira-official": "bitsandbytes is not installed"}
+    assert record["missing"] == {"fira-official": "no_such_package is not installed"}
     for row in record["rows"]:
         assert row["against"] == "reference"
         assert set(row["results"]) == {step.OURS, *step.RIVALS} - {step.OFFICIAL}
-    assert "bitsandbytes is not installed" in " ".join(capsys.readouterr().out.split())
+    assert "no_such_package is not installed" in " ".join(capsys.readouterr().out.split())
 
     right = native.Operations.back_project_update
 
