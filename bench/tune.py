@@ -46,6 +46,7 @@ from lowrank_kernels.ops.triton import config
 Runs = dict[Any, Callable[[int], object]]
 Timer = Callable[[Runs], dict[Any, Samples]]
 RESULT = Path(__file__).parent / "results" / "tune.json"
+AHEAD_SECONDS = 100.0
 TILES, BATCH = ("project", "update"), "batch"
 
 
@@ -62,6 +63,10 @@ class Tuner:
 
     def candidates(self, kind: str, case: Case) -> list[config.Config]:
         return config.candidates(kind, problem_of(case), self.gpu)
+
+    def every(self, kind: str, case: Case) -> list[tuple[Case, str, config.Config]]:
+        """The candidates, as `compile_ahead` takes them; sizes of batches have none."""
+        return [] if kind == BATCH else [(case, kind, c) for c in self.candidates(kind, case)]
 
     def _tiles(self, kind: str, case: Case) -> list[dict]:
         """All tiles at one number of stages, and the best ones at every number."""
@@ -134,12 +139,16 @@ def with_config(kind: str, one: config.Config) -> SimpleNamespace:
 
 
 def compile_ahead(
-    todo: list[tuple[Case, str, config.Config]], device: torch.device, seconds: float
+    todo: list[tuple[Case, str, config.Config]],
+    device: torch.device,
+    seconds: float = AHEAD_SECONDS,
 ) -> None:
     """Fills Triton's cache on disk in as many processes as there are cores, for so long at most.
 
     What fails there, or is left, is compiled where it is asked for, which then tells the error.
     """
+    if not todo:
+        return
     spawn = multiprocessing.get_context("spawn")
     with spawn.Pool(max(1, min(len(todo), (os.cpu_count() or 2) - 1))) as pool:
         pool.starmap_async(_step_once, [(*one, device) for one in todo], chunksize=1).wait(seconds)
@@ -192,7 +201,18 @@ def main(arguments: list[str] | None = None) -> None:
     journal.begin(head("tune", "cuda", sys.argv[1:] if arguments is None else arguments))
     console = Console(stderr=True)
     names = options.models.split(","), options.dtypes.split(",")
-    for case, count in problems(*names, device):
+    found = list(problems(*names, device))
+    compile_ahead(
+        [
+            one
+            for case, _ in found
+            for kind in (*TILES, BATCH)
+            if not journal.find(kind=kind, case=vars(case))
+            for one in tuner.every(kind, case)
+        ],
+        device,
+    )
+    for case, count in found:
         if time.monotonic() - started > options.seconds:
             console.print("the time is up; the same command goes on")
             break

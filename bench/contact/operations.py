@@ -46,7 +46,8 @@ ODD, QUICK_ODD = [((777, 1003), 101), ((1003, 777), 101)], [((37, 61), 13)]
 # At this rank a step waits for memory alone.
 SMALL_RANK = {"7b": 64}
 LAUNCHES, QUICK_LAUNCHES = 500, 20
-COMPILE_SECONDS = 100.0
+# The first case compiles for all of them.
+FIRST_HANGS = HANGS + 100.0
 
 
 def name_of(case: Case) -> str:
@@ -200,7 +201,7 @@ def operations(options: argparse.Namespace) -> Iterator[Task]:
         return operation_times(case, modules, options)
 
     for case in found:
-        yield Task(name_of(case), functools.partial(times, case), HANGS + COMPILE_SECONDS)
+        yield Task(name_of(case), functools.partial(times, case), FIRST_HANGS)
 
 
 def operation_times(
@@ -242,10 +243,10 @@ def _apart(one: tuple, other: tuple) -> int:
 
 
 def _compile_ahead(todo: list[tuple], options: argparse.Namespace) -> None:
-    if todo and options.device == "cuda":
+    if options.device == "cuda" and todo:
         from bench.tune import compile_ahead
 
-        compile_ahead(todo, device_of(options), COMPILE_SECONDS)
+        compile_ahead(todo, device_of(options))
 
 
 def tune(options: argparse.Namespace) -> Iterator[Task]:
@@ -262,9 +263,9 @@ def tune(options: argparse.Namespace) -> Iterator[Task]:
 
     @functools.cache
     def ahead() -> None:
-        each = ((case, kind) for kind in TILES for case, _ in found)
-        todo = [(case, kind, one) for case, kind in each for one in tuner.candidates(kind, case)]
-        _compile_ahead(todo, options)
+        _compile_ahead(
+            [one for case, _ in found for kind in TILES for one in tuner.every(kind, case)], options
+        )
 
     def times(kind: str, case: Case, count: int) -> dict:
         ahead()
@@ -273,7 +274,7 @@ def tune(options: argparse.Namespace) -> Iterator[Task]:
     for kind in (*TILES, BATCH):
         for case, count in found:
             run = functools.partial(times, kind, case, count)
-            yield Task(f"{kind} {name_of(case)}", run, HANGS + COMPILE_SECONDS)
+            yield Task(f"{kind} {name_of(case)}", run, FIRST_HANGS)
 
 
 def _no_triton_on_gpu() -> dict:
