@@ -138,8 +138,8 @@ def device_name(device: str) -> str:
     return names[0] if names else platform.machine()
 
 
-def _clocks(device: str) -> dict[str, float] | None:
-    """MHz, as the machine is found; None where nobody tells."""
+def _clocks(device: str) -> dict[str, float | None] | None:
+    """MHz, as the machine is found; None where nobody tells, as in some virtual machines."""
     if device == "cpu":
         found = [float(text) for text in _cpuinfo("cpu MHz")]
         return {"cpu": max(found)} if found else None
@@ -149,7 +149,12 @@ def _clocks(device: str) -> dict[str, float] | None:
     command = [tool, f"--query-gpu={','.join(names)}", "--format=csv,noheader,nounits", "--id=0"]
     done = subprocess.run(command, capture_output=True, text=True)
     values = done.stdout.strip().split(", ")
-    return dict(zip(names, map(float, values), strict=True)) if done.returncode == 0 else None
+    if done.returncode or len(values) != len(names):
+        return None
+    return {
+        name: float(text) if text.replace(".", "", 1).isdigit() else None
+        for name, text in zip(names, values, strict=True)
+    }
 
 
 def _cpuinfo(key: str) -> list[str]:
