@@ -216,7 +216,12 @@ def operation_times(
     device, best = device_of(options), rates_of(options, case.dtype)
     rows = kernels.bench_case(case, modules, device, best, options.rounds)
     configs = {name: config._asdict() for name, (_, config) in others.items()}
-    return {**asdict(case), "operations": rows, "configs": configs}
+    return {
+        **asdict(case),
+        "backend": options.backend,
+        "operations": rows,
+        "configs": configs,
+    }
 
 
 def variants(case: Case, options: argparse.Namespace) -> dict[str, tuple]:

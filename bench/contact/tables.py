@@ -68,11 +68,9 @@ def rates(rows: Rows) -> Table:
 
 def operations(rows: Rows) -> Table:
     """Our backend, the rivals, and the variant that takes the least time."""
-    backends = _names(
-        o[key] for key in ("wrong", "results") for row in rows for o in row["operations"]
-    )
-    variants = {name for row in rows for name in row["configs"]}
-    own, *rivals = [name for name in backends if name not in variants]
+    own, variants = rows[0]["backend"], {name for row in rows for name in row["configs"]}
+    others = _names(each["results"] for row in rows for each in row["operations"])
+    rivals = [name for name in others if name not in variants and name != own]
     found = new_table(
         f"operations: ms of {own}, and how many times as long the others take",
         f"{SPREAD}; variant: tiles of channels, directions and depth, and the rest of `Config`",
@@ -90,7 +88,8 @@ def operations(rows: Rows) -> Table:
 def _times(each: dict, own: str, rivals: list[str], variants: Collection[str]) -> Iterator[str]:
     results = each["results"]
     if own not in results:
-        yield f"WRONG {', '.join(each['wrong'].get(own, ['not timed']))}"
+        wrong = each["wrong"].get(own)
+        yield f"WRONG {', '.join(wrong)}" if wrong else "not timed"
         return
     base = results[own]
     yield time_text(base, 3)

@@ -346,7 +346,8 @@ def test_a_wrong_kernel_is_told_and_fails_the_command(tmp_path):
     each = {"floor_ms": 1.0, "operation": "step", "results": {}, "wrong": {"triton": ["param"]}}
     row = {"case": "a", "method": "fira", "operations": [each], "configs": {}}
     assert tables.failures(row) == ["triton is wrong"]
-    tables.operations([row])
+    columns = tables.operations([{**row, "backend": "triton"}]).columns
+    assert list(columns[3].cells) == ["WRONG param"]
 
 
 def test_a_replay_is_timed_beside_its_eager_step(monkeypatch, tmp_path):
