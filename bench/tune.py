@@ -12,6 +12,7 @@ choose what the backend takes (`lowrank_kernels.ops.triton.config`), and a recor
 from __future__ import annotations
 
 import argparse
+import functools
 import multiprocessing
 import os
 import sys
@@ -21,6 +22,7 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import torch
 from rich.console import Console
@@ -39,7 +41,6 @@ from bench.models import PRESETS
 from bench.record import Journal, head
 from bench.timing import Samples, interleaved
 from lowrank_kernels.ops import Matrices, Operations
-from lowrank_kernels.ops.contract import rank_axis
 from lowrank_kernels.ops.dispatch import load
 from lowrank_kernels.ops.triton import config
 
@@ -47,6 +48,7 @@ Runs = dict[Any, Callable[[int], object]]
 Timer = Callable[[Runs], dict[Any, Samples]]
 RESULT = Path(__file__).parent / "results" / "tune.json"
 AHEAD_SECONDS = 100.0
+META = torch.device("meta")
 TILES, BATCH = ("project", "update"), "batch"
 
 
@@ -62,7 +64,7 @@ class Tuner:
         return sorted(times, key=lambda time: time["ms"])
 
     def candidates(self, kind: str, case: Case) -> list[config.Config]:
-        return config.candidates(kind, problem_of(case), self.gpu)
+        return config.candidates(kind, problems_of(case)[kind], self.gpu)
 
     def every(self, kind: str, case: Case) -> list[tuple[Case, str, config.Config]]:
         """The candidates, as `compile_ahead` takes them; sizes of batches have none."""
@@ -121,11 +123,20 @@ class Tuner:
         return [{"ms": 1e3 * s.median / size, "matrices": size} for size, s in times.items()]
 
 
-def problem_of(case: Case) -> config.Problem:
-    """What its configurations are chosen for."""
-    shape, axis = (case.rows, case.cols), rank_axis(case.side)
-    sizes = (shape[1 - axis], shape[axis], case.rank, case.matrices)
-    return config.Problem(case.side, *sizes, (DTYPES[case.dtype],) * 2)
+@functools.cache
+def problems_of(case: Case) -> dict[str, config.Problem]:
+    """What the backend chooses the configurations of its operations for, where rows lie well."""
+    found = {}
+
+    def noted(operation: str, problem: config.Problem, gpu: config.Gpu) -> config.Config:
+        found[operation] = problem
+        return config.config_of(operation, problem, gpu)
+
+    backend = load("triton")
+    with mock.patch.object(backend, "config_of", noted):
+        # Of the two places that gradients may have, the aligned one comes last.
+        backend.Operations(Matrices(case.side, case.residual, *empty_inputs(case, META)))
+    return found
 
 
 def with_config(kind: str, one: config.Config) -> SimpleNamespace:

@@ -228,12 +228,13 @@ def variants(case: Case, options: argparse.Namespace) -> dict[str, tuple]:
     """Tiles that may be tried beside the one that is taken, as near to its split and stages."""
     if options.backend != "triton":
         return {}
-    from bench.tune import TILES, problem_of
+    from bench.tune import TILES, problems_of
     from lowrank_kernels.ops.triton import config
 
-    problem, gpu, found = problem_of(case), config.gpu_of(device_of(options)), {}
+    gpu, found = config.gpu_of(device_of(options)), {}
     for kind in TILES:
-        taken, alike = config.config_of(kind, problem, gpu), {}
+        problem, alike = problems_of(case)[kind], {}
+        taken = config.config_of(kind, problem, gpu)
         for each in config.candidates(kind, problem, gpu):
             alike.setdefault(each._replace(split=1, stages=1), []).append(each)
         alike.pop(taken._replace(split=1, stages=1), None)

@@ -304,14 +304,14 @@ def triton_options(tmp_path):
 
 def test_variants_are_other_tiles_than_the_one_that_is_taken(tmp_path):
     options = triton_options(tmp_path)
-    from bench.tune import problem_of
+    from bench.tune import problems_of
     from lowrank_kernels.ops.triton import config
 
     case = Case(2048, 2048, 512, "bf16", "fira", 3)
     found = operations.variants(case, options)
     assert {kind for kind, _ in found.values()} == {"project", "update"}
     for name, (kind, variant) in found.items():
-        taken = config.config_of(kind, problem_of(case), config.gpu_of(CPU))
+        taken = config.config_of(kind, problems_of(case)[kind], config.gpu_of(CPU))
         assert name.startswith(kind)
         assert variant._replace(split=1, stages=1) != taken._replace(split=1, stages=1)
     assert len({variant for _, variant in found.values()}) == len(found)

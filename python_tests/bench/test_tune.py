@@ -120,6 +120,19 @@ def test_a_configuration_that_raises_is_left_out(make_tuner, monkeypatch, capsys
     assert "AttributeError" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("method", ["fira", "galore"])
+def test_candidates_are_of_the_problems_that_the_backend_has(method):
+    case = Case(40, 48, 16, "bf16", method, 3)
+    found = tune.problems_of(case)
+    assert set(found) == set(tune.TILES)
+    for problem in found.values():
+        sizes = problem.channels, problem.depth, problem.rank, problem.matrices
+        assert sizes == (48, 40, 16, 3)
+        assert problem.side is case.side
+        assert problem.dtypes == (torch.bfloat16,) * 2
+        assert problem.wide
+
+
 def test_ahead_every_configuration_takes_a_step(monkeypatch):
     """In this process here, where the interpreter stands for the compiler."""
     taken = []
