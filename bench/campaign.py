@@ -99,6 +99,7 @@ def _quick_benches(out: Path) -> Iterator[Part]:
     yield _bench("host", out / "host-cpu.json", "--quick")
     yield _bench("refresh", out / "refresh-cpu.json", *quick)
     yield _bench("memory", out / "memory.json", "--models", "60m")
+    yield _bench("first_contact", out / "first_contact", *quick)
     tiny = "--steps 20 --seq-len 32 --batch-size 4 --eval-tokens 256 --overwrite --device cpu"
     yield _bench("pretrain", out / "pretrain-nano", *tiny.split())
 

@@ -127,7 +127,7 @@ def model_times(problem: Problem, backend: str, options: argparse.Namespace) -> 
     names = ["adamw", "fira", "galore"]
     if backend == options.backend:
         names = ["adamw", "fira", "hybrid-fira"]
-        if problem.model not in LARGE:
+        if problem.model not in LARGE and not options.quick:
             names += ["galore", "hybrid-galore", "adamw-master"]
     wanted = SimpleNamespace(backend=backend, rounds=options.rounds, quick=options.quick)
     row = model_step.bench_problem(problem, names, device_of(options), wanted)
