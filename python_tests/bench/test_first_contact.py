@@ -281,8 +281,9 @@ def test_the_cases_are_llamas_on_both_sides_and_odd_ones(tmp_path):
 
 def test_a_program_that_left_something_out_of_the_cache_is_found(monkeypatch):
     l2_reads = pytest.importorskip("bench.contact.l2_reads")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     size = 4 * 4 * l2_reads.BLOCK
-    assert l2_reads.bytes_per_second(CPU, size, rounds=1) > 0
+    assert l2_reads.bytes_per_second(device, size, rounds=1) > 0
     right = l2_reads.read
 
     def lazy(source, programs):
@@ -292,7 +293,7 @@ def test_a_program_that_left_something_out_of_the_cache_is_found(monkeypatch):
 
     monkeypatch.setattr(l2_reads, "read", lazy)
     with pytest.raises(RuntimeError, match="has not read all"):
-        l2_reads.bytes_per_second(CPU, size, rounds=1)
+        l2_reads.bytes_per_second(device, size, rounds=1)
 
 
 def triton_options(tmp_path):
