@@ -18,7 +18,8 @@ Each command ends within nine minutes: it begins nothing after `--seconds`, and 
 ended. `contact/first_contact.json` is written after every case; what it holds is not measured
 again, so that the same command goes on where it was stopped, elsewhere, too, if the folder goes
 along. A case that raised, hung or took the process with it is named there, and the others go on in
-a new process; the next command tries it again. Nothing needs a network or another's optimizer.
+a new process; the next command tries it again, and what was wrong. Nothing needs a network or
+another's optimizer.
 
 The exit status is 1 if something was wrong or failed, else 0, also where the time was up.
 """
@@ -133,7 +134,7 @@ def supervise(options: argparse.Namespace) -> int:
     deadline = time.monotonic() + options.seconds
     journal = record(options.out)
     journal.drop(lambda row: "begun" in row)
-    journal.drop(lambda row: row["part"] in options.parts and not UNFINISHED.isdisjoint(row))
+    journal.drop(lambda row: row["part"] in options.parts and is_open(row))
     journal.save()
     command = [sys.executable, "-m", "bench.first_contact", *options.arguments]
     while True:
@@ -147,6 +148,11 @@ def supervise(options: argparse.Namespace) -> int:
             return status
         if time.monotonic() > deadline:
             return 0
+
+
+def is_open(row: dict) -> bool:
+    """Whether the next command tries it again."""
+    return bool(failures(row)) or not UNFINISHED.isdisjoint(row)
 
 
 def tell(options: argparse.Namespace, journal: Journal) -> list[str]:

@@ -109,6 +109,7 @@ def test_what_raises_hangs_or_dies_is_named_and_the_others_go_on(tmp_path, monke
     todo = [
         counted("good"),
         counted("raises", raises("not today")),
+        counted("wrong", lambda: {"wrong": {"fira": 0.5}}),
         counted("hangs", lambda: time.sleep(60)),
         counted("dies", lambda: os._exit(9)),
         counted("breaks", raises("CUDA error: an illegal memory access")),
@@ -118,12 +119,13 @@ def test_what_raises_hangs_or_dies_is_named_and_the_others_go_on(tmp_path, monke
     monkeypatch.setitem(first_contact.PARTS, "models", raises("no list"))
     monkeypatch.setitem(tables.TABLES, "tune", lambda rows: f"{len(rows)} rows")
     command = [*QUICK, "--out", str(tmp_path), "--parts", "tune,models"]
-    with pytest.raises(SystemExit, match="5 cases are wrong or failed"):
+    with pytest.raises(SystemExit, match="6 cases are wrong or failed"):
         first_contact.main(command)
     found = {row["case"]: row.get("error") for row in rows_in(tmp_path)}
     assert found == {
         "good": None,
         "raises": "RuntimeError: not today",
+        "wrong": None,
         "hangs": "its process ended with status 1",
         "dies": "its process ended with status 9",
         "breaks": "RuntimeError: CUDA error: an illegal memory access",
@@ -132,8 +134,8 @@ def test_what_raises_hangs_or_dies_is_named_and_the_others_go_on(tmp_path, monke
     }
     processes = dict(line.split() for line in begun.read_text().splitlines())
     assert list(processes) == [task.name for task in todo]
-    good, raised, hung, died, broke, last = processes.values()
-    assert good == raised == hung
+    good, raised, wrong, hung, died, broke, last = processes.values()
+    assert good == raised == wrong == hung
     assert len({hung, died, broke, last}) == 4
 
     todo[:] = [counted(task.name) for task in todo]
@@ -141,8 +143,8 @@ def test_what_raises_hangs_or_dies_is_named_and_the_others_go_on(tmp_path, monke
     begun.unlink()
     first_contact.main(command)
     again = [line.split()[0] for line in begun.read_text().splitlines()]
-    assert again == ["raises", "hangs", "dies", "breaks"]
-    assert not any("error" in row for row in rows_in(tmp_path))
+    assert again == ["raises", "wrong", "hangs", "dies", "breaks"]
+    assert not any(map(tables.failures, rows_in(tmp_path)))
 
 
 @pytest.mark.usefixtures("worker_is_a_fork")
