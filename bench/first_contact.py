@@ -59,6 +59,8 @@ PARTS = {
 SECONDS = 400.0
 # How long the last case may go on when the time is up.
 GRACE = 100.0
+# Columns; a variant has a long name, and figures are never cut off.
+WIDTH = 200
 # Of a process that another one has to take the place of.
 BROKEN = 75
 UNFINISHED = {"begun", "error", "skipped"}
@@ -162,7 +164,7 @@ def tell(options: argparse.Namespace, journal: Journal) -> list[str]:
         rows = [row for row in journal.rows if row["part"] == part]
         done = [row for row in rows if UNFINISHED.isdisjoint(row)]
         if done:
-            show(TABLES[part](done), 165)
+            show(TABLES[part](done), WIDTH)
         for row in rows:
             if "skipped" in row:
                 print(f"{part}: {row['case']}: not done, {row['skipped']}")

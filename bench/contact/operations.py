@@ -46,6 +46,13 @@ ODD, QUICK_ODD = [((777, 1003), 101), ((1003, 777), 101)], [((37, 61), 13)]
 # At this rank a step waits for memory alone.
 SMALL_RANK = {"7b": 64}
 LAUNCHES, QUICK_LAUNCHES = 500, 20
+# Which configurations an operation depends on.
+KINDS = {
+    "project_moments": ("project",),
+    "channel_scale": (),
+    "back_project_update": ("update",),
+    STEP: ("project", "update"),
+}
 # The first case compiles for all of them.
 FIRST_HANGS = HANGS + 100.0
 
@@ -215,7 +222,10 @@ def operation_times(
         modules = modules | {name: with_config(*each) for name, each in others.items()}
     device, best = device_of(options), rates_of(options, case.dtype)
     rows = kernels.bench_case(case, modules, device, best, options.rounds)
-    configs = {name: config._asdict() for name, (_, config) in others.items()}
+    configs = {name: {"kind": kind, **one._asdict()} for name, (kind, one) in others.items()}
+    for row in rows:
+        foreign = [n for n in configs if configs[n]["kind"] not in KINDS[row["operation"]]]
+        row["results"] = {n: one for n, one in row["results"].items() if n not in foreign}
     return {
         **asdict(case),
         "backend": options.backend,

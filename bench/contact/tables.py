@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 from rich.table import Table
 
 from bench.cases import STEP
-from bench.contact.operations import is_right
+from bench.contact.operations import KINDS, is_right
 from bench.kernels import ADAMW
 from bench.tables import SPREAD, new_table, time_text
 
@@ -81,11 +81,14 @@ def operations(rows: Rows) -> Table:
         for each in row["operations"]:
             if row["method"] == "fira" or each["operation"] == STEP:
                 cells = (row["case"], each["operation"], f"{each['floor_ms']:.3f}")
-                found.add_row(*cells, *_times(each, own, rivals, row["configs"]))
+                tried = [
+                    n for n, c in row["configs"].items() if c["kind"] in KINDS[each["operation"]]
+                ]
+                found.add_row(*cells, *_times(each, own, rivals, tried))
     return found
 
 
-def _times(each: dict, own: str, rivals: list[str], variants: Collection[str]) -> Iterator[str]:
+def _times(each: dict, own: str, rivals: list[str], variants: list[str]) -> Iterator[str]:
     results = each["results"]
     if own not in results:
         wrong = each["wrong"].get(own)
