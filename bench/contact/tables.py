@@ -50,20 +50,20 @@ def _size(share: float | None) -> float:
 def rates(rows: Rows) -> Table:
     found = new_table("rates: what the device does", SPREAD, ("what",), ("", ""))
     for row in rows:
-        if "results" in row:
-            cells = (
-                f"{one['flops_per_second'] / 1e12:.2f} TFLOP/s, {time_text(one, 3)} ms"
-                for one in row["results"].values()
-            )
-        elif "python_us" in row:
-            cells = (f"{name} {value:.2f}" for name, value in row.items() if name.endswith("_us"))
-            cells = (", ".join(cells),)
-        else:
-            cells = (f"{row['bytes_per_second'] / 1e9:.0f} GB/s",)
-            if "flops_per_second" in row:
-                cells += (f"{row['flops_per_second'] / 1e12:.2f} TFLOP/s",)
-        found.add_row(row["case"], *cells)
+        found.add_row(row["case"], *_rates(row))
     return found
+
+
+def _rates(row: dict) -> Iterator[str]:
+    for one in row.get("results", {}).values():
+        yield f"{one['flops_per_second'] / 1e12:.2f} TFLOP/s, {time_text(one, 3)} ms"
+    if "bytes_per_second" in row:
+        yield f"{row['bytes_per_second'] / 1e9:.0f} GB/s"
+    if "flops_per_second" in row:
+        yield f"{row['flops_per_second'] / 1e12:.2f} TFLOP/s"
+    each = [f"{name} {value:.2f}" for name, value in row.items() if name.endswith("_us")]
+    if each:
+        yield ", ".join(each)
 
 
 def operations(rows: Rows) -> Table:

@@ -427,6 +427,22 @@ def test_the_case_reaches_the_process_that_is_profiled(tmp_path, monkeypatch):
     assert Case(**json.loads(commands[0][-1])) == CASE
 
 
+def test_the_table_of_rates_has_what_a_gpu_adds():
+    product = {"ms": 0.5, "spread": 0.0, "flops_per_second": 6.5e14}
+    rows = [
+        {"case": "copy and product", "bytes_per_second": 4.3e12, "flops_per_second": 7.9e14},
+        {"case": "reads from L2", "bytes_per_second": 7.3e12},
+        {"case": "launches", "python_us": 2.5, "queue_us": 2.0, "graph_us": 1.25},
+        {"case": "products", "results": {"project_moments": product}},
+    ]
+    columns = tables.rates(rows).columns
+    assert list(columns[1].cells) == [
+        *("4300 GB/s", "7300 GB/s", "python_us 2.50, queue_us 2.00, graph_us 1.25"),
+        "650.00 TFLOP/s, 0.500 ± 0 % ms",
+    ]
+    assert next(iter(columns[2].cells)) == "790.00 TFLOP/s"
+
+
 def test_the_tuners_table_has_the_fastest_first():
     times = [{"ms": 0.5, "channels": 128}, {"ms": 0.75, "channels": 64}]
     found = tables.tune([{"case": "a", "times": times}, {"case": "b", "times": []}])
