@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import torch
 
-from bench import model_step
+from bench import kernels, model_step
 from bench.contact.operations import SMALL_RANK
 from bench.contact.tasks import (
     STEPS_HANG,
@@ -24,7 +24,7 @@ from bench.contact.tasks import (
 )
 from bench.model_step import Groups, Problem
 from bench.timing import LEAD_OF_STEPS, Candidate, interleaved
-from lowrank_kernels import FiraAdamW, GaLoreAdamW, backends
+from lowrank_kernels import FiraAdamW, GaLoreAdamW
 
 OURS = {"fira": FiraAdamW, "galore": GaLoreAdamW}
 # Beside its gradients, and the copy of them that a timing needs, only few optimizers have room.
@@ -51,7 +51,7 @@ def python_times(problem: Problem, options: argparse.Namespace) -> dict:
     """Until a step returns, when nobody waits for the device, and until the device is done."""
     device = device_of(options)
     groups, runs = model_step.parameters(problem, device), {}
-    for name, backend in subjects(problem):
+    for name, backend in subjects(problem, options):
         optimizer = model_step.started(name, groups, backend or "auto")
         runs[f"{name} {backend}".strip()] = lambda _, step=optimizer.step: step()
 
@@ -65,17 +65,20 @@ def python_times(problem: Problem, options: argparse.Namespace) -> dict:
     }
 
 
-def subjects(problem: Problem) -> Iterator[tuple[str, str]]:
+def subjects(problem: Problem, options: argparse.Namespace) -> Iterator[tuple[str, str]]:
     """Optimizers, ours with a backend."""
-    yield from (("adamw", ""), *here("fira", "triton", "native"))
+    yield "adamw", ""
+    yield from here(options, "fira", "triton", "native")
     if problem.model not in LARGE:
-        yield from (("hybrid-fira", ""), *here("galore", "triton", "native"))
-        yield from here("fira", "foreach")
+        yield "hybrid-fira", ""
+        yield from here(options, "fira", "foreach")
+        yield from here(options, "galore", "triton", "native")
 
 
-def here(name: str, *names: str) -> Iterator[tuple[str, str]]:
-    """An optimizer by those of the backends that can run."""
-    yield from ((name, backend) for backend in names if backends()[backend][0])
+def here(options: argparse.Namespace, name: str, *names: str) -> Iterator[tuple[str, str]]:
+    """An optimizer by those of the backends that serve this device."""
+    modules, _ = kernels.candidates(options.backend, options.device)
+    yield from ((name, backend) for backend in names if backend in modules)
 
 
 def replay(options: argparse.Namespace) -> Iterator[Task]:
@@ -87,11 +90,10 @@ def replay(options: argparse.Namespace) -> Iterator[Task]:
 
 
 def replayed(problem: Problem, options: argparse.Namespace) -> dict:
-    """Beside an eager step of the same optimizer: of the device, and of Python."""
+    """Beside an eager step of the same optimizer, which waits for the device once."""
     need_gpu(options)
-    device = device_of(options)
-    runs = {}
-    for name, optimizer in capturable(model_step.parameters(problem, device), device):
+    device, runs = device_of(options), {}
+    for name, optimizer in capturable(model_step.parameters(problem, device), options):
         optimizer.step()
         runs[f"{name} eager"] = lambda _, step=optimizer.step: step()
         runs[f"{name} replay"] = captured(optimizer.step)
@@ -100,11 +102,14 @@ def replayed(problem: Problem, options: argparse.Namespace) -> dict:
     return {"results": as_results(of_device), "host": as_results(of_host)}
 
 
-def capturable(groups: Groups, device: torch.device) -> Iterator[tuple[str, torch.optim.Optimizer]]:
-    rate = torch.tensor(1e-4, device=device)
+def capturable(
+    groups: Groups, options: argparse.Namespace
+) -> Iterator[tuple[str, torch.optim.Optimizer]]:
+    rate = torch.tensor(1e-4, device=device_of(options))
     common = {"lr": rate, "weight_decay": 0.1, "capturable": True}
     yield "adamw", torch.optim.AdamW(model_step.tensors(groups), fused=True, **common)
-    for name, backend in (*here("fira", "triton", "foreach"), *here("galore", "triton")):
+    fira, galore = here(options, "fira", "triton", "foreach"), here(options, "galore", "triton")
+    for name, backend in (*fira, *galore):
         own = [dict(group) for group in groups]
         yield f"{name} {backend}", OURS[name](own, backend=backend, **common)
 
@@ -116,10 +121,9 @@ def models(options: argparse.Namespace) -> Iterator[Task]:
         small = [p for p in found if p.model in SMALL_RANK]
         found += [replace(p, rank=SMALL_RANK[p.model]) for p in small]
     for problem in found:
-        for backend in dict.fromkeys((options.backend, "native")):
-            if backends()[backend][0]:
-                run = functools.partial(model_times, problem, backend, options)
-                yield Task(f"{name_of(problem)} {backend}", run, STEPS_HANG)
+        for _, backend in here(options, "", *dict.fromkeys((options.backend, "native"))):
+            run = functools.partial(model_times, problem, backend, options)
+            yield Task(f"{name_of(problem)} {backend}", run, STEPS_HANG)
 
 
 def model_times(problem: Problem, backend: str, options: argparse.Namespace) -> dict:

@@ -355,15 +355,28 @@ def test_a_wrong_kernel_is_told_and_fails_the_command(tmp_path):
     assert list(columns[3].cells) == ["WRONG param"]
 
 
+def test_steps_are_taken_by_the_backends_that_serve_the_device(tmp_path, monkeypatch):
+    modules = {"triton": None, "foreach": None}  # native was built without its CUDA half
+    monkeypatch.setattr(steps.kernels, "candidates", lambda *_: (modules, {}))
+    options = options_of(tmp_path)
+    options.backend = "triton"
+    small, large = (Problem(model, 32, "bf16") for model in ("9m", "7b"))
+    few = {("adamw", ""), ("fira", "triton")}
+    more = {("hybrid-fira", ""), ("fira", "foreach"), ("galore", "triton")}
+    assert set(steps.subjects(large, options)) == few
+    assert set(steps.subjects(small, options)) == few | more
+    assert [task.name for task in steps.models(options)] == ["9m r32 bf16 triton"]
+
+
 def test_a_replay_is_timed_beside_its_eager_step(monkeypatch, tmp_path):
     """The graph is the step itself here."""
     monkeypatch.setattr(steps, "need_gpu", lambda options: None)
     monkeypatch.setattr(steps, "captured", lambda run: lambda _: run())
-    monkeypatch.setattr(steps, "here", lambda name, *_: iter([(name, "foreach")]))
+    monkeypatch.setattr(steps, "here", lambda _, name, *names: iter([(name, "foreach")]))
     capturable = steps.capturable
 
-    def without_adamw(groups, device):
-        yield from list(capturable(groups, device))[1:]  # it wants a GPU
+    def without_adamw(groups, options):
+        yield from list(capturable(groups, options))[1:]  # it wants a GPU
 
     monkeypatch.setattr(steps, "capturable", without_adamw)
     row = {"case": "a", **steps.replayed(Problem("9m", 32, "bf16", 512), options_of(tmp_path))}
