@@ -6,9 +6,8 @@
     python -m bench.campaign --out campaign --quick  # minutes on a CPU: a smoke test, no figures
 
 The folder holds a record a bench, a log a part, and `campaign.json`: how each part ended. A part
-that ended well is not run again; one that was stopped or failed is. On a GPU the tuner goes first
-and leaves its table where the package looks for it. `bench.report` makes tables and pictures of the
-records.
+that ended well is not run again; one that was stopped or failed is. On a GPU the kernels go first
+and the CPU's tests, which need none, last. `bench.report` makes tables and pictures of the records.
 """
 
 from __future__ import annotations
@@ -59,8 +58,10 @@ def parts(out: Path, device: str, quick: bool) -> list[Part]:
     ]
     if quick:
         return [*found, *_quick_benches(out)]
-    found += list(_tests())
-    found += list(_on_gpu(out) if device == "cuda" else _on_cpu(out))
+    if device == "cuda":
+        found += [*_on_gpu(out), *_sanitizers(), *_comparisons_on_gpu(out), *_tests()]
+    else:
+        found += [*_tests(), *_on_cpu(out)]
     return [*found, _bench("memory", out / "memory.json")]
 
 
@@ -98,6 +99,7 @@ def _quick_benches(out: Path) -> Iterator[Part]:
     yield _bench("host", out / "host-cpu.json", "--quick")
     yield _bench("refresh", out / "refresh-cpu.json", *quick)
     yield _bench("memory", out / "memory.json", "--models", "60m")
+    yield _bench("first_contact", out / "first_contact", *quick)
     tiny = "--steps 20 --seq-len 32 --batch-size 4 --eval-tokens 256 --overwrite --device cpu"
     yield _bench("pretrain", out / "pretrain-nano", *tiny.split())
 
@@ -135,16 +137,15 @@ def comparisons(out: Path) -> Iterator[Part]:
     yield _bench("pretrain", out / "stagger-nano", *when, resumes=True)
 
 
-def _on_gpu(out: Path) -> Iterator[Part]:
+def _sanitizers() -> Iterator[Part]:
     native = ("-m", "pytest", "-q", "--timeout", "0", "-m", "gpu", "python_tests/native")
     for tool in SANITIZERS:
         words = ("compute-sanitizer", "--tool", tool, "--error-exitcode", "1")
         command = (*words, "--target-processes", "all", *python(*native))
         yield Part(f"sanitize-{tool}", command, needs="compute-sanitizer")
-    for models in ("60m,130m", "350m,1b", "7b"):
-        words = ("--models", models, "--dtypes", "bf16", "--seconds", "450")
-        record = ("--out", str(out / f"tune-{models.replace(',', '-')}.json"))
-        yield Part(f"tune-{models}", python("-m", "bench.tune", *words, *record))
+
+
+def _on_gpu(out: Path) -> Iterator[Part]:
     for models in ("60m,130m,350m", "1b,7b"):
         name = f"kernels-{models.replace(',', '-')}-cuda.json"
         yield _bench("kernels", out / name, "--models", models, "--dtypes", "bf16")
@@ -160,6 +161,13 @@ def _on_gpu(out: Path) -> Iterator[Part]:
     ranks = "--models 350m,1b --ranks 16,32,64,128,256,512,full --dtypes bf16"
     yield _bench("model_step", out / "ranks-cuda.json", *ranks.split(), *more)
     yield _bench("refresh", out / "refresh-cuda.json", "--models", "60m,1b,7b")
+    for models in ("60m,130m", "350m,1b", "7b"):
+        words = ("--models", models, "--dtypes", "bf16", "--seconds", "450")
+        record = ("--out", str(out / f"tune-{models.replace(',', '-')}.json"))
+        yield Part(f"tune-{models}", python("-m", "bench.tune", *words, *record))
+
+
+def _comparisons_on_gpu(out: Path) -> Iterator[Part]:
     text = "--dtype bf16 --tokenizer bpe --vocab-size 32000 --eval-tokens 65536"
     rivals = ("galore-torch", "fira-official", "apollo-torch", "torchao-8bit", "flashoptim")
     everyone = ["adamw", "adamw-master", "galore", "adarankgrad", "fira"]

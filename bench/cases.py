@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from bench import hybrid
+from bench.timing import copies_beyond_cache
 from lowrank_kernels.ops import (
     AdamScalars,
     Matrices,
@@ -24,12 +25,18 @@ from lowrank_kernels.ops import (
 from lowrank_kernels.ops.contract import basis_shape, projected_shape, rank_axis
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-METHODS = {"galore": None, "fira": Residual(kappa=0.25, rho=1.0)}
+METHODS = {
+    "galore": None,
+    "fira": Residual(kappa=0.25, rho=1.0),
+    "fira-paper": Residual(kappa=1.0, rho=0.25),
+}
 OPERATIONS = ("project_moments", "channel_scale", "back_project_update")
 STEP = "step"
 PLAIN = "torch"
 ADAM = AdamScalars(0.9, 0.999, 1e-8)
 SCALARS = Scalars(ADAM, scale=0.25, step_size=1e-4, decay=1e-5)
+# A step as large as the weights: the rounding of a weight would hide a wrong one of a usual size.
+LARGE_STEP = Scalars(ADAM, scale=0.25, step_size=8.0, decay=0.25)
 
 
 @dataclass(frozen=True)
@@ -133,14 +140,28 @@ def make_inputs(case: Case, device: torch.device, seed: int) -> Inputs:
     )
 
 
+def empty_inputs(case: Case, device: torch.device) -> Inputs:
+    """Tensors to compile kernels for: these depend on sizes and not on numbers."""
+    shape, dtype = (case.rows, case.cols), DTYPES[case.dtype]
+    low = projected_shape(shape, case.side, case.rank)
+    basis = basis_shape(shape, case.side, case.rank)
+    sizes = ((shape, dtype),) * 2 + ((basis, dtype), *((low, torch.float32),) * 2)
+    return Inputs(
+        *(
+            [torch.zeros(size, dtype=kind, device=device) for _ in range(case.matrices)]
+            for size, kind in (*sizes, ((), torch.float32))
+        )
+    )
+
+
 class Candidate:
     """A backend on a case: the three operations one by one, with what each hands to the next.
 
     It is prepared once for each set of inputs, as an optimizer prepares it once for its matrices.
     """
 
-    def __init__(self, module: ModuleType, case: Case):
-        self.module, self.case = module, case
+    def __init__(self, module: ModuleType, case: Case, scalars: Scalars = SCALARS):
+        self.module, self.case, self.scalars = module, case, scalars
         self._prepared: dict[int, tuple[Inputs, Matrices, Operations]] = {}
 
     def project_moments(self, x: Inputs) -> Projection:
@@ -155,7 +176,7 @@ class Candidate:
 
     def back_project_update(self, x: Inputs, projection: Projection, factor: Tensor | None) -> None:
         matrices, operations = self._for(x)
-        operations.back_project_update(matrices, projection, factor, SCALARS)
+        operations.back_project_update(matrices, projection, factor, self.scalars)
 
     def step(self, x: Inputs) -> tuple[Projection, Tensor | None]:
         projection = self.project_moments(x)
@@ -170,39 +191,75 @@ class Candidate:
         return self._prepared[id(x)][1:]
 
 
+def input_sets(first: Inputs, device: torch.device) -> list[Inputs]:
+    """These inputs and copies of them, more in all than a cache holds."""
+    others = copies_beyond_cache(first.bytes, device) - 1
+    return [first, *(first.to() for _ in range(others))]
+
+
+class Oracle:
+    """A step of these inputs in float64, and how far one in the dtype of the case may be off it.
+
+    By twice what plain torch errs, or twice a rounding of the result where torch errs less.
+    """
+
+    def __init__(self, case: Case, inputs: Inputs):
+        self._case, self._inputs = case, inputs
+        self._exact = outputs(load("reference"), case, inputs.to(torch.float64))
+        plain = outputs(hybrid, case, inputs)
+        self._bounds = {
+            name: 2 * max(_distance(plain[name], exact), _rounding(plain[name]) * _norm(exact))
+            for name, exact in self._exact.items()
+        }
+
+    def shares(self, module: ModuleType) -> dict[str, float]:
+        """The error of every output of a candidate, as a share of what it may be."""
+        got = outputs(module, self._case, self._inputs)
+        return {
+            name: _distance(got[name], exact) / self._bounds[name]
+            for name, exact in self._exact.items()
+        }
+
+    def wrong(self, module: ModuleType) -> list[str]:
+        """The outputs that err too much, or why there are none."""
+        try:
+            shares = self.shares(module)
+        except Exception as error:
+            return [f"{type(error).__name__}: {error}"]
+        return [name for name, share in shares.items() if not share <= 1]
+
+
 def check(case: Case, modules: dict[str, ModuleType], inputs: Inputs) -> dict[str, list[str]]:
     """What of each candidate errs more than twice as much as plain torch; empty if nothing does."""
-    exact_inputs = inputs.to(torch.float64)
-    exact = _outputs(exact_inputs, Candidate(load("reference"), case).step(exact_inputs))
-    errors = {}
-    for name, module in {PLAIN: hybrid, **modules}.items():
-        own = inputs.to()
-        got = _outputs(own, Candidate(module, case).step(own))
-        errors[name] = {key: _distance(got[key], exact[key]) for key in exact}
-    floors = {key: torch.finfo(got[key][0].dtype).eps * _norm(exact[key]) for key in exact}
-    return {
-        name: [key for key, error in errors[name].items()
-               if not error <= 2 * max(errors[PLAIN][key], floors[key])]
-        for name in modules
-    }  # fmt: skip
+    oracle = Oracle(case, inputs)
+    return {name: oracle.wrong(module) for name, module in modules.items()}
+
+
+def outputs(module: ModuleType, case: Case, inputs: Inputs) -> dict[str, Sequence[Tensor]]:
+    """All that a large step of a candidate writes, given a copy of these inputs."""
+    own = inputs.to()
+    return _outputs(own, Candidate(module, case, LARGE_STEP).step(own))
 
 
 def _outputs(x: Inputs, results: tuple[Projection, Tensor | None]) -> dict[str, Sequence[Tensor]]:
     projection, factor = results
-    outputs = {
+    found = {
         "direction": list(projection.direction),
         "projected": list(projection.projected),
         "exp_avg": x.exp_avgs,
         "exp_avg_sq": x.exp_avg_sqs,
-        "param": x.params,
     }
     if factor is not None:
-        outputs["factor"] = list(factor)
-    return outputs
+        found["factor"] = list(factor)
+    return {**found, "param": x.params}
 
 
 def _distance(got: Sequence[Tensor], exact: Sequence[Tensor]) -> float:
     return _norm([g.double() - e for g, e in zip(got, exact, strict=True)])
+
+
+def _rounding(tensors: Sequence[Tensor]) -> float:
+    return torch.finfo(tensors[0].dtype).eps
 
 
 def _norm(tensors: Sequence[Tensor]) -> float:

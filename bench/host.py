@@ -207,7 +207,7 @@ def bench_dtype(size: Size, dtype: str, options: argparse.Namespace) -> list[dic
     gradients.stay()
     found = list(subjects(size, params, options))
     runs = {name: run for subject in found for name, run in subject.runs(options.steps)}
-    with _without_collector():
+    with without_collector():
         stayed, moved = (
             interleaved(runs, CPU, options.rounds, clock=time.process_time, prepare=prepare)
             for prepare in (None, gradients.move)
@@ -245,7 +245,7 @@ def row(
 
 
 @contextmanager
-def _without_collector() -> Iterator[None]:
+def without_collector() -> Iterator[None]:
     gc.collect()
     gc.disable()
     try:

@@ -34,6 +34,7 @@ from bench.cases import (
     Case,
     Inputs,
     check,
+    input_sets,
     make_inputs,
 )
 from bench.models import PRESETS
@@ -43,7 +44,6 @@ from bench.tables import SPREAD, missing_text, new_table, progress, rates_text, 
 from bench.timing import (
     Rates,
     Samples,
-    copies_beyond_cache,
     interleaved,
     measure_rates,
     rates_record,
@@ -60,8 +60,7 @@ def measure(
     case: Case, modules: dict[str, ModuleType], device: torch.device, rounds: int
 ) -> dict[str, dict[str, Samples]]:
     """Samples by operation and candidate; the whole step also of torch's fused AdamW."""
-    first = make_inputs(case, device, seed=0)
-    sets = [first, *(first.to() for _ in range(copies_beyond_cache(first.bytes, device) - 1))]
+    sets = input_sets(make_inputs(case, device, seed=0), device)
     candidates = {name: Candidate(module, case) for name, module in modules.items()}
     handed = {name: [c.step(x) for x in sets] for name, c in candidates.items()}
 

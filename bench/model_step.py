@@ -7,10 +7,11 @@
 
 Parameters and gradients are those of the LLaMA layer sets, random, shared by all optimizers. Every
 step is timed cold, after other memory has gone through the cache, and with gradients that have just
-been written, as a backward pass leaves them. Nobody refreshes a basis while the clock runs. Ours
-are held against the reference backend first, on one block of the model; where the weights differ by
-more than the precision of the run, nothing of it is timed. Who is not installed, or does not fit in
-memory, is named.
+been written, as a backward pass leaves them. On a GPU these are its own times: Python has a lead,
+and what it takes is told by `bench.first_contact`. Nobody refreshes a basis while the clock runs.
+Ours are held against the reference backend first, on one block of the model; where the weights
+differ by more than the precision of the run, nothing of it is timed. Who is not installed, or does
+not fit in memory, is named.
 """
 
 from __future__ import annotations
@@ -34,7 +35,16 @@ from bench.peers import Recipe
 from bench.record import head, result, write_lines
 from bench.step import random_svd
 from bench.tables import SPREAD, missing_text, new_table, progress, rates_text, show, time_text
-from bench.timing import Rates, best, cache_bytes, interleaved, measure_rates, rates_record
+from bench.timing import (
+    LEAD_OF_STEPS,
+    Rates,
+    Samples,
+    best,
+    cache_bytes,
+    interleaved,
+    measure_rates,
+    rates_record,
+)
 from lowrank_kernels import param_groups
 from lowrank_kernels.optim.allocations import Allocations
 
@@ -176,10 +186,12 @@ def bench_problem(
     gradients = [param.grad for param in params]
     source = [torch.empty_like(grad).copy_(grad) for grad in gradients]
     other = torch.empty(3 * cache_bytes(device), dtype=torch.uint8, device=device)
-    cold = interleaved(runs, device, options.rounds, prepare=lambda turn: other.fill_(turn))
-    fresh = interleaved(
-        runs, device, options.rounds, prepare=lambda _: torch._foreach_copy_(gradients, source)
-    )
+
+    def timed(prepare: Callable[[int], object]) -> dict[str, Samples]:
+        return interleaved(runs, device, options.rounds, prepare=prepare, lead=LEAD_OF_STEPS)
+
+    cold = timed(lambda turn: other.fill_(turn))
+    fresh = timed(lambda _: torch._foreach_copy_(gradients, source))
     rates = best(rates, measure_rates(device, DTYPES[problem.dtype], options.quick))
     floor = floors(problem, rates)
     costs = {

@@ -32,7 +32,7 @@ class Method:
     nano_lr: float = 1e-3
     lr: float = 1e-3
     variant: bool = True
-    package: str | None = None
+    packages: tuple[str, ...] = ()
     device: str | None = None
     train: bool = True
     compiled: bool = False
@@ -41,9 +41,8 @@ class Method:
         """Why it cannot run here, or None."""
         if self.device not in (None, device):
             return f"needs {self.device}"
-        if self.package and importlib.util.find_spec(self.package) is None:
-            return f"{self.package} is not installed"
-        return None
+        absent = [name for name in self.packages if importlib.util.find_spec(name) is None]
+        return f"{absent[0]} is not installed" if absent else None
 
 
 def present(names: Iterable[str], device: str) -> tuple[list[str], dict[str, str]]:
@@ -110,10 +109,13 @@ METHODS = {
     "adamw-master": Method(peers.MasterAdamW),
     "hybrid-galore": Method(peers.hybrid_galore, train=False),
     "hybrid-fira": Method(peers.hybrid_fira, train=False),
-    "galore-torch": Method(peers.galore_torch, nano_lr=2e-2, lr=1e-2, package="galore_torch"),
-    "fira-official": Method(peers.fira_official, nano_lr=5e-3, lr=1e-2, package="fira"),
-    "apollo-torch": Method(peers.apollo_torch, nano_lr=1e-2, lr=1e-2, package="apollo_torch"),
-    "torchao-8bit": Method(peers.torchao_8bit, package="torchao", compiled=True),
-    "bitsandbytes-8bit": Method(peers.bitsandbytes_8bit, package="bitsandbytes"),
-    "flashoptim": Method(peers.flashoptim, package="flashoptim", device="cuda"),
+    # galore-torch has an 8-bit optimizer beside this one, and imports both.
+    "galore-torch": Method(
+        peers.galore_torch, nano_lr=2e-2, lr=1e-2, packages=("galore_torch", "bitsandbytes")
+    ),
+    "fira-official": Method(peers.fira_official, nano_lr=5e-3, lr=1e-2, packages=("fira",)),
+    "apollo-torch": Method(peers.apollo_torch, nano_lr=1e-2, lr=1e-2, packages=("apollo_torch",)),
+    "torchao-8bit": Method(peers.torchao_8bit, packages=("torchao",), compiled=True),
+    "bitsandbytes-8bit": Method(peers.bitsandbytes_8bit, packages=("bitsandbytes",)),
+    "flashoptim": Method(peers.flashoptim, packages=("flashoptim",), device="cuda"),
 }

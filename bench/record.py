@@ -7,7 +7,7 @@
 
 A result is {"ms": median, "spread": ..., "samples_ms": every sample}, with `share_of_floor` where
 the floor is known. What pre-training leaves has `settings`, `data`, `summary` and `runs` instead of
-`rows`.
+`rows`. A `Journal` has `runs`, the heads of the commands that filled it, and rows that tell theirs.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import os
 import platform
 import shutil
 import subprocess
+from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 
@@ -37,7 +38,40 @@ def write_lines(path: Path, head: dict, name: str, rows: list[dict]) -> None:
     text = json.dumps(_finite(head), indent=2, allow_nan=False).removesuffix("\n}")
     lines = ",\n".join(json.dumps(_finite(row), allow_nan=False) for row in rows)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(f'{text},\n  "{name}": [\n{lines}\n  ]\n}}\n')
+    # A process that is killed meanwhile leaves the file as it was.
+    unfinished = path.with_name(f"{path.name}.new")
+    unfinished.write_text(f'{text},\n  "{name}": [\n{lines}\n  ]\n}}\n')
+    unfinished.replace(path)
+
+
+class Journal:
+    """A record that commands fill one after the other, written after every row."""
+
+    def __init__(self, path: Path, bench: str):
+        found = json.loads(path.read_text()) if path.exists() else {}
+        self._path, self._bench = path, bench
+        self.runs: list[dict] = found.get("runs", [])
+        self.rows: list[dict] = found.get("rows", [])
+
+    def begin(self, head: dict) -> None:
+        """The rows from here on are this command's."""
+        self.runs.append(head)
+
+    def find(self, **key: object) -> dict | None:
+        return next((row for row in self.rows if key.items() <= row.items()), None)
+
+    def put(self, row: dict, **key: object) -> None:
+        """Writes a row, in the place of the one with this key if there is one."""
+        self.drop(lambda old: key.items() <= old.items())
+        self.rows.append({**key, "run": len(self.runs) - 1, **row})
+        self.save()
+
+    def drop(self, unwanted: Callable[[dict], bool]) -> None:
+        self.rows = [row for row in self.rows if not unwanted(row)]
+
+    def save(self) -> None:
+        head = {"bench": self._bench, "runs": self.runs}
+        write_lines(self._path, head, "rows", self.rows)
 
 
 def _finite(value: object) -> object:
@@ -104,8 +138,8 @@ def device_name(device: str) -> str:
     return names[0] if names else platform.machine()
 
 
-def _clocks(device: str) -> dict[str, float] | None:
-    """MHz, as the machine is found; None where nobody tells."""
+def _clocks(device: str) -> dict[str, float | None] | None:
+    """MHz, as the machine is found; None where nobody tells, as in some virtual machines."""
     if device == "cpu":
         found = [float(text) for text in _cpuinfo("cpu MHz")]
         return {"cpu": max(found)} if found else None
@@ -115,7 +149,12 @@ def _clocks(device: str) -> dict[str, float] | None:
     command = [tool, f"--query-gpu={','.join(names)}", "--format=csv,noheader,nounits", "--id=0"]
     done = subprocess.run(command, capture_output=True, text=True)
     values = done.stdout.strip().split(", ")
-    return dict(zip(names, map(float, values), strict=True)) if done.returncode == 0 else None
+    if done.returncode or len(values) != len(names):
+        return None
+    return {
+        name: float(text) if text.replace(".", "", 1).isdigit() else None
+        for name, text in zip(names, values, strict=True)
+    }
 
 
 def _cpuinfo(key: str) -> list[str]:

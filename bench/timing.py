@@ -13,6 +13,11 @@ import torch
 # finds them in a cache, because it has just used them, is measured at another problem.
 Candidate = Callable[[int], object]
 
+# Seconds of spinning before a run on a GPU: its queue must not run dry while Python launches, or
+# events would time the gaps. A step of a whole model takes Python longer than an operation.
+LEAD, LEAD_OF_STEPS = 1e-3, 50e-3
+CYCLES_PER_SECOND = 2e9
+
 
 @dataclass(frozen=True)
 class Samples:
@@ -39,12 +44,13 @@ def interleaved(
     rounds: int,
     clock: Callable[[], float] = time.perf_counter,
     prepare: Callable[[int], object] | None = None,
+    lead: float = LEAD,
 ) -> dict[str, Samples]:
     """Runs every candidate once a round, each round from another one on, after two idle rounds.
 
     What disturbs the machine for a while then disturbs all of them, and none always comes after the
-    same one. On a GPU events take the time; the host waits once a round. `prepare` goes before each
-    run, and no clock sees it.
+    same one. On a GPU events take the time, the host has a `lead` and waits once a run. `prepare`
+    goes before each run, and no clock sees it.
     """
     names = list(candidates)
     seconds: dict[str, list[float]] = {name: [] for name in names}
@@ -53,23 +59,25 @@ def interleaved(
         for name in names[first:] + names[:first]:
             if prepare:
                 prepare(turn + 2)
-            elapsed = _time_once(candidates[name], turn + 2, device, clock)
+            elapsed = _time_once(candidates[name], turn + 2, device, clock, lead)
             if turn >= 0:
                 seconds[name].append(elapsed)
     return {name: Samples(values) for name, values in seconds.items()}
 
 
 def _time_once(
-    candidate: Candidate, turn: int, device: torch.device, clock: Callable[[], float]
+    candidate: Candidate,
+    turn: int,
+    device: torch.device,
+    clock: Callable[[], float],
+    lead: float,
 ) -> float:
     if device.type != "cuda":
         start = clock()
         candidate(turn)
         return clock() - start
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in "be")
-    # The queue must not run dry while Python launches: events would time the gaps. 1 ms of spinning
-    # at 2 GHz gives the host its lead.
-    torch.cuda._sleep(2_000_000)
+    torch.cuda._sleep(int(lead * CYCLES_PER_SECOND))
     begin.record()
     candidate(turn)
     end.record()

@@ -12,75 +12,85 @@ choose what the backend takes (`lowrank_kernels.ops.triton.config`), and a recor
 from __future__ import annotations
 
 import argparse
-import json
+import functools
+import multiprocessing
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import torch
 from rich.console import Console
 
-from bench.cases import DTYPES, Candidate, Case, Inputs, check, make_inputs
+from bench.cases import (
+    DTYPES,
+    Candidate,
+    Case,
+    Inputs,
+    Oracle,
+    empty_inputs,
+    input_sets,
+    make_inputs,
+)
 from bench.models import PRESETS
-from bench.record import head, write_lines
-from bench.timing import Samples, copies_beyond_cache, interleaved
-from lowrank_kernels.ops.contract import rank_axis
+from bench.record import Journal, head
+from bench.timing import Samples, interleaved
+from lowrank_kernels.ops import Matrices, Operations
 from lowrank_kernels.ops.dispatch import load
+from lowrank_kernels.ops.triton import config
 
 Runs = dict[Any, Callable[[int], object]]
 Timer = Callable[[Runs], dict[Any, Samples]]
 RESULT = Path(__file__).parent / "results" / "tune.json"
+AHEAD_SECONDS = 100.0
+META = torch.device("meta")
+TILES, BATCH = ("project", "update"), "batch"
 
 
 class Tuner:
-    """Fills a record, a problem at a time; what it holds already stays."""
+    """Times of right configurations, and of sizes of batches, the fastest first."""
 
-    def __init__(self, device: torch.device, path: Path, head: dict, timer: Timer):
-        from lowrank_kernels.ops.triton import config
+    def __init__(self, device: torch.device, timer: Timer):
+        self.device, self.timer, self.gpu = device, timer, config.gpu_of(device)
 
-        self.config, self.device, self.timer = config, device, timer
-        self.path, self.head, self.gpu = path, head, config.gpu_of(device)
-        self.rows: list[dict] = json.loads(path.read_text())["rows"] if path.exists() else []
+    def times(self, kind: str, case: Case, count: int) -> list[dict]:
+        """For matrices like these, of which a model has `count`; empty if none is right."""
+        times = self._batches(case, count) if kind == BATCH else self._tiles(kind, case)
+        return sorted(times, key=lambda time: time["ms"])
 
-    def tune(self, case: Case, count: int) -> Iterator[str]:
-        """Measures what the record lacks for matrices like these, of which a model has `count`."""
-        for kind in ("project", "update", "batch"):
-            if any(row["kind"] == kind and row["case"] == vars(case) for row in self.rows):
-                continue
-            times = self._batches(case, count) if kind == "batch" else self._tiles(kind, case)
-            times.sort(key=lambda time: time["ms"])
-            self.rows.append({"kind": kind, "case": vars(case), "times": times})
-            write_lines(self.path, self.head, "rows", self.rows)
-            yield f"{kind} {case}: {times[0]}"
+    def candidates(self, kind: str, case: Case) -> list[config.Config]:
+        return config.candidates(kind, problems_of(case)[kind], self.gpu)
 
-    def problem(self, case: Case) -> Any:
-        shape, axis = (case.rows, case.cols), rank_axis(case.side)
-        sizes = (shape[1 - axis], shape[axis], case.rank, case.matrices)
-        return self.config.Problem(case.side, *sizes, (DTYPES[case.dtype],) * 2)
+    def every(self, kind: str, case: Case) -> list[tuple[Case, str, config.Config]]:
+        """The candidates, as `compile_ahead` takes them; sizes of batches have none."""
+        return [] if kind == BATCH else [(case, kind, c) for c in self.candidates(kind, case)]
 
     def _tiles(self, kind: str, case: Case) -> list[dict]:
         """All tiles at one number of stages, and the best ones at every number."""
-        candidates = self.config.candidates(kind, self.problem(case), self.gpu)
-        by_tiles: dict[Any, list] = {}
-        for config in candidates:
-            by_tiles.setdefault(config._replace(stages=0), []).append(config)
+        by_tiles: dict[config.Config, list[config.Config]] = {}
+        for each in self.candidates(kind, case):
+            by_tiles.setdefault(each._replace(stages=0), []).append(each)
         inputs = make_inputs(case, self.device, seed=0)
         times = self._measure(kind, case, inputs, [c[len(c) // 2] for c in by_tiles.values()])
-        best = min(times, key=lambda config: times[config].median)
-        others = [c for c in by_tiles[best._replace(stages=0)] if c != best]
-        times |= self._measure(kind, case, inputs, [best, *others])
-        return [{"ms": 1e3 * s.median, **config._asdict()} for config, s in times.items()]
+        if times:
+            best = min(times, key=lambda one: times[one].median)
+            others = [c for c in by_tiles[best._replace(stages=0)] if c != best]
+            times |= self._measure(kind, case, inputs, [best, *others])
+        return [{"ms": 1e3 * s.median, **one._asdict()} for one, s in times.items()]
 
-    def _measure(self, kind: str, case: Case, inputs: Inputs, configs: list) -> dict[Any, Samples]:
-        sets = [inputs.to() for _ in range(copies_beyond_cache(inputs.bytes, self.device))]
+    def _measure(
+        self, kind: str, case: Case, inputs: Inputs, configs: list[config.Config]
+    ) -> dict[config.Config, Samples]:
+        oracle, sets = Oracle(case, inputs), input_sets(inputs.to(), self.device)
 
-        def run(config: Any) -> Callable[[int], object]:
-            candidate = Candidate(load("triton"), case)
-            with self.config.forced(**{kind: config}):
-                handed = [candidate.step(x) for x in sets]
+        def run(module: SimpleNamespace) -> Callable[[int], object]:
+            candidate = Candidate(module, case)
+            handed = [candidate.step(x) for x in sets]
 
             def once(turn: int) -> None:
                 x, results = sets[turn % len(sets)], handed[turn % len(sets)]
@@ -91,16 +101,13 @@ class Tuner:
 
             return once
 
-        return self.timer({c: run(c) for c in configs if self._is_right(kind, case, inputs, c)})
-
-    def _is_right(self, kind: str, case: Case, inputs: Inputs, config: Any) -> bool:
-        with self.config.forced(**{kind: config}):
-            wrong = check(case, {"triton": load("triton")}, inputs)["triton"]
-        if wrong:
-            print(
-                f"WRONG, left out: {kind} {config} on {case}: {', '.join(wrong)}", file=sys.stderr
-            )
-        return not wrong
+        modules = {one: with_config(kind, one) for one in configs}
+        wrong = {one: oracle.wrong(module) for one, module in modules.items()}
+        for one, what in wrong.items():
+            if what:
+                text = f"WRONG, left out: {kind} {one} on {case}: {', '.join(what)}"
+                print(text, file=sys.stderr)
+        return self.timer({one: run(modules[one]) for one in configs if not wrong[one]})
 
     def _batches(self, case: Case, count: int) -> list[dict]:
         """The time of a whole step a matrix by the size of batches, around half the L2 cache."""
@@ -109,15 +116,72 @@ class Tuner:
         runs = {}
         for size in sorted(sizes):
             batch = replace(case, matrices=size)
-            inputs = make_inputs(batch, self.device, seed=0)
-            sets = [inputs.to() for _ in range(copies_beyond_cache(inputs.bytes, self.device))]
+            sets = input_sets(make_inputs(batch, self.device, seed=0), self.device)
             step = Candidate(load("triton"), batch).step
             runs[size] = lambda turn, step=step, sets=sets: step(sets[turn % len(sets)])
         times = self.timer(runs)
         return [{"ms": 1e3 * s.median / size, "matrices": size} for size, s in times.items()]
 
 
-def problems(models: list[str], dtypes: list[str]) -> Iterator[tuple[Case, int]]:
+@functools.cache
+def problems_of(case: Case) -> dict[str, config.Problem]:
+    """What the backend chooses the configurations of its operations for, where rows lie well."""
+    found = {}
+
+    def noted(operation: str, problem: config.Problem, gpu: config.Gpu) -> config.Config:
+        found[operation] = problem
+        return config.config_of(operation, problem, gpu)
+
+    backend = load("triton")
+    with mock.patch.object(backend, "config_of", noted):
+        # Of the two places that gradients may have, the aligned one comes last.
+        backend.Operations(Matrices(case.side, case.residual, *empty_inputs(case, META)))
+    return found
+
+
+def with_config(kind: str, one: config.Config) -> SimpleNamespace:
+    """The Triton backend, with an operation configured like this."""
+
+    def operations(matrices: Matrices) -> Operations:
+        with config.forced(**{kind: one}):
+            return load("triton").Operations(matrices)
+
+    return SimpleNamespace(Operations=operations)
+
+
+def compile_ahead(
+    todo: list[tuple[Case, str, config.Config]],
+    device: torch.device,
+    seconds: float = AHEAD_SECONDS,
+) -> None:
+    """Fills Triton's cache on disk in as many processes as there are cores, for so long at most.
+
+    What fails there, or is left, is compiled where it is asked for, which then tells the error.
+    """
+    if not todo:
+        return
+    spawn = multiprocessing.get_context("spawn")
+    with spawn.Pool(max(1, min(len(todo), (os.cpu_count() or 2) - 1))) as pool:
+        pool.starmap_async(_step_once, [(*one, device) for one in todo], chunksize=1).wait(seconds)
+
+
+def _step_once(case: Case, kind: str, one: config.Config, device: torch.device) -> None:
+    Candidate(with_config(kind, one), case).step(empty_inputs(case, device))
+
+
+def fill(tuner: Tuner, journal: Journal, case: Case, count: int) -> Iterator[str]:
+    """Measures what the record lacks for matrices like these, of which a model has `count`."""
+    for kind in (*TILES, BATCH):
+        if journal.find(kind=kind, case=vars(case)):
+            continue
+        times = tuner.times(kind, case, count)
+        journal.put({"times": times}, kind=kind, case=vars(case))
+        yield f"{kind} {case}: {times[0] if times else 'no configuration is right'}"
+
+
+def problems(
+    models: list[str], dtypes: list[str], device: torch.device
+) -> Iterator[tuple[Case, int]]:
     """Batches as the backend takes them, and how many such matrices the model has."""
     for name in models:
         preset = PRESETS[name]
@@ -125,7 +189,7 @@ def problems(models: list[str], dtypes: list[str]) -> Iterator[tuple[Case, int]]
         for dtype in dtypes:
             for shape, each in (((hidden, hidden), 4), ((ffn, hidden), 2), ((hidden, ffn), 1)):
                 count = each * preset.layers
-                matrix = torch.empty(shape, dtype=DTYPES[dtype], device="cuda")
+                matrix = torch.empty(shape, dtype=DTYPES[dtype], device=device)
                 size = min(count, load("triton").batch_size(matrix, matrix, preset.rank))
                 yield Case(*shape, preset.rank, dtype, "fira", size), count
 
@@ -143,18 +207,29 @@ def main(arguments: list[str] | None = None) -> None:
         print("tune: there is no CUDA device, and no other has anything to tune", file=sys.stderr)
         sys.exit(2)
     device, started = torch.device("cuda"), time.monotonic()
-    facts = head("tune", "cuda", arguments or sys.argv[1:])
-    tuner = Tuner(
-        device, options.out, facts, lambda runs: interleaved(runs, device, options.rounds)
-    )
+    tuner = Tuner(device, lambda runs: interleaved(runs, device, options.rounds))
+    journal = Journal(options.out, "tune")
+    journal.begin(head("tune", "cuda", sys.argv[1:] if arguments is None else arguments))
     console = Console(stderr=True)
-    for case, count in problems(options.models.split(","), options.dtypes.split(",")):
+    names = options.models.split(","), options.dtypes.split(",")
+    found = list(problems(*names, device))
+    compile_ahead(
+        [
+            one
+            for case, _ in found
+            for kind in (*TILES, BATCH)
+            if not journal.find(kind=kind, case=vars(case))
+            for one in tuner.every(kind, case)
+        ],
+        device,
+    )
+    for case, count in found:
         if time.monotonic() - started > options.seconds:
             console.print("the time is up; the same command goes on")
             break
-        for line in tuner.tune(case, count):
+        for line in fill(tuner, journal, case, count):
             console.print(f"{time.monotonic() - started:4.0f} s  {line}")
-    print(f"{len(tuner.rows)} problems in {options.out}")
+    print(f"{len(journal.rows)} problems in {options.out}")
 
 
 if __name__ == "__main__":

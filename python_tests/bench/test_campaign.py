@@ -68,6 +68,14 @@ def test_the_parts_have_names_and_records_of_their_own(device, tmp_path):
     assert ("sanitize-memcheck" in names) == (device == "cuda")
 
 
+def test_on_a_gpu_kernels_go_before_what_needs_none(tmp_path):
+    names = [part.name for part in campaign.parts(tmp_path, "cuda", quick=False)]
+    tests = [name for name in names if name.startswith("tests-")]
+    others = [name for name in names if not name.startswith("tests-") and name != "memory"]
+    assert max(map(names.index, others)) < min(map(names.index, tests))
+    assert names.index("kernels-1b-7b-cuda") < names.index("sanitize-memcheck")
+
+
 def test_the_list_runs_nothing(tmp_path, capsys):
     campaign.main(["--out", str(tmp_path), "--list", "--device", "cuda"])
     assert "tune-7b" in capsys.readouterr().out

@@ -134,6 +134,19 @@ def test_a_wrong_kernel_is_named_and_not_timed(operation, spoil, output, monkeyp
         assert row["results"]["torch"]["ms"] > 0
 
 
+def test_a_wrong_update_is_seen_in_half_precision():
+    """Beside weights that a usual step hardly moves, their rounding would hide it."""
+
+    class TooLong(native.Operations):
+        def back_project_update(self, matrices, projection, factor, scalars):
+            longer = scalars._replace(step_size=1.1 * scalars.step_size)
+            super().back_project_update(matrices, projection, factor, longer)
+
+    case = Case(96, 64, 16, "bf16", "fira", 1)
+    module = types.SimpleNamespace(Operations=TooLong)
+    assert check(case, {"wrong": module}, make_inputs(case, CPU, 0)) == {"wrong": ["param"]}
+
+
 def test_the_command_writes_a_record_and_fails_on_a_wrong_kernel(tmp_path, monkeypatch, capsys):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     out = tmp_path / "kernels.json"

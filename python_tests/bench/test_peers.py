@@ -1,12 +1,14 @@
 """The rivals do what they are compared for, and who is not here is named."""
 
+import os
+
 import pytest
 import torch
 
 from bench.measure import tensor_bytes
 from bench.optimizers import METHODS, present
 from bench.peers import Recipe
-from bench.record import _without_places
+from bench.record import _clocks, _without_places
 from bench.timing import interleaved
 from lowrank_kernels import FiraAdamW, GaLoreAdamW
 from lowrank_kernels.optim.groups import side_of
@@ -72,9 +74,13 @@ def test_master_adamw_is_adamw_on_float32_copies():
 
 
 def test_who_is_not_here_is_named_with_the_reason(monkeypatch):
-    here, missing = present(["adamw", "flashoptim", "fira-official"], "cpu")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name != "bitsandbytes" or None)
+    here, missing = present(["adamw", "flashoptim", "fira-official", "galore-torch"], "cpu")
     assert here == ["adamw", "fira-official"]
-    assert missing == {"flashoptim": "needs cuda"}
+    assert missing == {
+        "flashoptim": "needs cuda",
+        "galore-torch": "bitsandbytes is not installed",
+    }
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert present(["fira-official"], "cpu") == ([], {"fira-official": "fira is not installed"})
 
@@ -125,3 +131,19 @@ def test_a_record_does_not_tell_where_files_lay():
         "/elsewhere/x.json",
     ]
     assert _without_places(words) == ["--rounds", "7"]
+
+
+@pytest.mark.parametrize(
+    ("told", "expected"),
+    [
+        ("345, 2619.5, 1980", {"clocks.sm": 345.0, "clocks.mem": 2619.5, "clocks.max.sm": 1980.0}),
+        ("[N/A], 2619, 1980", {"clocks.sm": None, "clocks.mem": 2619.0, "clocks.max.sm": 1980.0}),
+        ("No devices were found", None),
+    ],
+)
+def test_clocks_that_nobody_tells_are_none(told, expected, monkeypatch, tmp_path):
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text(f"#!/bin/sh\necho '{told}'\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    assert _clocks("cuda") == expected

@@ -7,10 +7,15 @@ import pytest
 import torch
 
 from bench import step
-from bench.cases import METHODS, Case
+from bench.cases import Case
+from bench.optimizers import Method
 from lowrank_kernels.ops import Side, native
 
 CPU = torch.device("cpu")
+OFFICIAL_HERE = all(
+    step.OPTIMIZERS[name].obstacle("cpu") is None for name in step.PACKAGES.values()
+)
+needs_official = pytest.mark.skipif(not OFFICIAL_HERE, reason="needs the official packages")
 QUICK = ["--device", "cpu", "--quick"]
 
 
@@ -26,7 +31,8 @@ def test_the_cases_are_the_published_ones_on_both_sides():
     }
 
 
-@pytest.mark.parametrize("method", METHODS)
+@needs_official
+@pytest.mark.parametrize("method", step.PACKAGES)
 @pytest.mark.parametrize("proj_type", ["std", "reverse_std"])
 def test_both_optimizers_of_a_case_have_its_side_and_its_rank(method, proj_type):
     case = Case(96, 64, 16, "fp32", method, 1, proj_type)
@@ -52,6 +58,29 @@ def test_a_wrong_step_is_reported_and_not_timed(monkeypatch, capsys):
     assert "WRONG" in capsys.readouterr().out
 
 
+def test_without_the_official_packages_the_reference_is_who_is_right(monkeypatch, tmp_path, capsys):
+    absent = Method(lambda *_: pytest.fail("it is not here"), packages=("no_such_package",))
+    monkeypatch.setitem(step.OPTIMIZERS, "fira-official", absent)
+    out = tmp_path / "step.json"
+    step.main([*QUICK, "--dtypes", "fp32", "--methods", "fira", "--out", str(out)])
+    record = json.loads(out.read_text())
+    assert record["missing"] == {"fira-official": "no_such_package is not installed"}
+    for row in record["rows"]:
+        assert row["against"] == "reference"
+        assert set(row["results"]) == {step.OURS, *step.RIVALS} - {step.OFFICIAL}
+    assert "no_such_package is not installed" in " ".join(capsys.readouterr().out.split())
+
+    right = native.Operations.back_project_update
+
+    def slightly_wrong(self, matrices, projection, factor, scalars):
+        right(self, matrices, projection, factor, scalars._replace(scale=1.001 * scalars.scale))
+
+    monkeypatch.setattr(native.Operations, "back_project_update", slightly_wrong)
+    with pytest.raises(SystemExit, match="or the reference's"):
+        step.main([*QUICK, "--dtypes", "fp32", "--methods", "fira"])
+
+
+@needs_official
 def test_the_record_holds_every_rival_and_their_means(tmp_path):
     out = tmp_path / "step.json"
     step.main([*QUICK, "--dtypes", "fp32,bf16", "--out", str(out)])
