@@ -79,7 +79,7 @@ def test_batches_are_as_large_as_those_of_the_model(tmp_path):
     rows = [row for row in json.loads(out.read_text())["rows"] if row["backend"]]
     assert {(row["model"], row["matrices"], row["calls"]) for row in rows} == {
         ("60m", 56, 9),
-        ("7b", 224, 39),
+        ("7b", 224, 68),
     }
 
 

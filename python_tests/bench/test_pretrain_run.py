@@ -22,7 +22,7 @@ from bench.summary import summarize, write_record
 from bench.train import Run, schedule, train
 
 # Not other people's packages: whether their state survives is their affair.
-CONTINUED = [name for name, method in METHODS.items() if method.train and not method.package]
+CONTINUED = [name for name, method in METHODS.items() if method.train and not method.packages]
 
 ROOT = Path(__file__).parents[2]
 MEASURED = ("train_loss", "validation", "weights_digest", "state_bytes")
