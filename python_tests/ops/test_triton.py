@@ -282,6 +282,8 @@ def test_two_runs_are_bitwise_equal():
 @in_the_interpreter
 @pytest.mark.parametrize(("side", "parts"), [(Side.LEFT, 1), (Side.RIGHT, 3)])
 def test_squares_of_gradients_that_are_read_again_are_the_same(side, parts, monkeypatch):
+    """Also of float32, where its product is TF32; the interpreter knows nothing of that."""
+    monkeypatch.setattr(torch.backends.cuda, "matmul", SimpleNamespace(fp32_precision="tf32"))
     once, twice = (made(2, side=side) for _ in "ab")
     for runs, again in ((once, False), (twice, True)):
         monkeypatch.setattr(kernels, "rereads_gradients", lambda _, again=again: again)

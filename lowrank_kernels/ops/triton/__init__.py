@@ -260,6 +260,11 @@ class Operations:
             grad_dtype, basis_dtype = problem.dtypes
             # Two operands of one kind stay as they are; anything mixed is float32.
             operand = grad_dtype if grad_dtype is basis_dtype else torch.float32
+            # Anything else goes through registers on its way into the product.
+            as_copied = grad_dtype is basis_dtype and (
+                grad_dtype.itemsize < 4 or precision == "tf32"
+            )
+            reread = residual is not None and as_copied and rereads_gradients(self._device)
             arguments = (
                 arrival_counters(programs if split > 1 else 0, self._device),
                 unit,
@@ -281,7 +286,7 @@ class Operations:
                 "PRECISION": precision,
                 "SUMS": residual is not None,
                 "SPLIT": split > 1,
-                "REREAD": residual is not None and rereads_gradients(self._device),
+                "REREAD": reread,
                 "DEVICE_SCALARS": isinstance(adam.bias_correction1, Tensor),
             }
             return Rest(tiles.project_grid, arguments, options | config.options())
