@@ -58,7 +58,7 @@ class Operations:
             _project_one(*of_one, side, adam_of(adam, index), residual)
             for index, of_one in enumerate(tensors)
         ]
-        direction, projected, sums = zip(*results, strict=True)
+        direction, projected, sums, _ = zip(*results, strict=True)
         every_sum = None
         if residual is not None:
             every_sum = ChannelSums(*map(stacked, zip(*sums, strict=True)))
