@@ -47,9 +47,11 @@ class _Tile(NamedTuple):
     width: int
     warps: int
     piece: int  # columns of the epilogue at a time
-    # Of a thread at most. Below 255 so that a processor holds more than one block, which hide each
-    # other's epilogues; then no access may be narrow, nor a product's operand in registers.
+    # Of a thread at most: below 255 so that a processor holds more than one block, which hide each
+    # other's epilogues.
     registers: int = 255
+    # Whether it spills where an access is narrow, or a product's operand is in registers.
+    even: bool = False
     resident: bool = False  # B stays in a block, of a rank up to `_RESIDENT_RANK`
 
 
@@ -64,10 +66,10 @@ _TILES = {
         64,
         (
             _Tile(128, 256, 8, 16),
-            _Tile(128, 128, 8, 8, registers=128),
+            _Tile(128, 128, 8, 8, registers=128, even=True),
             _Tile(128, 128, 8, 16),
             _Tile(64, 128, 8, 16),
-            _Tile(64, 64, 4, 16, registers=168),
+            _Tile(64, 64, 4, 16, registers=168, even=True),
             _Tile(64, 64, 4, 16),
         ),
     ),
@@ -75,12 +77,12 @@ _TILES = {
     ("update", 2): (
         64,
         (
-            _Tile(128, 256, 8, 64, registers=254),
-            _Tile(128, 128, 8, 32, registers=128),
+            _Tile(128, 256, 8, 64, even=True),
+            _Tile(128, 128, 8, 32, registers=128, even=True),
             _Tile(128, 128, 8, 16),
             _Tile(64, 64, 4, 32),
-            _Tile(128, 128, 8, 128, registers=254, resident=True),
-            _Tile(128, 64, 8, 64, registers=128, resident=True),
+            _Tile(128, 128, 8, 128, even=True, resident=True),
+            _Tile(128, 64, 8, 64, registers=128, even=True, resident=True),
         ),
     ),
     ("update", 4): (16, (_Tile(128, 128, 8, 8), _Tile(64, 64, 8, 16))),
@@ -303,10 +305,10 @@ def _configs(operation: str, problem: Problem, gpu: Gpu) -> Iterator[Config]:
         common = channels, rank, depth, cuts, tile.warps
         config = Config(*common, stages=1, registers=registers, resident=tile.resident)
         # Registers decide how many blocks share a processor's memory, of which each loses 1 KiB.
-        blocks = RATES.registers // (registers * 32 * tile.warps) if registers < 254 else 1
+        blocks = RATES.registers // (registers * 32 * tile.warps)
         shared = min(gpu.shared_bytes, RATES.shared_bytes // blocks - 1024)
         stages = min(3, shared // _stage_bytes(operation, config, size))
-        if registers < 255:
+        if tile.even:
             fits = wide and problem.even and from_shared
         else:
             fits = narrow_fits or (wide and (problem.even or from_shared))

@@ -159,7 +159,7 @@ def project_work(problem: Problem, config: Config) -> Work:
         flops=2.0 * area * depth,
         loop_bytes=size * sides * depth,
         # Rank tiles are neighbours: one of them reads G from memory.
-        stream_bytes=size * config.channels * depth / tiles_k,
+        stream_bytes=size * config.channels * depth / max(1, tiles_k),
         epilogue_bytes=low * area / split + partial,
         total_bytes=moved + blocks * partial,
         steps=-(-problem.depth // (config.depth * split)),
@@ -187,7 +187,7 @@ def update_work(problem: Problem, config: Config) -> Work:
         blocks=problem.matrices * tiles_c * tiles_d,
         flops=2.0 * area * problem.rank,
         loop_bytes=of_low + size * config.depth * problem.rank,
-        stream_bytes=of_low / tiles_d,
+        stream_bytes=of_low / max(1, tiles_d),
         epilogue_bytes=full * area,
         total_bytes=_moved(problem, full, low),
         steps=-(-problem.rank // config.rank),
