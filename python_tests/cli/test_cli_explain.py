@@ -1,6 +1,8 @@
 import pytest
+import torch
 
-from lowrank_kernels.ops import dispatch
+from lowrank_kernels.ops import Side, Size, dispatch, times
+from lowrank_kernels.ops.times import Times
 
 KEYS = {
     "name",
@@ -75,7 +77,12 @@ def test_the_backend_is_that_of_the_device(json_of):
         assert {row["reason"] for row in rows if row["projected"]} != {""}
 
 
-def test_each_size_has_its_own_backend_on_a_gpu(json_of, gpu):
+def test_each_size_has_its_own_backend_on_a_gpu(json_of, gpu, monkeypatch):
+    table = [
+        Times("a GPU", torch.bfloat16, Size(rows, 2048, 512, Side.RIGHT), "predicted", us)
+        for rows, us in ((2048, {"triton": 1, "native": 2}), (5461, {"triton": 2, "native": 1}))
+    ]
+    monkeypatch.setattr(times, "table", lambda: table)
     rows = json_of("explain --model 1b --device cuda")["parameters"]
     backends = {tuple(row["shape"]): row["backend"] for row in rows if row["projected"]}
     assert backends == {(2048, 2048): "triton", (5461, 2048): "native", (2048, 5461): "native"}
