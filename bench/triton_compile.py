@@ -58,9 +58,9 @@ class Target(NamedTuple):
 
 
 TARGETS = (
-    Target(80, config.Gpu("a100", 108, 163 * 1024, 40 * 2**20, 80)),
-    Target(90, config.Gpu("h200", 132, 227 * 1024, 50 * 2**20, 90)),
-    Target(100, config.Gpu("b200", 148, 227 * 1024, 126 * 2**20, 100)),
+    Target(80, config.Gpu("a100", 108, 163 * 1024, 80)),
+    Target(90, config.Gpu("h200", 132, 227 * 1024, 90)),
+    Target(100, config.Gpu("b200", 148, 227 * 1024, 100)),
 )
 
 # Of the loop over a reduction, none included: all slots of a pipeline, in all its stages.

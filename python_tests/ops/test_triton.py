@@ -497,7 +497,7 @@ def test_the_new_precision_switch_of_torch_itself():
     assert run.stdout == "tf32\n", run.stderr
 
 
-H200 = Gpu("NVIDIA H200 (x)", 132, 227 * 1024, 50 * 2**20)
+H200 = Gpu("NVIDIA H200 (x)", 132, 227 * 1024)
 
 
 def problem(channels, depth, rank, matrices=1, dtype=torch.bfloat16, side=Side.RIGHT):
@@ -546,7 +546,7 @@ def test_nothing_that_may_be_chosen_is_predicted_to_be_faster(dtype):
 def test_two_blocks_share_a_processor_only_where_all_accesses_are_wide():
     """Narrow ones, and operands of older GPUs' products, take more registers than there are."""
     one = problem(2048, 2048, 512, matrices=16)
-    a100 = Gpu("A100", 108, 163 * 1024, 40 * 2**20, 80)
+    a100 = Gpu("A100", 108, 163 * 1024, 80)
     for operation in ("project", "update"):
         assert config_of(operation, one, H200).registers == 128
         for other, gpu in ((one._replace(even=False), H200), (one, a100)):

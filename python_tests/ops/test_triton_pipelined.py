@@ -19,7 +19,7 @@ config = pytest.importorskip("lowrank_kernels.ops.triton.config")
 SHAPES = [(256, 1024), (512, 2048)]
 RANK = 128
 TIMES = 4
-H200 = config.Gpu("NVIDIA H200 (x)", 132, 227 * 1024, 50 * 2**20)
+H200 = config.Gpu("NVIDIA H200 (x)", 132, 227 * 1024)
 
 
 def configs(shape, side, dtype, gpu):

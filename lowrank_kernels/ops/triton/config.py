@@ -144,7 +144,6 @@ class Gpu(NamedTuple):
     name: str
     processors: int
     shared_bytes: int  # that one block can have
-    l2_bytes: int
     capability: int = 90
 
 
@@ -157,7 +156,7 @@ def gpu_of(device: torch.device) -> Gpu:
     if device.type == "meta" and torch.cuda.is_available():
         device = torch.device("cuda")
     if device.type != "cuda":
-        return Gpu("interpreter", 64, 227 * 1024, 50 * 2**20)
+        return Gpu("interpreter", 64, 227 * 1024)
     properties = torch.cuda.get_device_properties(device)
     index = torch.cuda.current_device() if device.index is None else device.index
     limits = triton.runtime.driver.active.utils.get_device_properties(index)
@@ -165,7 +164,6 @@ def gpu_of(device: torch.device) -> Gpu:
         properties.name,
         properties.multi_processor_count,
         limits["max_shared_mem"],
-        properties.L2_cache_size,
         10 * properties.major + properties.minor,
     )
 
