@@ -238,7 +238,6 @@ PYBIND11_MODULE(_native, module) {
       .def(py::init<const py::capsule&, py::object>(), "exchange_api"_a, "others"_a)
       .def("layouts", &TensorReader::layouts)
       .def("places", &TensorReader::places)
-      .def("addresses", &TensorReader::addresses)
       .def("counts", &TensorReader::counts)
       .def("add_one", &TensorReader::add_one);
 }

@@ -74,10 +74,11 @@ TensorReader::TensorReader(const py::capsule& exchange_api, py::object others)
 // False as soon as a tensor cannot be read, which takes torch milliseconds to say.
 template <typename Visit>
 bool TensorReader::each(const py::list& tensors, const Visit& visit) const {
-  if (tensors.empty() || unreadable_.count(device_of(tensors[0]))) return tensors.empty();
+  if (!unreadable_.empty() && !tensors.empty() && unreadable_.count(device_of(tensors[0])))
+    return false;
   // A tensor of another class may run Python code when it is asked, which may change the list.
-  for (std::size_t i = 0; i < tensors.size(); ++i) {
-    const py::object object = tensors[i];
+  for (Py_ssize_t i = 0; i < PyList_GET_SIZE(tensors.ptr()); ++i) {
+    const auto object = py::reinterpret_borrow<py::object>(PyList_GET_ITEM(tensors.ptr(), i));
     DLTensor tensor;
     if (api_->borrow(object.ptr(), &tensor) != 0) {
       if (!PyErr_ExceptionMatches(PyExc_Exception)) throw py::error_already_set();
@@ -96,14 +97,13 @@ template <typename Visit>
 bool TensorReader::each_counter(const py::list& counters, const Visit& visit) const {
   if (py::cast<bool>(others_.attr("is_intercepted")())) return false;
   std::vector<float*> found;
-  const bool read = each(counters, [&](py::handle object, const DLTensor& tensor) {
+  const bool read = each(counters, [&](py::handle, const DLTensor& tensor) {
     const bool is_float32 = tensor.code == kFloat && tensor.bits == 32 && tensor.lanes == 1;
     const bool is_scalar = tensor.dimensions == 0 && tensor.data != nullptr;
     if (tensor.device_type != kCpu || !is_float32 || !is_scalar) return;
     auto* counter = reinterpret_cast<float*>(tensor.address());
     const bool is_aligned = reinterpret_cast<std::uintptr_t>(counter) % alignof(float) == 0;
-    if (!is_aligned || py::cast<bool>(others_.attr("is_unresolved")(object))) return;
-    if (*counter >= 0.0f && *counter < kMaxCount) found.push_back(counter);
+    if (is_aligned && *counter >= 0.0f && *counter < kMaxCount) found.push_back(counter);
   });
   if (!read || found.size() != counters.size()) return false;
   for (float* counter : found) visit(*counter);
@@ -125,14 +125,6 @@ py::object TensorReader::places(const py::list& tensors) const {
     append_layout(words, tensor);
   });
   return read ? as_bytes(words) : others_.attr("places")(tensors);
-}
-
-py::object TensorReader::addresses(const py::list& tensors) const {
-  std::vector<std::uintptr_t> found;
-  const bool read = each(tensors, [&](py::handle, const DLTensor& tensor) {
-    found.push_back(reinterpret_cast<std::uintptr_t>(tensor.address()));
-  });
-  return read ? py::cast(found) : others_.attr("addresses")(tensors);
 }
 
 py::object TensorReader::counts(const py::list& counters) const {

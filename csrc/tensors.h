@@ -14,8 +14,8 @@ struct ExchangeApi;
 class TensorReader {
  public:
   // `exchange_api`: the capsule that a class of tensors has as `__dlpack_c_exchange_api__`.
-  // `others`: what is asked, by the same names, where a tensor cannot be read; and two questions
-  // about what a tensor's memory does not tell, `is_intercepted()` and `is_unresolved(tensor)`.
+  // `others`: what is asked, by the same names, where a tensor cannot be read; and
+  // `is_intercepted()`, whether counters are to be left to it.
   TensorReader(const pybind11::capsule& exchange_api, pybind11::object others);
 
   // Equal for tensors of equal shapes, strides, dtypes and devices.
@@ -24,9 +24,8 @@ class TensorReader {
   // The same, and equal only if they are the same tensors at the same addresses.
   pybind11::object places(const pybind11::list& tensors) const;
 
-  pybind11::object addresses(const pybind11::list& tensors) const;
-
-  // The numbers in counters of steps, which are read if they are float32 scalars of the CPU.
+  // The numbers in counters of steps, which are read if they are float32 scalars of the CPU. None
+  // has a pending negation: that is not seen here.
   pybind11::object counts(const pybind11::list& counters) const;
 
   // Adds 1 to each.

@@ -38,7 +38,6 @@ from .products import (
     rows_or_columns_are_dense,
     squarable,
 )
-from .tensors import READER
 
 import_error: str | None = None
 try:
@@ -154,8 +153,8 @@ class Operations:
         self._passes.adam_moments(
             product=_arguments(products),
             projected=_addresses(projected),
-            exp_avg=READER.addresses(matrices.exp_avgs),
-            exp_avg_sq=READER.addresses(matrices.exp_avg_sqs),
+            exp_avg=list(map(Tensor.data_ptr, matrices.exp_avgs)),
+            exp_avg_sq=list(map(Tensor.data_ptr, matrices.exp_avg_sqs)),
             direction=_addresses(direction),
             direction_sq=None if sums is None else _addresses(sums.direction),
             projected_sq=None if sums is None else _addresses(sums.projected),
@@ -209,7 +208,7 @@ class Operations:
             direction_sq=_addresses(sums.direction),
             projected_sq=_addresses(sums.projected),
             residual_sq=_addresses(sums.residual),
-            limiter_norm=READER.addresses(matrices.limiter_norms),
+            limiter_norm=list(map(Tensor.data_ptr, matrices.limiter_norms)),
             factor=_addresses(factor),
             channels=factor.shape[1],
             **self._place(),
@@ -454,7 +453,7 @@ def _aligned(count: int, rows: int, cols: int) -> tuple[tuple[int, ...], tuple[i
 def _addresses(tensors: list[Tensor] | Tensor) -> list[int]:
     """Of each matrix; of stacked ones too, which to take apart costs microseconds a matrix."""
     if isinstance(tensors, list):
-        return READER.addresses(tensors)
+        return list(map(Tensor.data_ptr, tensors))
     first, step = tensors.data_ptr(), tensors.stride(0) * tensors.itemsize or 1
     return list(range(first, first + step * len(tensors), step))
 

@@ -21,10 +21,8 @@ _LAYOUT = attrgetter("shape", "dtype", "device")
 class OneByOne:
     """Answers for any tensors but sparse ones."""
 
-    # Whether a mode, as for fake tensors, wants to see all operations; whether the values of a
-    # tensor are not in its memory.
+    # Whether a mode, as for fake tensors, wants to see all operations.
     is_intercepted = staticmethod(torch._C._len_torch_dispatch_stack)
-    is_unresolved = staticmethod(Tensor.is_neg)
 
     def layouts(self, tensors: list[Tensor]) -> object:
         """Equal for tensors of equal shapes, strides, dtypes and devices."""
@@ -35,12 +33,8 @@ class OneByOne:
         own = [*map(id, tensors), *map(Tensor.data_ptr, tensors)]
         return [self.layouts(tensors), own]
 
-    def addresses(self, tensors: list[Tensor]) -> list[int]:
-        """Of the first element of each."""
-        return list(map(Tensor.data_ptr, tensors))
-
     def counts(self, counters: list[Tensor]) -> list[int]:
-        """The numbers in 0-d tensors."""
+        """The numbers in 0-d tensors, of which none has a pending negation."""
         return list(map(int, counters))
 
     def add_one(self, counters: list[Tensor]) -> None:

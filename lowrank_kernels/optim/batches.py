@@ -173,13 +173,13 @@ class Prepared:
         self._params = [param for _, param, _ in self._owners]
         grads = list(map(_GRAD, self._params))
         self._extents = list(map(extent, self._params + grads))
-        self._addresses: list[int] = READER.addresses(grads)
+        self._addresses: list[int] = list(map(Tensor.data_ptr, grads))
 
     def check_moved_gradients(self) -> None:
         """Raises ValueError if a gradient moved into memory that a step writes."""
-        now = READER.addresses(list(map(_GRAD, self._params)))
+        now = list(map(Tensor.data_ptr, map(_GRAD, self._params)))
         if now != self._addresses:
-            if overlap(READER.addresses(self._params) + now, self._extents):
+            if overlap(list(map(Tensor.data_ptr, self._params)) + now, self._extents):
                 check_shared(self._owners)
             self._addresses = now
 

@@ -120,13 +120,6 @@ def test_the_order_counts(reader):
 
 
 @each_reader
-def test_addresses_are_those_of_the_first_elements(reader):
-    tensors = [torch.ones(9)[3:], torch.ones(4, 4).T, torch.ones(0)]
-    assert reader.addresses(tensors) == [tensor.data_ptr() for tensor in tensors]
-    assert reader.addresses([]) == []
-
-
-@each_reader
 def test_counters_are_read_and_raised(reader):
     counters = [torch.tensor(float(count)) for count in (0, 7, 2**24 - 1)]
     reader.add_one(counters)
@@ -152,12 +145,6 @@ def test_other_counters_are_left_to_torch(reader, other):
 
 
 @each_reader
-def test_a_counter_behind_a_negation_is_left_to_torch(reader):
-    counter = torch._neg_view(torch.tensor(-3.0))
-    assert reader.counts([counter]) == [3]
-
-
-@each_reader
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_counter_without_a_number_raises(reader, value):
     with pytest.raises((ValueError, OverflowError)):
@@ -170,16 +157,16 @@ def test_a_device_that_cannot_be_read_is_remembered(monkeypatch):
     asked = []
 
     class Others(OneByOne):
-        def addresses(self, tensors):
+        def layouts(self, tensors):
             asked.append(tensors[0].device.type)
-            return super().addresses(tensors)
+            return super().layouts(tensors)
 
     if not hasattr(torch.Tensor, "__dlpack_c_exchange_api__"):
         pytest.skip("an older torch")
     reader = native.TensorReader(torch.Tensor.__dlpack_c_exchange_api__, Others())
     for _ in "ab":
-        assert reader.addresses([torch.ones(2, device="meta")]) == [0]
-        assert reader.addresses([torch.ones(2)]) != [0]
+        assert isinstance(reader.layouts([torch.ones(2, device="meta")]), list)
+        assert isinstance(reader.layouts([torch.ones(2)]), bytes)
     assert asked == ["meta", "meta"]
 
 

@@ -27,7 +27,6 @@ from ..foreach import channels_of_block, residual_sq_in
 from ..notices import notice_once
 from ..products import matrices_in_workspace
 from ..reference import LIMITER_GROWTH, NORM_EPS, NOTHING_STORED, STORABLE_SHARE
-from ..tensors import READER
 from .addresses import Addresses, addresses_of, current_stream, device_table
 from .combine import combine_kernel
 from .config import (
@@ -458,7 +457,7 @@ class Operations:
 
     def _located(self, grads: list[Tensor], stream: int | None) -> Addresses:
         """Where the gradients lie, of which a table is made anew only if they have moved."""
-        placed = stream, READER.addresses(grads)
+        placed = stream, list(map(Tensor.data_ptr, grads))
         if stream is None or placed != self._placed:
             self._placed, (_, self._offsets, self._unit) = placed, addresses_of(grads)
         return Addresses(grads[0], self._offsets, self._unit)
