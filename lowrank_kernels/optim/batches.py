@@ -24,7 +24,7 @@ from .state import State
 # Called by `map` over all matrices before each step, without a Python function a matrix.
 _GRAD, _MEMORY_LAYOUT = attrgetter("grad"), attrgetter("layout")
 _BASIS_STEP = itemgetter("basis_step")
-_STEP = itemgetter("step")
+STEP = itemgetter("step")
 _MOMENTS = itemgetter("exp_avg", "exp_avg_sq")
 _LOW_RANK = itemgetter("basis", "exp_avg", "exp_avg_sq")
 _LIMITED = itemgetter("basis", "exp_avg", "exp_avg_sq", "limiter_norm")
@@ -262,7 +262,7 @@ def facts_of(groups: list[Group], states: Mapping[Tensor, State], limited: bool)
         found = list(map(states.__getitem__, trained))
         own += found
         try:
-            held += map(_STEP, found)
+            held += map(STEP, found)
             held += itertools.chain.from_iterable(map(low_rank if projected else _MOMENTS, found))
             numbers += map(_NUMBERS, found) if projected else ()
         except KeyError:

@@ -4,7 +4,7 @@ import logging
 import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
-from operator import attrgetter, itemgetter
+from operator import attrgetter
 from typing import Any, TypeVar
 
 import torch
@@ -17,7 +17,17 @@ from ..ops.dispatch import ENVIRONMENT_VARIABLE
 from ..ops.tensors import READER
 from ..subspace import Readback, Subspace, is_due, refresh_bases
 from . import monitor, report
-from .batches import Batch, Member, Prepared, due_of, facts_of, options_of, phase_of, scalars_of
+from .batches import (
+    STEP,
+    Batch,
+    Member,
+    Prepared,
+    due_of,
+    facts_of,
+    options_of,
+    phase_of,
+    scalars_of,
+)
 from .checkpoints import check_loadable, padded, restore, unpadded
 from .checks import check_grad, check_matrix, check_memory, check_params, check_shared, is_dense
 from .groups import (
@@ -53,7 +63,6 @@ PART_NAMES = (
     "monitor",
 )
 PARTS = attrgetter(*PART_NAMES)
-STEP = itemgetter("step")
 AUTOCAST_DEVICES = tuple(
     filter(torch.amp.is_autocast_available, ("cpu", "cuda", "xpu", "mps", "hpu", "privateuseone"))
 )

@@ -27,6 +27,7 @@ from torch import Tensor
 from ..ops.contract import Side, basis_shape, moment_dtype, projected_shape
 from ..ops.reference import NOTHING_STORED
 from ..subspace import Subspace, new_measures, new_record
+from .checks import is_unresolved
 from .groups import Group, cut_rank, is_projected, side_of
 from .parts import Method
 
@@ -186,7 +187,7 @@ def check_storage(name: str, param: Tensor, state: State) -> None:
         if value is None:
             continue
         dtype = param.dtype if key == "basis" else wide
-        if value.is_neg() or value._is_zerotensor():
+        if is_unresolved(value):
             raise ValueError(
                 f"the state of {name} has {key} with a pending negation or as zeros without memory:"
                 " replace it by its clone()"

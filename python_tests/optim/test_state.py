@@ -467,9 +467,9 @@ def test_groups_handed_on_have_the_method_of_their_new_optimizer():
     assert galore.param_groups[0]["method"] != fira.param_groups[0]["method"]
 
 
-def taken_a_step(backend, **options):
+def taken_a_step(backend, method=GaLoreAdamW, **options):
     weight = torch.nn.Parameter(torch.randn(12, 20))
-    optimizer = GaLoreAdamW([{"params": [weight], "rank": 4}], backend=backend, **options)
+    optimizer = method([{"params": [weight], "rank": 4}], backend=backend, **options)
     weight.grad = torch.randn(12, 20)
     optimizer.step()
     return weight, optimizer
@@ -541,7 +541,7 @@ def test_a_state_entry_that_is_no_tensor_is_refused_by_name(entry):
 
 @pytest.mark.parametrize("step", [2.0**24, 2.0**33])
 def test_more_steps_than_float32_can_count_go_on(step):
-    weight, optimizer = taken_a_step("native")
+    weight, optimizer = taken_a_step("native", FiraAdamW)
     optimizer.state[weight]["step"].fill_(step)
     before = weight.detach().clone()
     optimizer.step()
