@@ -37,6 +37,7 @@ from rich.progress import track
 from rich.table import Table
 from triton.backends import nvidia
 from triton.backends.compiler import GPUTarget
+from triton.compiler import CompiledKernel
 from triton.runtime import JITFunction, driver
 
 from bench.models import PRESETS
@@ -348,22 +349,27 @@ def _key(kernel: JITFunction, target: Target, arguments: tuple, options: dict) -
     return f"{kernel.__name__} {target.capability} {specialization} {remaining}"
 
 
+def compiled(target: Target, kernel: JITFunction, arguments: tuple, options: dict) -> CompiledKernel:
+    """What a launch would run there."""
+    _activate(target)
+    return kernel.run(*arguments, grid=(1,), warmup=True, **options)
+
+
 def compile_variant(variant: Variant) -> Record:
     """Compiles for the variant's target and reads what came out."""
     options, target = variant.options, variant.target
-    _activate(target)
     try:
-        compiled = variant.kernel.run(*variant.arguments, grid=(1,), warmup=True, **options)
+        binary = compiled(target, variant.kernel, variant.arguments, options)
     except Exception as error:
         name = f"{variant.kernel.__name__} for sm_{target.capability}, {variant.uses[0]}"
         raise RuntimeError(f"{name}: {error}") from error
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
+        file.write(binary.asm["cubin"])
         file.flush()
         usage = _tool("cuobjdump", "-res-usage", file.name)
         code = _tool("nvdisasm", file.name)
-    ptx = compiled.asm["ptx"]
-    overlapping, hazards = _course(compiled.asm["ttgir"], options)
+    ptx = binary.asm["ptx"]
+    overlapping, hazards = _course(binary.asm["ttgir"], options)
     return Record(
         kernel=variant.kernel.__name__,
         target=target.capability,
@@ -378,7 +384,7 @@ def compile_variant(variant: Variant) -> Record:
         registers=int(re.search(r"REG:(\d+)", usage)[1]),
         stack=int(re.search(r"STACK:(\d+)", usage)[1]),
         spills=len(re.findall(r"\b(?:LDL|STL)\b", code)),
-        shared=compiled.metadata.shared,
+        shared=binary.metadata.shared,
         product=next((name for name, code in PRODUCTS.items() if code in ptx), None),
         accesses=_accesses(ptx),
         overlapping=overlapping,

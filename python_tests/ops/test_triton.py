@@ -459,6 +459,12 @@ def test_obstacles_are_named():
     assert kernels.obstacle(long, long) is None
     longer = torch.empty_strided((2, longest - 1), (longest - 1, 1), device="meta")
     assert "strides (8388607, 1) of the weight" in kernels.obstacle(longer, longer)
+    # Strides of moments are those of their own shape, whatever the weight's are.
+    for length, served in ((longest - 1, True), (longest, False)):
+        wide = torch.empty_strided((2, length), (1, 2), device="meta")
+        reason = kernels.obstacle(wide, wide)
+        assert (reason is None) == served
+    assert "too few for the moments of a weight of shape (2, 8388608)" in reason
     grad = torch.empty_strided((64, 48), (2**24, 1), device="meta")
     assert "strides (16777216, 1) of the gradient" in kernels.obstacle(weight, grad)
 
@@ -694,6 +700,48 @@ def test_a_captured_launch_is_never_bound_and_one_of_another_stream_anew(
         bound_launches.clear()
         take_step(operations, matrices, scalars)
         assert bound_launches == [how] * 3, stream
+
+
+def counters_of_a_step(operations, matrices, scalars):
+    """What its launches that count arrivals are given, by Triton's JIT."""
+    found, by_jit = [], launches.by_jit
+
+    def record(kernel, grid, arguments, options):
+        found.extend(x for x in arguments if getattr(x, "dtype", None) is torch.int32)
+        return by_jit(kernel, grid, arguments, options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(launches, "by_jit", record)
+        take_step(operations, matrices, scalars)
+    assert len(found) == 2
+    return found
+
+
+def test_counters_of_a_captured_launch_outlive_its_batch(monkeypatch):
+    """A graph may be replayed when the optimizer has long made other batches."""
+    monkeypatch.setattr(addresses, "_kept_for_graphs", [])
+    runs = made(2)
+    matrices, scalars = Run.matrices(runs, 0), scalars_of(runs[0], 0, 2)
+    operations = kernels.Operations(matrices)
+    eager = counters_of_a_step(operations, matrices, scalars)
+    assert not addresses._kept_for_graphs
+    monkeypatch.setattr(kernels, "current_stream", lambda _: None)
+    captured = counters_of_a_step(operations, matrices, scalars)
+    assert all(each is eager[0] for each in eager + captured)
+    assert any(kept is captured[0] for kept in addresses._kept_for_graphs)
+
+
+def test_counters_that_a_capture_made_are_of_no_use_to_an_eager_step(monkeypatch):
+    """They are set to 0 when the graph is replayed, and not before."""
+    runs = made(2)
+    matrices, scalars = Run.matrices(runs, 0), scalars_of(runs[0], 0, 2)
+    operations = kernels.Operations(matrices)
+    with monkeypatch.context() as patch:
+        patch.setattr(kernels, "current_stream", lambda _: None)
+        captured = counters_of_a_step(operations, matrices, scalars)
+    eager = counters_of_a_step(operations, matrices, scalars)
+    assert eager[0] is eager[1]
+    assert all(each is not eager[0] for each in captured)
 
 
 def test_the_users_precision_is_read_at_every_step(bound_launches, monkeypatch):

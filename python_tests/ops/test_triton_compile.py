@@ -6,6 +6,7 @@ other tests set, replaces it.
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -118,6 +119,31 @@ def test_candidates_are_of_the_problem_that_the_launcher_has():
     for target in TARGETS:
         assert registers(target, (2048, 5461), "scattered") == {255}
         assert (128 in registers(target, (5461, 2048), "")) == (target.capability >= 90)
+
+
+BARRIER = """
+from bench.triton_compile import FIRA, TARGETS, Case, compiled, launches
+
+for target in TARGETS:
+    for kernel, *launch in launches(target, Case("", (512, 512), 128, 2, "fp32", "", FIRA)):
+        if kernel.__name__ == "channel_scale_kernel":
+            print(compiled(target, kernel, *launch).asm["ptx"])
+"""
+
+
+def test_no_warp_takes_the_new_norm_of_the_limiter_for_the_previous_one():
+    """Each of them loads it for itself, and one of them stores the new one."""
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    command = [sys.executable, "-c", BARRIER]
+    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    kernels = run.stdout.split(".entry ")[1:]
+    assert len(kernels) == len(TARGETS)
+    for ptx in kernels:
+        _, last = ptx.split("atom.global")
+        steps = re.findall(r"bar\.sync|(?:ld|st)\.global\S*(?= +\[| +\{)", last)
+        accesses = [step for step in steps if ".cg" not in step]
+        assert "ld.global.b32 bar.sync st.global.b32" in " ".join(accesses), steps
 
 
 BOUND = """

@@ -209,3 +209,11 @@ def test_only_large_batches_with_odd_rows_are_copied(shape, matrices, padded):
     rows = kernels._rows(grad, matrices)
     assert (rows and rows.padded) == padded
     assert kernels._rows(grad.float(), matrices) is None
+
+
+@pytest.mark.parametrize("shape", [(1, 2**20 + 1), (2**20 + 1, 1)], ids=str)
+def test_a_single_row_is_copied_as_one(shape):
+    """Of strides that are both 1: elements of their own would be padded to 16 each."""
+    rows = kernels._rows(torch.empty_strided(shape, (1, 1), dtype=torch.float16, device="meta"), 1)
+    assert (rows.lines, rows.length, rows.padded) == (1, 2**20 + 1, 2**20 + 16)
+    assert sorted(rows.sizes) == [1, 2**20 + 16]

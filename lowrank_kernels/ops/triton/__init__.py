@@ -27,7 +27,7 @@ from ..foreach import channels_of_block, residual_sq_in
 from ..notices import notice_once
 from ..products import matrices_in_workspace
 from ..reference import LIMITER_GROWTH, NORM_EPS, NOTHING_STORED, STORABLE_SHARE
-from .addresses import Addresses, addresses_of, current_stream, device_table
+from .addresses import Addresses, addresses_of, current_stream, device_table, keep_for_graphs
 from .combine import combine_kernel
 from .config import (
     COMBINE_TILE,
@@ -70,6 +70,12 @@ def obstacle(param: Tensor, grad: Tensor) -> str | None:
                 f"the triton backend has 32-bit offsets within {LARGEST_TILE} rows and columns,"
                 f" too few for the strides {matrix.stride()} of the {name}"
             )
+    # The strides of what has the size of R or of a copy with padding.
+    if LARGEST_TILE * max(param.shape) >= 2**31:
+        return (
+            f"the triton backend has 32-bit offsets within {LARGEST_TILE} rows and columns, too few"
+            f" for the moments of a weight of shape {tuple(param.shape)}"
+        )
     return None
 
 
@@ -122,7 +128,8 @@ class _Rows(NamedTuple):
 
 def _rows(grad: Tensor, matrices: int) -> _Rows | None:
     """What is copied with padding: large batches in half precision with rows at odd places."""
-    along = 0 if grad.stride(0) == 1 else 1
+    # Of a single row both strides can be 1.
+    along = max((0, 1), key=lambda axis: (grad.stride(axis) == 1, grad.shape[axis]))
     length, count, pitch = grad.shape[along], grad.shape[1 - along], grad.stride(1 - along)
     if grad.itemsize > 2 or pitch % 16 == 0 or matrices * grad.numel() < PAD_FROM:
         return None
@@ -194,12 +201,7 @@ class Operations:
         )
         self._placed: tuple[int | None, list[int]] | None = None
         self._tiles = [self._cut(matrices, wide) for wide in (False, True)]
-        # Programs that have arrived; the kernels put them back to 0. Launches of a batch follow one
-        # another, so that they share them, in a replayed graph too.
-        arrivals = max(tiles.project_grid[0] for tiles in self._tiles)
-        self._arrived = torch.zeros(
-            max(arrivals, len(matrices.params)), dtype=torch.int32, device=param.device
-        )
+        self._arrived: Tensor | None = None
         self._pad = Launcher(pad_rows_kernel, param.device)
         self._project = Launcher(project_kernel, param.device)
         self._scale = Launcher(channel_scale_kernel, param.device)
@@ -272,7 +274,7 @@ class Operations:
             )
             reread = residual is not None and as_copied and rereads_gradients(self._device)
             arguments = (
-                self._arrived,
+                self._counters(stream),
                 unit,
                 *map(addresses_of, (matrices.bases, matrices.exp_avgs, matrices.exp_avg_sqs)),
                 self._grad_strides,
@@ -325,11 +327,12 @@ class Operations:
         slots = sums.direction.shape[1] if sums.direction.dim() == 3 else 1
         programs = -(-channels // SCALE_BLOCK)
         factor = self._empty(count, channels)
+        stream = current_stream(self._device)
 
         def rest() -> Rest:
             bounds = (LIMITER_GROWTH, NORM_EPS, STORABLE_SHARE, NOTHING_STORED)
             arguments = (
-                self._arrived,
+                self._counters(stream),
                 addresses_of(matrices.limiter_norms),
                 channels,
                 slots,
@@ -340,7 +343,6 @@ class Operations:
 
         if programs:
             shares = self._empty(2, count, programs)
-            stream = current_stream(self._device)
             self._scale(slots, stream, (*sums, factor, shares), (), rest)
         return factor
 
@@ -438,6 +440,23 @@ class Operations:
             tensors = combined, projection.direction, projection.projected, factor
             self._combine((), current_stream(self._device), tensors, (scale,), rest)
         return combined
+
+    def _counters(self, stream: int | None) -> Tensor:
+        """Of programs that have arrived; the kernels put them back to 0.
+
+        Launches of a batch follow one another, so that they share them, in a replayed graph too.
+        """
+        if self._arrived is None:
+            arrivals = max(tiles.project_grid[0] for tiles in self._tiles)
+            arrivals = max(arrivals, self._problem.matrices)
+            counters = torch.zeros(arrivals, dtype=torch.int32, device=self._device)
+            if stream is None:
+                # The graph's own, which are 0 only when it is replayed: for no other launch.
+                return counters
+            self._arrived = counters
+        if stream is None:
+            keep_for_graphs(self._arrived)
+        return self._arrived
 
     def _copied(self, rows: _Rows, located: Addresses, stream: int | None) -> Tensor:
         """The gradients with padded rows."""

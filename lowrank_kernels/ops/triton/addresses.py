@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# A captured graph reads these at each replay, so they have to live as long as any graph.
+# A captured graph needs these at each replay, so they have to live as long as any graph.
 _kept_for_graphs: list[Tensor] = []
 
 MOST_TABLES = 4096
@@ -48,6 +48,11 @@ def current_stream(device: torch.device) -> int | None:
     return stream
 
 
+def keep_for_graphs(tensor: Tensor) -> None:
+    """Of a captured launch, what is not the graph's own and what it does not keep alive."""
+    _kept_for_graphs.append(tensor)
+
+
 def device_table(values: tuple[int, ...], device: torch.device) -> Tensor:
     """The values as int64 on the device, without waiting for it; uploaded once in a stream.
 
@@ -63,14 +68,14 @@ def device_table(values: tuple[int, ...], device: torch.device) -> Tensor:
         table = source.to(device, non_blocking=True)
         if stream is None:
             # The graph's pool owns it and gives its memory to others: for nobody else.
-            _kept_for_graphs.append(source)
+            keep_for_graphs(source)
             return table
         _tables.pop((values, device), None)
         _tables[values, device] = stream, table
         if len(_tables) > MOST_TABLES:
             del _tables[next(iter(_tables))]
     if stream is None:
-        _kept_for_graphs.append(table)
+        keep_for_graphs(table)
     return table
 
 

@@ -84,6 +84,8 @@ def channel_scale_kernel(
         norm = tl.sqrt(total) * _UNIT
         limiter_norm_ptr = locate(limiter_norms, matrix)
         previous = tl.load(limiter_norm_ptr)
+        # Each warp loads it for itself, and one of them stores the next one there.
+        tl.debug_barrier()
         growth = norm / (previous + norm_eps)
         ordinary = tl.sqrt(ordinary) * _UNIT
         bounded = tl.where(norm > ordinary, ordinary / norm, 1.0)
