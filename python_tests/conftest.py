@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import settings
 
-from lowrank_kernels.ops import dispatch, selfcheck
+from lowrank_kernels.ops import dispatch, notices, selfcheck
 
 # Read when triton is first imported, so it has to be here: without a GPU its kernels are
 # interpreted.
@@ -44,8 +44,8 @@ def rng() -> torch.Generator:
 
 @pytest.fixture
 def fresh_choices():
-    """Nothing was chosen before, nor checked."""
-    remembered = dispatch._chosen, selfcheck.fault_of
+    """Nothing was chosen before, nor checked, nor told."""
+    remembered = dispatch._chosen, selfcheck.fault_of, notices.notice_once
     for each in remembered:
         each.cache_clear()
     yield

@@ -6,6 +6,7 @@ import importlib.util
 import itertools
 import logging
 import os
+import threading
 from collections.abc import Callable
 from types import ModuleType
 from typing import NamedTuple
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from . import native
+from .notices import notice_once
 from .times import Size, fastest_first
 
 logger = logging.getLogger("lowrank_kernels")
@@ -24,6 +26,9 @@ ENVIRONMENT_VARIABLE = "LOWRANK_BACKEND"
 
 # Kernels take named tuples, which older versions cannot pass.
 OLDEST_TRITON = (3, 3)
+
+# Two threads that ask at once wait for one check.
+_choosing = threading.RLock()
 
 _KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -133,9 +138,13 @@ def choose_kind(request: str, kind: Kind) -> Choice:
     if request != "auto" or kind.device_type != "cuda":
         kind = kind._replace(size=None)
     try:
-        return _chosen(request, kind)
+        with _choosing:
+            return _chosen(request, kind)
     except CapturedStream:
-        return Choice("foreach", "kernels cannot be checked while a stream is captured")
+        choice = Choice("foreach", "kernels cannot be checked while a stream is captured")
+        # The graph keeps it, whatever is chosen later.
+        notice_once(logging.WARNING, _in_words(kind, choice))
+        return choice
 
 
 @functools.cache
@@ -150,9 +159,13 @@ def _chosen(request: str, kind: Kind) -> Choice:
     # On a CPU the others are slower than the compiled passes, and nobody asked for them.
     slow = choice.backend == "reference" or (choice.backend, kind.device_type) == ("foreach", "cpu")
     level = logging.WARNING if slow and request == "auto" else logging.INFO
-    name = f"{kind.device} {_short(kind.param)} weights, {_short(kind.grad)} gradients"
-    logger.log(level, "%s: %s backend (%s)", name, *choice)
+    logger.log(level, _in_words(kind, choice))
     return choice
+
+
+def _in_words(kind: Kind, choice: Choice) -> str:
+    name = f"{kind.device} {_short(kind.param)} weights, {_short(kind.grad)} gradients"
+    return f"{name}: {choice.backend} backend ({choice.reason})"
 
 
 @functools.cache

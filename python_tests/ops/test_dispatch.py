@@ -1,13 +1,16 @@
 """Which backend is chosen, for which reason, and how a user overrides it."""
 
 import logging
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from devices import device_of
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lowrank_kernels import BackendUnavailable, FiraAdamW, backends
-from lowrank_kernels.ops import Side, Size, choose, native, requested_backend, times
+from lowrank_kernels.ops import Side, Size, choose, native, requested_backend, selfcheck, times
 from lowrank_kernels.ops import dispatch as dispatch_module
 from lowrank_kernels.ops.dispatch import Kind, choose_kind
 from lowrank_kernels.optim.workspace import planned_workspace
@@ -32,9 +35,9 @@ def known_times(monkeypatch):
     monkeypatch.setattr(times, "table", lambda: rows)
 
 
-def small_optimizer(dtype=FLOAT, **options):
-    weight = torch.nn.Parameter(torch.ones(8, 6, dtype=dtype))
-    weight.grad = torch.randn(8, 6, dtype=dtype, generator=torch.Generator().manual_seed(0))
+def small_optimizer(dtype=FLOAT, device="cpu", **options):
+    weight = torch.nn.Parameter(torch.ones(8, 6, dtype=dtype, device=device))
+    weight.grad = torch.randn(8, 6, generator=torch.Generator().manual_seed(0)).to(weight)
     return FiraAdamW([{"params": [("w", weight)], "rank": 2}], lr=0.1, **options)
 
 
@@ -127,7 +130,7 @@ def test_kernels_that_fail_are_passed_over_and_warned_of_once(gpu, monkeypatch, 
     assert reason.startswith("triton fails as well; native fails its check")
 
 
-def test_nothing_new_is_trusted_while_a_stream_is_captured(gpu, monkeypatch):
+def test_nothing_new_is_trusted_while_a_stream_is_captured(gpu, monkeypatch, caplog):
     known, new = (Kind("cuda", dtype, dtype, size=SQUARE) for dtype in (BF16, FLOAT))
     before = choose_kind("auto", known)
     with monkeypatch.context() as patch:
@@ -135,10 +138,33 @@ def test_nothing_new_is_trusted_while_a_stream_is_captured(gpu, monkeypatch):
         patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
         del gpu.faults["triton"]
         assert choose_kind("auto", known) == before
-        captured = choose_kind("auto", new)
+        for _ in range(2):
+            captured = choose_kind("auto", new)
+    (warning,) = caplog.records
+    assert warning.levelno == logging.WARNING
+    assert warning.getMessage() == (
+        "cuda float32 weights, float32 gradients: foreach backend (kernels cannot be checked while"
+        " a stream is captured)"
+    )
     assert captured == ("foreach", "kernels cannot be checked while a stream is captured")
     gpu.faults["triton"] = None
     assert choose_kind("auto", new).backend == "triton"
+
+
+def test_threads_that_ask_at_once_wait_for_one_check(gpu, monkeypatch):
+    known, checks = selfcheck.fault_of, []
+
+    def slow(*asked):
+        checks.append(asked)
+        time.sleep(0.1)
+        return known(*asked)
+
+    monkeypatch.setattr(selfcheck, "fault_of", slow)
+    kind = Kind("cuda", BF16, BF16, size=SMALL)
+    with ThreadPoolExecutor(3) as pool:
+        choices = list(pool.map(choose_kind, 3 * ["auto"], 3 * [kind]))
+    assert len(checks) == 1
+    assert choices == 3 * choices[:1]
 
 
 def test_a_report_tells_of_kernels_that_failed(gpu):
@@ -170,7 +196,7 @@ def test_every_available_backend_is_reached_by_name():
     for name, (available, reason) in backends().items():
         assert reason
         if available:
-            optimizer = small_optimizer(backend=name)
+            optimizer = small_optimizer(device=device_of(name), backend=name)
             optimizer.step()
             assert optimizer.explain()[0]["backend"] == name
         else:
