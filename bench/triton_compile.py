@@ -349,7 +349,9 @@ def _key(kernel: JITFunction, target: Target, arguments: tuple, options: dict) -
     return f"{kernel.__name__} {target.capability} {specialization} {remaining}"
 
 
-def compiled(target: Target, kernel: JITFunction, arguments: tuple, options: dict) -> CompiledKernel:
+def compiled(
+    target: Target, kernel: JITFunction, arguments: tuple, options: dict
+) -> CompiledKernel:
     """What a launch would run there."""
     _activate(target)
     return kernel.run(*arguments, grid=(1,), warmup=True, **options)

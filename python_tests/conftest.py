@@ -45,7 +45,7 @@ def rng() -> torch.Generator:
 @pytest.fixture
 def fresh_choices():
     """Nothing was chosen before, nor checked, nor told."""
-    remembered = dispatch._chosen, selfcheck.fault_of, notices.notice_once
+    remembered = dispatch._chosen, selfcheck.fault_in, notices.notice_once
     for each in remembered:
         each.cache_clear()
     yield
@@ -61,10 +61,10 @@ def gpu(monkeypatch, fresh_choices):
     """
     right, asked = selfcheck.fault_of, SimpleNamespace(checks=[], faults={"triton": None})
 
-    def fault_of(backend, device, dtype):
-        asked.checks.append((backend, str(device), dtype))
+    def fault_of(backend, device, kind):
+        asked.checks.append((backend, str(device), kind.param, kind.grad))
         known = asked.faults
-        return known[backend] if backend in known else right(backend, torch.device("cpu"), dtype)
+        return known[backend] if backend in known else right(backend, torch.device("cpu"), kind)
 
     def gpu_of(device):
         return torch.device("cuda", torch.device(device).index or 0), "NVIDIA H200"

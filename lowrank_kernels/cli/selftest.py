@@ -18,6 +18,8 @@ from .text import table, user_errors
 SUMMARY = "take steps with every available backend and compare them with float64"
 
 DTYPES = (torch.float32, torch.bfloat16)
+# How a case is launched is left to the backend.
+FIELDS = [field for field in Case._fields if field != "launch"]
 
 
 def facts(args: argparse.Namespace) -> dict[str, Any]:
@@ -46,7 +48,7 @@ def as_text(facts: dict[str, Any]) -> str:
         *case, error, bound, worst, repeats, passed = result.values()
         verdict = "ok" if passed else "WRONG" if repeats else "WRONG: two runs differ"
         rows.append((*case, f"{error:.1e}", f"{bound:.1e}", worst, verdict))
-    parts = [table((*Case._fields, "error", "bound", "of", ""), rows), ""]
+    parts = [table((*FIELDS, "error", "bound", "of", ""), rows), ""]
     parts += [f"{name}: not tried, {reason}" for name, reason in facts["unavailable"].items()]
     wrong = sum(not result["passed"] for result in facts["cases"])
     return "\n".join([*parts, f"{len(rows)} cases, {wrong} wrong"])
@@ -68,7 +70,7 @@ def _cases() -> Iterator[Case]:
 def _result(case: Case) -> dict[str, Any]:
     outcome = judge(case)
     return {
-        **case._asdict(),
+        **{field: getattr(case, field) for field in FIELDS},
         "dtype": str(case.dtype).removeprefix("torch."),
         "side": case.side.name.lower(),
         **outcome._asdict(),

@@ -112,7 +112,8 @@ def choose(
 ) -> Choice:
     """The backend for a matrix; the answer for each kind of matrix is logged once.
 
-    Before "auto" takes kernels on a GPU for the first time in a process, they are checked there.
+    Before "auto" takes kernels on a GPU for a kind for the first time in a process, they are checked
+    there.
 
     Args:
         request: a name out of `requested_backend`.
@@ -203,8 +204,8 @@ def _choose_on_cuda(kind: Kind) -> Choice:
 def _fault(backend: str, device: torch.device, kind: Kind) -> str | None:
     """Why kernels are not to be trusted, None if they are; they are tried here."""
     selfcheck = importlib.import_module(".selfcheck", __package__)
-    dtypes = dict.fromkeys((kind.param, kind.grad))
-    return next(filter(None, (selfcheck.fault_of(backend, device, d) for d in dtypes)), None)
+    fault: str | None = selfcheck.fault_of(backend, device, kind)
+    return fault
 
 
 def _gpu_of(device: str) -> tuple[torch.device, str] | None:

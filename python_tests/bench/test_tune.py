@@ -169,7 +169,7 @@ def test_nothing_is_forced_afterwards_and_inputs_of_the_check_are_untouched(make
     tuner._measure("project", CASE, inputs, candidates[:2])
     for old, new in zip(before, inputs, strict=True):
         assert all(map(torch.equal, old, new))
-    assert not choices._forced
+    assert not choices._forced.get()
 
 
 def test_without_a_gpu_it_says_so(capsys):

@@ -105,10 +105,13 @@ def test_kernels_are_checked_where_nobody_named_them(gpu):
     assert gpu.checks == []
     for size in (SQUARE, SQUARE, SMALL, SQUARE._replace(rank=512)):
         choose_kind("auto", Kind("cuda", BF16, BF16, size=size))
-    assert set(gpu.checks) == {("native", "cuda:0", BF16), ("triton", "cuda:0", BF16)}
+    assert set(gpu.checks) == {
+        ("native", "cuda:0", BF16, BF16),
+        ("triton", "cuda:0", BF16, BF16),
+    }
     gpu.checks.clear()
     choose_kind("auto", Kind("cuda:1", BF16, FLOAT, size=SMALL))
-    assert gpu.checks == [("triton", "cuda:1", BF16), ("triton", "cuda:1", FLOAT)]
+    assert gpu.checks == [("triton", "cuda:1", BF16, FLOAT)]
 
 
 def test_kernels_that_fail_are_passed_over_and_warned_of_once(gpu, monkeypatch, caplog):
@@ -118,7 +121,7 @@ def test_kernels_that_fail_are_passed_over_and_warned_of_once(gpu, monkeypatch, 
     for kind in kinds:
         backend, reason = choose_kind("auto", kind)
         assert backend == "triton"
-        assert "; native fails its check on cpu in bfloat16: fira, 256 x 1024" in reason
+        assert "; native fails its check on cpu in bfloat16: fira, 320 x 1024" in reason
     (warning,) = caplog.records
     assert warning.levelno == logging.WARNING
     assert "weight is off by" in warning.getMessage()
@@ -131,7 +134,7 @@ def test_kernels_that_fail_are_passed_over_and_warned_of_once(gpu, monkeypatch, 
 
 
 def test_nothing_new_is_trusted_while_a_stream_is_captured(gpu, monkeypatch, caplog):
-    known, new = (Kind("cuda", dtype, dtype, size=SQUARE) for dtype in (BF16, FLOAT))
+    known, new = Kind("cuda", BF16, BF16, size=SQUARE), Kind("cuda", FLOAT, FLOAT)
     before = choose_kind("auto", known)
     with monkeypatch.context() as patch:
         patch.setattr(torch.cuda, "is_available", lambda: True)
@@ -177,7 +180,7 @@ def test_a_report_tells_of_kernels_that_failed(gpu):
     assert row["backend"] == "native"
     assert row["reason"].startswith("predicted: triton 3 us, native 18 us")
     assert row["reason"].endswith("; triton fails its check: off by 0.5")
-    assert gpu.checks == [("triton", "cuda:1", BF16), ("native", "cuda:1", BF16)]
+    assert gpu.checks == [("triton", "cuda:1", BF16, BF16), ("native", "cuda:1", BF16, BF16)]
 
 
 @pytest.mark.parametrize(("size", "backend"), [(SQUARE, "native"), (SMALL, "triton")])

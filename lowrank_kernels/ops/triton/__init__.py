@@ -42,6 +42,7 @@ from .config import (
     Config,
     Problem,
     config_of,
+    forced,
     gpu_of,
     sources,
 )
@@ -51,7 +52,7 @@ from .project import project_kernel
 from .scale import channel_scale_kernel
 from .update import resident_update_kernel, update_kernel
 
-__all__ = ["Operations", "batch_size", "obstacle", "sources"]
+__all__ = ["Operations", "batch_size", "forced", "obstacle", "sources"]
 
 _OPERANDS = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
@@ -129,7 +130,7 @@ class _Rows(NamedTuple):
 def _rows(grad: Tensor, matrices: int) -> _Rows | None:
     """What is copied with padding: large batches in half precision with rows at odd places."""
     # Of a single row both strides can be 1.
-    along = max((0, 1), key=lambda axis: (grad.stride(axis) == 1, grad.shape[axis]))
+    along = max((0, 1), key=lambda axis: (grad.stride()[axis] == 1, grad.shape[axis]))
     length, count, pitch = grad.shape[along], grad.shape[1 - along], grad.stride(1 - along)
     if grad.itemsize > 2 or pitch % 16 == 0 or matrices * grad.numel() < PAD_FROM:
         return None
@@ -239,6 +240,15 @@ class Operations:
         else:
             grid = tiles * triton.cdiv(problem.depth, update.depth), 1, 1
         return _Tiles(project, update, (rows * slots, project.split, 1), grid, slots)
+
+    @property
+    def tiles(self) -> tuple[Config, Config]:
+        """Of operations 1 and 3 where matrices begin at multiples of 16 bytes.
+
+        In whatever number of parts is the same code: 2 stand for more.
+        """
+        one, three = self._tiles[True].project, self._tiles[True].update
+        return one._replace(split=min(one.split, 2)), three._replace(split=min(three.split, 2))
 
     def project_moments(self, matrices: Matrices, adam: AdamScalars) -> Projection:
         problem, residual = self._problem, matrices.residual

@@ -9,6 +9,7 @@ spills. No speed has been measured.
 import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -170,28 +171,28 @@ def gpu_of(device: torch.device) -> Gpu:
 
 def config_of(operation: str, problem: Problem, gpu: Gpu) -> Config:
     """The configuration of an operation: "project", which is the first, or "update", the third."""
-    return _forced.get(operation) or _choice(operation, problem, gpu)
+    return _forced.get().get(operation) or _choice(operation, problem, gpu)
 
 
 def sources() -> dict[str, str]:
     """Where the configurations come from, for people to read."""
     names = ("project", "update")
-    return {name: "forced" if name in _forced else "heuristic tiles" for name in names}
+    return {name: "forced" if name in _forced.get() else "heuristic tiles" for name in names}
 
 
-_forced: dict[str, Config] = {}
+# Of a thread: what one of them tries, another must not get.
+_forced: ContextVar[dict[str, Config]] = ContextVar("forced", default={})  # noqa: B039
 
 
 @contextmanager
 def forced(**configs: Config | None) -> Iterator[None]:
     """Batches prepared within it have these configurations; None leaves an operation as it is."""
-    before = _forced.copy()
-    _forced.update({name: config for name, config in configs.items() if config})
+    own = {name: config for name, config in configs.items() if config}
+    before = _forced.set(_forced.get() | own)
     try:
         yield
     finally:
-        _forced.clear()
-        _forced.update(before)
+        _forced.reset(before)
 
 
 def candidates(operation: str, problem: Problem, gpu: Gpu) -> list[Config]:
