@@ -10,14 +10,15 @@ pending. A hazard is
     something read or written where a copy is pending,
     an accumulator read while a product into it is pending (sm_100; on sm_90 ptxas takes care).
 
-Threads that read and write at once are not looked at: the barriers between them come later.
+Threads that read and write at once are not looked at: the barriers between them come later. Of a
+grid the first program alone is followed: `Course.missed` has what it did not come by.
 """
 
 from __future__ import annotations
 
 import operator
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -34,6 +35,7 @@ class Course:
     hazards: list[str] = field(default_factory=list)
     copies: int = 0  # that began
     overlapping: int = 0  # of those, while a product was pending
+    missed: set[str] = field(default_factory=set)  # copies and products that were not reached
 
 
 def follow(ttgir: str, **integers: int) -> Course:
@@ -43,8 +45,11 @@ def follow(ttgir: str, **integers: int) -> Course:
         ValueError: an operation on shared memory that is not known here, or under a condition or in
             a loop of which the integers do not tell enough.
     """
-    machine = _Machine(integers)
-    machine.run(_parsed(ttgir))
+    machine, operations = _Machine(integers), _parsed(ttgir)
+    machine.run(operations)
+    machine.course.missed = {
+        str(each) for each in _all(operations) if each.begins and each.line not in machine.reached
+    }
     return machine.course
 
 
@@ -53,7 +58,16 @@ class _Operation:
     name: str
     results: list[str]
     text: str  # behind the name
+    line: int
     regions: list[list[_Operation]] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        return f"{self.name} in line {self.line}"
+
+    @property
+    def begins(self) -> bool:
+        """Whether something begins there that is waited for elsewhere."""
+        return self.name.endswith(("async_copy_global_to_local", "warp_group_dot", "tc_gen5_mma"))
 
     @property
     def operands(self) -> list[str]:
@@ -71,7 +85,7 @@ def _parsed(ttgir: str) -> list[_Operation]:
     """The operations of the module, an operation a line, with those of its regions."""
     top: list[_Operation] = []
     regions = [top]
-    for raw in ttgir.splitlines():
+    for number, raw in enumerate(ttgir.splitlines(), 1):
         line = _LOCATION.sub("", raw).strip()
         if line.startswith("}"):
             regions.pop()
@@ -79,7 +93,7 @@ def _parsed(ttgir: str) -> list[_Operation]:
                 continue
         elif found := _OPERATION.fullmatch(line):
             left, name, text = found.groups()
-            regions[-1].append(_Operation(name, _results(left or ""), text))
+            regions[-1].append(_Operation(name, _results(left or ""), text, number))
         else:
             continue  # aliases, labels of blocks
         if line.endswith("{"):
@@ -87,6 +101,14 @@ def _parsed(ttgir: str) -> list[_Operation]:
             regions[-1][-1].regions.append(region)
             regions.append(region)
     return top
+
+
+def _all(operations: list[_Operation]) -> Iterator[_Operation]:
+    """Those of their regions, too."""
+    for operation in operations:
+        yield operation
+        for region in operation.regions:
+            yield from _all(region)
 
 
 def _results(left: str) -> list[str]:
@@ -126,6 +148,7 @@ class _Machine:
 
     def __init__(self, integers: dict[str, int]) -> None:
         self.course = Course()
+        self.reached: set[int] = set()  # lines
         self._integers = integers
         self._values: dict[str, _Value] = {}
         self._copies: list[list[_View]] = [[]]  # pending, in groups, of which the last is open
@@ -147,6 +170,7 @@ class _Machine:
 
     def _step(self, operation: _Operation) -> list[_Value]:
         """The results, those that are not known left out or None."""
+        self.reached.add(operation.line)
         for name in operation.results:
             self._values[name] = None
         kind = operation.name.removeprefix("ttg.").removeprefix("ttng.").replace(".", "_")
@@ -209,7 +233,10 @@ class _Machine:
         left, right = self._known(operation.operands)
         if not (isinstance(left, int) and isinstance(right, int)):
             return []
-        return [int(_COMPARISONS[operation.text.split(",")[0].strip()](left, right))]
+        predicate = operation.text.split(",")[0].strip()
+        if predicate not in _COMPARISONS:
+            raise ValueError(f"cannot compare by {predicate}: {operation}")
+        return [int(_COMPARISONS[predicate](left, right))]
 
     def _arith_select(self, operation: _Operation) -> list[_Value]:
         condition, *choices = self._known(operation.operands)
@@ -324,6 +351,8 @@ class _Machine:
         barrier, phase = self._view(name), self._values.get(parity)
         if phase is None:
             raise ValueError(f"cannot tell what is waited for: {operation.text}")
+        if barrier not in self._phases:
+            raise ValueError(f"nothing has made the barrier of {operation}")
         if self._phases[barrier] % 2 != phase:
             return []
         ends = [i for i, product in enumerate(self._products) if product.barrier == barrier]
@@ -355,14 +384,23 @@ class _Machine:
         return []
 
 
+def _of_unsigned(function: Callable[[int, int], bool]) -> Callable[[int, int], bool]:
+    """Whatever the width: a number below 0 stands for one that is larger than all others."""
+    return lambda left, right: function(left % 2**64, right % 2**64)
+
+
 _TRUTH = {"true": 1, "false": 0}
-_COMPARISONS = {
+_COMPARISONS: dict[str, Callable[[int, int], bool]] = {
     "eq": operator.eq,
     "ne": operator.ne,
     "slt": operator.lt,
     "sle": operator.le,
     "sgt": operator.gt,
     "sge": operator.ge,
+    "ult": _of_unsigned(operator.lt),
+    "ule": _of_unsigned(operator.le),
+    "ugt": _of_unsigned(operator.gt),
+    "uge": _of_unsigned(operator.ge),
 }
 
 
@@ -387,6 +425,8 @@ _INTEGERS: dict[str, Callable[..., int | None]] = {
     "arith.andi": operator.and_,
     "arith.ori": operator.or_,
     "arith.xori": operator.xor,
+    "arith.shli": operator.lshift,
+    "arith.shrsi": operator.rshift,
     "arith.minsi": min,
     "arith.maxsi": max,
     "arith.extsi": operator.pos,
@@ -396,4 +436,7 @@ _INTEGERS: dict[str, Callable[..., int | None]] = {
 
 
 def _attribute(operation: _Operation, name: str) -> int:
-    return int(re.search(rf"\b{name} = (\d+)", operation.text)[1])
+    found = re.search(rf"\b{name} = (\d+)", operation.text)
+    if found is None:
+        raise ValueError(f"cannot tell {name} of {operation}")
+    return int(found[1])

@@ -408,7 +408,8 @@ def _course(ttgir: str, options: dict) -> tuple[int, list[str]]:
         for turns in TURNS
     ]
     hazards = {hazard: None for course in courses for hazard in course.hazards}
-    return courses[-1].overlapping, list(hazards)
+    missed = set.intersection(*(course.missed for course in courses))
+    return courses[-1].overlapping, [*hazards, *(f"{each} was not followed" for each in missed)]
 
 
 def _accesses(ptx: str) -> dict[str, int]:

@@ -112,8 +112,7 @@ def choose(
 ) -> Choice:
     """The backend for a matrix; the answer for each kind of matrix is logged once.
 
-    Before "auto" takes kernels on a GPU for a kind for the first time in a process, they are checked
-    there.
+    Before "auto" takes kernels on a GPU for a kind for the first time in a process, they are tried.
 
     Args:
         request: a name out of `requested_backend`.

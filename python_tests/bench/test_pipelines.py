@@ -200,6 +200,44 @@ def test_a_sum_that_is_read_too_early_is_a_hazard():
     assert "%low is read while a product into it is pending" in tcgen05(last_wait="").hazards
 
 
+HIDDEN = {
+    "a branch": "%first = tt.get_program_id x : i32\n"
+    "%here = arith.cmpi ne, %first, %c0 : i32\n"
+    "scf.if %here {\n$copy\n}",
+    "a loop": "%first = tt.get_program_id x : i32\n"
+    "%end = arith.minsi %depth, %first : i32\n"
+    "scf.for %i = %c0 to %end step %c1 : i32 {\n$copy\n}",
+}
+
+
+@pytest.mark.parametrize("where", HIDDEN)
+def test_copies_that_only_other_programs_reach_are_told(where):
+    course = follow(begin() + Template(HIDDEN[where]).substitute(copy=copy("%c0")) + END, depth=64)
+    (missed,) = course.missed
+    assert missed.startswith("ttg.async_copy_global_to_local in line ")
+    assert not follow(begin() + copy("%c0") + END).missed
+
+
+@pytest.mark.parametrize("turns", range(3))
+def test_what_a_loop_without_a_turn_leaves_out_is_missed_there(turns):
+    assert len(wgmma(turns).missed) == (0 if turns else 2)
+
+
+@pytest.mark.parametrize(
+    ("condition", "value"),
+    [
+        ("arith.cmpi ugt, %depth, %c64_i32 : i32", {64: False, 65: True, -1: True}),
+        ("arith.cmpi ule, %depth, %c64_i32 : i32", {64: True, 65: False, -1: False}),
+        ("arith.shrsi %depth, %c2 : i32", {3: False, 4: True}),
+        ("arith.shli %depth, %c2 : i32", {0: False, 1: True}),
+    ],
+)
+def test_integers_are_those_of_triton(condition, value):
+    text = begin() + f"%x = {condition}\nscf.if %x {{{copy('%c0')}}}" + END
+    for depth, expected in value.items():
+        assert follow(text, depth=depth).copies == expected
+
+
 def begin():
     return Template(BEGIN).substitute(slots=3)
 
@@ -210,6 +248,9 @@ def begin():
         ("%x = ttng.unheard_of %tiles : !ttg.memdesc<3x64xbf16>", "unheard_of"),
         ("ttng.async_tma_copy_global_to_local %source, %tiles", "async_tma_copy"),
         ("ttng.wait_barrier %elsewhere, %c0", "where %elsewhere is"),
+        ("%x = arith.cmpi near, %c0, %c1 : i32", "cannot compare by near"),
+        ("ttng.wait_barrier %tiles, %c0", "has made the barrier"),
+        ("ttg.async_wait %group", "cannot tell num"),
         ("scf.if %unknown {\nttg.local_dealloc %tiles : !ttg.memdesc<3x64xbf16>\n}", "scf.if"),
         (
             "scf.for %i = %c0 to %unknown step %c1 {\n"
