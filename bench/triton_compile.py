@@ -67,6 +67,9 @@ TARGETS = (
 # Of the loop over a reduction, none included: all slots of a pipeline, in all its stages.
 TURNS = range(10)
 
+# Arguments that loops go along, and the constants that are their steps.
+LENGTHS = {"depth": "BD", "rank": "BR"}
+
 PRODUCTS = {"tcgen05": "tcgen05.mma", "wgmma": "wgmma.mma_async", "mma": "mma.sync"}
 
 
@@ -402,14 +405,17 @@ def _tool(name: str, *arguments: str) -> str:
 
 def _course(ttgir: str, options: dict) -> tuple[int, list[str]]:
     """Copies that overlap products, and the hazards, whatever the length of the reduction."""
-    tile = {"depth": options.get("BD", 1), "rank": options.get("BR", 1)}
+    tile = {name: options[size] for name, size in LENGTHS.items() if size in options}
     courses = [
         follow(ttgir, parts=1, **{name: turns * size for name, size in tile.items()})
         for turns in TURNS
     ]
     hazards = {hazard: None for course in courses for hazard in course.hazards}
-    missed = set.intersection(*(course.missed for course in courses))
-    return courses[-1].overlapping, [*hazards, *(f"{each} was not followed" for each in missed)]
+    # A length of 1 is a constant, and the loop over it has a turn that is never taken.
+    if all(f"%{name}: i32" in ttgir for name in tile):
+        missed = set.intersection(*(course.missed for course in courses))
+        hazards |= {f"{each} was not followed": None for each in sorted(missed)}
+    return courses[-1].overlapping, list(hazards)
 
 
 def _accesses(ptx: str) -> dict[str, int]:

@@ -12,6 +12,9 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from lowrank_kernels.ops import AdamScalars, Scalars, Side, backends, prepare
 from lowrank_kernels.ops.dispatch import Kind, choose_kind
 
+# Interpreted or compiled, the kernels have to do the same.
+pytestmark = pytest.mark.gpu
+
 
 def served():
     """The backends that run here, each with the dtypes that it has."""

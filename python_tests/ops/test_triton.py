@@ -33,6 +33,9 @@ from lowrank_kernels.ops.triton import launch as launches
 from lowrank_kernels.ops.triton.addresses import Addresses
 from lowrank_kernels.ops.triton.config import Config, Gpu, Problem, candidates, config_of, forced
 
+# Interpreted or compiled, the kernels have to do the same.
+pytestmark = pytest.mark.gpu
+
 DEVICE = device_of("triton")
 INTERPRETED = DEVICE.type == "cpu"
 in_the_interpreter = pytest.mark.skipif(not INTERPRETED, reason="looks into the interpreter")

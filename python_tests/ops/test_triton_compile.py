@@ -16,7 +16,16 @@ import pytest
 pytest.importorskip("triton")
 # `bench` is run from the repository and is not installed with the package.
 sys.path.insert(0, str(Path(__file__).parents[2]))
-from bench.triton_compile import DTYPES, FIRA, OPTIONS, TARGETS, Case, Record, _configurations
+from bench.triton_compile import (
+    DTYPES,
+    FIRA,
+    OPTIONS,
+    TARGETS,
+    Case,
+    Record,
+    _configurations,
+    _course,
+)
 
 # Compiling takes as long as the machine's other work makes it.
 pytestmark = pytest.mark.timeout(0)
@@ -119,6 +128,23 @@ def test_candidates_are_of_the_problem_that_the_launcher_has():
     for target in TARGETS:
         assert registers(target, (2048, 5461), "scattered") == {255}
         assert (128 in registers(target, (5461, 2048), "")) == (target.capability >= 90)
+
+
+def test_a_loop_that_no_run_enters_is_dangerous():
+    """As one that the first program of a grid does not enter."""
+    text = """module {
+tt.func public @kernel(%depth: i32) {
+  %one = arith.constant 1 : i32
+  %first = tt.get_program_id x : i32
+  %end = arith.minsi %depth, %first : i32
+  scf.for %i = %first to %end step %one : i32 {
+    %group = ttng.warp_group_dot %a, %b, %sum {isAsync = true} : !ttg.memdesc<>
+  }
+}
+}"""
+    _, (hazard,) = _course(text, {"BD": 64})
+    assert hazard == "ttng.warp_group_dot in line 7 was not followed"
+    assert _course(text.replace("%depth: i32", ""), {"BD": 64}) == (0, [])
 
 
 BARRIER = """

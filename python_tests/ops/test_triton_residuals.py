@@ -11,6 +11,9 @@ from lowrank_kernels.ops import AdamScalars, Matrices, Residual, Side, foreach, 
 
 kernels = pytest.importorskip("lowrank_kernels.ops.triton")
 
+# Interpreted or compiled, the kernels have to do the same.
+pytestmark = pytest.mark.gpu
+
 CHANNELS, DEPTH, RANK = 40, 96, 16
 DEVICE = device_of("triton")
 
