@@ -43,7 +43,7 @@ from bench.models import PRESETS
 from bench.pipelines import follow
 from lowrank_kernels.ops import AdamScalars, Matrices, Residual, Scalars, Side
 from lowrank_kernels.ops import triton as launchers
-from lowrank_kernels.ops.contract import basis_shape, projected_shape, rank_axis
+from lowrank_kernels.ops.contract import basis_shape, projected_shape
 from lowrank_kernels.ops.triton import addresses, config, launch
 
 RESULT = Path(__file__).parent / "results" / "triton-compile.json"
@@ -246,15 +246,20 @@ def variants(quick: bool, candidates: bool) -> list[Variant]:
 
 def _configurations(case: Case, target: Target) -> Iterator[tuple]:
     """All that a tuner may try, two operations at a time."""
-    weight, grad, _ = DTYPES[case.dtypes]
-    side, axis = _side(case), rank_axis(_side(case))
-    channels, depth = case.shape[1 - axis], case.shape[axis]
-    common = (side, channels, depth, case.rank, case.matrices)
-    projected = config.Problem(*common, (grad, weight))
-    updated = config.Problem(*common, (weight, weight))
-    projects = config.candidates("project", projected, target.gpu)
-    updates = config.candidates("update", updated, target.gpu)
-    return zip_longest(projects, updates)
+    problems = {}
+
+    def noted(operation: str, problem: config.Problem, gpu: config.Gpu) -> config.Config:
+        problems[operation] = problem
+        return config.config_of(operation, problem, gpu)
+
+    # Of the two places that gradients may have, the aligned one comes last.
+    with mock.patch.object(launchers, "config_of", noted):
+        launches(target, case)
+    candidates = (
+        config.candidates(operation, problems[operation], target.gpu)
+        for operation in ("project", "update")
+    )
+    return zip_longest(*candidates)
 
 
 def _add(found: dict[str, Variant], target: Target, case: Case) -> None:

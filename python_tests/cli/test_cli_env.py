@@ -1,5 +1,6 @@
 import platform
 
+import pytest
 import torch
 
 from lowrank_kernels import backends
@@ -30,6 +31,7 @@ def test_the_facts(json_of, monkeypatch):
     assert {name: tuple(each.values()) for name, each in facts["backends"].items()} == backends()
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_what_auto_takes(json_of):
     rows = json_of("env")["auto"]
     assert [(row["device"], row["dtype"]) for row in rows] == [

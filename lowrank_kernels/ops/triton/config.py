@@ -1,7 +1,7 @@
 """Which configuration a launch has: forced, or the one that `model` predicts to be the fastest.
 
-Compiled ahead of time by Triton 3.7.1 for sm_80, sm_90 and sm_100, none of what may be chosen
-spills. No speed has been measured.
+Compiled ahead of time by Triton 3.7.1 for sm_80, sm_90 and sm_100, most of what may be chosen does
+not spill; what does is in CONTRIBUTING.md. No speed has been measured.
 
 `python -m bench.triton_compile`, record in bench/results/triton-compile.json.
 """
@@ -195,7 +195,7 @@ def forced(**configs: Config | None) -> Iterator[None]:
 
 
 def candidates(operation: str, problem: Problem, gpu: Gpu) -> list[Config]:
-    """Configurations that are worth measuring; none of them spills."""
+    """Configurations that are worth measuring."""
     return [
         config._replace(split=split, stages=stages)
         for config in _configs(operation, problem, gpu)
