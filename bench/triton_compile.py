@@ -225,6 +225,11 @@ def quick_cases(target: Target) -> Iterator[Case]:
     small = Case("nano", (nano.hidden, nano.hidden), nano.rank, nano.layers, "bf16", "", FIRA)
     yield from (odd, odd._replace(dtypes="fp32"), odd._replace(options="scattered"))
     yield from (aligned, split, small)
+    if target.capability == 90:
+        # The tiles with the fewest registers to spare.
+        wide = Case("7b", (4096, 11008), 1024, 32, "bf16", "capturable, stochastic", FIRA)
+        yield from (wide, wide._replace(shape=(11008, 4096)))
+        yield Case("350m", (1024, 2736), 256, 24, "bf16", "", FIRA)
     some = [odd._replace(dtypes=dtypes) for dtypes in DTYPES if dtypes not in ("bf16", "fp32")]
     some += [
         odd._replace(options=options) for options in OPTIONS if options not in ("", "scattered")
