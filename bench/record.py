@@ -66,6 +66,13 @@ class Journal:
         self.rows.append({**key, "run": len(self.runs) - 1, **row})
         self.save()
 
+    def replace(self, rows: list[dict], *names: str) -> None:
+        """Writes rows in the place of all those that are like one of them in these fields."""
+        keys = {tuple(row[name] for name in names) for row in rows}
+        self.drop(lambda old: tuple(old[name] for name in names) in keys)
+        self.rows += [{"run": len(self.runs) - 1, **row} for row in rows]
+        self.save()
+
     def drop(self, unwanted: Callable[[dict], bool]) -> None:
         self.rows = [row for row in self.rows if not unwanted(row)]
 
