@@ -9,6 +9,7 @@ pytest.importorskip("triton")
 from bench import predict
 from bench.cases import Case
 from bench.predict import Facts, facts_of, floor, totals, work_of
+from lowrank_kernels.ops import times
 from lowrank_kernels.ops.triton.model import RATES, Rates, Work, resident, seconds
 
 FACTS = Facts(8, 128, 80 * 1024, 4, 64, asynchronous=True, from_registers=False)
@@ -129,14 +130,28 @@ def test_flops_a_byte_of_l2():
 
 def test_the_committed_record_says_what_it_is_and_is_no_better_than_the_floor():
     record = json.loads(predict.RESULT.read_text())
-    assert record["note"] == predict.TITLE
-    assert record["rates"] == asdict(RATES)
+    run = record["runs"][-1]
+    assert run["note"] == predict.TITLE
+    assert run["rates"] == asdict(RATES)
     assert predict.TITLE in predict.RESULT.with_suffix(".txt").read_text()
     assert record["rows"]
     for row in record["rows"]:
         assert row["us"] >= row["floor_us"], row
     for milliseconds, least in totals(record["rows"]).values():
         assert milliseconds > least
+
+
+def test_predicted_times_that_auto_goes_by_are_those_of_the_record():
+    rows = [
+        row for row in json.loads(predict.RESULT.read_text())["rows"] if row["version"] == "now"
+    ]
+    predicted = [row for row in times.table() if row.source == "predicted"]
+    assert predicted
+    for row in predicted:
+        shape = row.size._asdict() | {"dtype": "bf16"}
+        del shape["side"]
+        us = sum(each["us"] for each in rows if shape.items() <= each["case"].items())
+        assert row.us == {"triton": pytest.approx(us, rel=0.005)}
 
 
 def test_batches_are_those_of_the_gpu_that_is_predicted():
