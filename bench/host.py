@@ -47,7 +47,7 @@ from bench.absent_gpu import H200_BYTES, H200_NAME, memory_of_h200
 from bench.calls import PACKAGE, Way, followed
 from bench.cases import DTYPES
 from bench.models import PRESETS
-from bench.options import QUICK_ROUNDS, words
+from bench.options import QUICK_ROUNDS, about, words
 from bench.record import commit, head, result, write_lines
 from bench.replay import Calls, recorded_operations, recorded_passes
 from bench.tables import SPREAD, missing_text, new_table, show
@@ -364,11 +364,7 @@ def table_of_ways(found: dict[str, dict]) -> Table:
 
 
 def _parse(arguments: list[str]) -> argparse.Namespace:
-    line = argparse.ArgumentParser(
-        prog="python -m bench.host",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    line = about("host", __doc__)
     for name, known in (("methods", OURS), ("backends", backends()), ("dtypes", ("fp32", "bf16"))):
         every = ",".join(known)
         line.add_argument(f"--{name}", type=words(known), default=every, help=f"default: {every}")

@@ -30,7 +30,7 @@ from rich.table import Table
 from bench.absent_gpu import memory_of_h200
 from bench.cases import DTYPES, Case
 from bench.models import PRESETS
-from bench.options import words
+from bench.options import about, words
 from bench.record import Journal, head
 from bench.tables import new_table, progress, show
 from lowrank_kernels.ops.triton.config import Config, Problem
@@ -317,11 +317,7 @@ def totals_table(rows: list[dict]) -> Table:
 
 
 def arguments_of(arguments: list[str]) -> argparse.Namespace:
-    line = argparse.ArgumentParser(
-        prog="python -m bench.predict",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    line = about("predict", __doc__)
     usual = ",".join(MODELS)
     names = f"of {', '.join(PRESETS)}; default: {usual}"
     line.add_argument("--models", type=words(PRESETS), default=usual, help=names)
