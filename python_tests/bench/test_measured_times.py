@@ -8,6 +8,16 @@ from lowrank_kernels.ops import Side, Size, times
 CASE = {"gpu": "NVIDIA H200", "dtype": "bfloat16", "rows": 4096, "cols": 4096, "rank": 1024}
 
 
+@pytest.fixture(autouse=True)
+def shipped(tmp_path, monkeypatch):
+    """A table of predictions in the place of the package's, which may have measured times."""
+    rows = [{**CASE, "rank": rank, "side": "right"} for rank in (64, 1024)]
+    text = {"rows": [row | {"source": "predicted", "us": {"triton": 9}} for row in rows]}
+    path = tmp_path / "shipped.json"
+    path.write_text(json.dumps(text))
+    monkeypatch.setattr(times, "FILE", path)
+
+
 RUN = {"environment": {"device": "NVIDIA H200"}, "command": "python -m bench.kernels"}
 
 
