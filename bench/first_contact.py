@@ -103,7 +103,9 @@ def work(options: argparse.Namespace, deadline: float) -> None:
     journal = record(options.out)
     _, missing = kernels.candidates(options.backend, options.device)
     missing |= present(METHODS, options.device)[1]
-    facts = {"backend": options.backend, "kind": kind_of(options), "missing": missing}
+    kind = kind_of(options)
+    must_be_alike(journal, options.out, kind)  # files may have changed since the last worker
+    facts = {"backend": options.backend, "kind": kind, "missing": missing}
     journal.begin(head("first_contact", options.device, options.arguments[:-2], **facts))
     for part in options.parts:
         for task in tasks(part, options):

@@ -316,6 +316,25 @@ def test_a_folder_with_figures_of_something_else_is_refused(
     first_contact.main(tiny_command)
 
 
+def test_files_that_change_meanwhile_are_noticed(tiny_command, tmp_path, monkeypatch):
+    """By the worker that takes the place of one that died."""
+    found = tmp_path / "kinds"
+    found.write_text("aab")
+
+    def kind_of(options):
+        first, rest = found.read_text()[:1], found.read_text()[1:]
+        found.write_text(rest)
+        return {"code": first}
+
+    monkeypatch.setattr(first_contact, "kind_of", kind_of)
+    todo = [one("dies", lambda: os._exit(9)), one("next", dict)]
+    monkeypatch.setitem(first_contact.PARTS, "tune", lambda options: iter(todo))
+    with pytest.raises(SystemExit) as ended:
+        first_contact.main(tiny_command)
+    assert ended.value.code == first_contact.UNUSABLE
+    assert [row["case"] for row in rows_in(tmp_path / "contact")] == ["dies"]
+
+
 def test_the_device_is_part_of_what_a_folder_holds(tmp_path, monkeypatch):
     monkeypatch.setattr(first_contact, "device_name", lambda device: f"a {device}")
     kind = first_contact.kind_of(options_of(tmp_path))
