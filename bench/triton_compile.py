@@ -43,7 +43,7 @@ from bench.options import about
 from bench.pipelines import follow
 from lowrank_kernels.ops import AdamScalars, Matrices, Residual, Scalars, Side
 from lowrank_kernels.ops import triton as launchers
-from lowrank_kernels.ops.contract import basis_shape, projected_shape, rank_axis
+from lowrank_kernels.ops.contract import basis_shape, projected_shape
 from lowrank_kernels.ops.triton import addresses, config, launch
 
 RESULT = Path(__file__).parent / "results" / "triton-compile.json"
@@ -221,6 +221,11 @@ def quick_cases(target: Target) -> Iterator[Case]:
     small = Case("nano", (nano.hidden, nano.hidden), nano.rank, nano.layers, "bf16", "", FIRA)
     yield from (odd, odd._replace(dtypes="fp32"), odd._replace(options="scattered"))
     yield from (aligned, split, small)
+    if target.capability == 90:
+        # The tiles with the fewest registers to spare.
+        wide = Case("7b", (4096, 11008), 1024, 32, "bf16", "capturable, stochastic", FIRA)
+        yield from (wide, wide._replace(shape=(11008, 4096)))
+        yield Case("350m", (1024, 2736), 256, 24, "bf16", "", FIRA)
     some = [odd._replace(dtypes=dtypes) for dtypes in DTYPES if dtypes not in ("bf16", "fp32")]
     some += [
         odd._replace(options=options) for options in OPTIONS if options not in ("", "scattered")
@@ -246,15 +251,20 @@ def variants(quick: bool, candidates: bool) -> list[Variant]:
 
 def _configurations(case: Case, target: Target) -> Iterator[tuple]:
     """All that a tuner may try, two operations at a time."""
-    weight, grad, _ = DTYPES[case.dtypes]
-    side, axis = _side(case), rank_axis(_side(case))
-    channels, depth = case.shape[1 - axis], case.shape[axis]
-    common = (side, channels, depth, case.rank, case.matrices)
-    projected = config.Problem(*common, (grad, weight))
-    updated = config.Problem(*common, (weight, weight))
-    projects = config.candidates("project", projected, target.gpu)
-    updates = config.candidates("update", updated, target.gpu)
-    return zip_longest(projects, updates)
+    problems = {}
+
+    def noted(operation: str, problem: config.Problem, gpu: config.Gpu) -> config.Config:
+        problems[operation] = problem
+        return config.config_of(operation, problem, gpu)
+
+    # Of the two places that gradients may have, the aligned one comes last.
+    with mock.patch.object(launchers, "config_of", noted):
+        launches(target, case)
+    candidates = (
+        config.candidates(operation, problems[operation], target.gpu)
+        for operation in ("project", "update")
+    )
+    return zip_longest(*candidates)
 
 
 def _add(found: dict[str, Variant], target: Target, case: Case) -> None:

@@ -8,6 +8,7 @@ import math
 
 import pytest
 import torch
+from devices import device_of
 from pairs import pairwise
 
 from lowrank_kernels.ops import (
@@ -53,23 +54,23 @@ def largest_square_root(dtype):
     return torch.nextafter(power, torch.zeros((), dtype=dtype))
 
 
-def made(dtype, side, form, layout="dense"):
+def made(backend, dtype, side, form, layout="dense"):
     """A gradient of ordinary entries, all of whose R and part of the rest are the basis'."""
     rng = torch.Generator().manual_seed(0)
     shape = (COLS, ROWS) if side is Side.LEFT else (ROWS, COLS)
     grad = torch.randn(shape, generator=rng, dtype=torch.float64)
-    basis = torch.eye(COLS, RANK)
     low = (RANK, ROWS) if side is Side.LEFT else (ROWS, RANK)
-    moments = torch.promote_types(dtype, torch.float32)
+    own = {"dtype": dtype, "device": device_of(backend)}
+    of_moments = {**own, "dtype": torch.promote_types(dtype, torch.float32)}
     return Matrices(
         side,
         FORMS[form],
-        [torch.zeros(shape, dtype=dtype)],
-        [LAYOUTS[layout](grad.to(dtype))],
-        [basis.to(dtype)],
-        [torch.zeros(low, dtype=moments)],
-        [torch.zeros(low, dtype=moments)],
-        [torch.ones((), dtype=moments)],
+        [torch.zeros(shape, **own)],
+        [LAYOUTS[layout](grad.to(**own))],
+        [torch.eye(COLS, RANK, **own)],
+        [torch.zeros(low, **of_moments)],
+        [torch.zeros(low, **of_moments)],
+        [torch.ones((), **of_moments)],
     )
 
 
@@ -107,7 +108,7 @@ def test_a_second_moment_of_the_largest_squares_stays_finite(backend, dtype, bet
     """Where thousands of steps lead, and one back; rounded to float32 some of these betas and 1 -
     beta add up to more than 1.
     """
-    matrices = made(dtype, side, form)
+    matrices = made(backend, dtype, side, form)
     channel_of(matrices.grads[0], side).fill_(largest_square_root(dtype))
     matrices.exp_avg_sqs[0].fill_(torch.finfo(dtype).max)
     take_step(matrices, backend, beta2)
@@ -138,7 +139,7 @@ def test_a_channel_with_an_entry_too_large_to_be_squared(where, backend, dtype, 
     """
     large = 1e160 if dtype is torch.float64 else 1e20
     place = RANK if where == "outside of R" else 2
-    matrices, clean = (made(dtype, side, form, layout) for _ in "ab")
+    matrices, clean = (made(backend, dtype, side, form, layout) for _ in "ab")
     for one, value in ((matrices, large), (clean, 0.0)):
         channel = channel_of(one.grads[0], side)
         if where == "in R, all in the span":
@@ -159,7 +160,7 @@ def test_a_channel_with_an_entry_too_large_to_be_squared(where, backend, dtype, 
 @pytest.mark.parametrize(("backend", "dtype"), WIDE + HALF)
 def test_a_channel_whose_sum_of_squares_overflows_has_no_residual(backend, dtype, form, side):
     """Each entry of R can be squared, and moves."""
-    matrices = made(dtype, side, form)
+    matrices = made(backend, dtype, side, form)
     channel_of(matrices.grads[0], side)[:RANK] = 1e154 if dtype is torch.float64 else 1e19
     factor = take_step(matrices, backend)
     assert_finite(matrices)
@@ -175,14 +176,16 @@ def test_a_channel_whose_sum_of_squares_overflows_has_no_residual(backend, dtype
 def test_a_norm_is_finite_where_the_sum_of_squares_is_not(backend, dtype, previous):
     """As in float64, where it is."""
     exact_norm = torch.tensor(previous, dtype=torch.float64)
-    sums = ChannelSums(*(torch.full((1, ROWS), square) for square in (1.0, 1.0, 2.0**127)))
-    matrices = made(dtype, Side.RIGHT, "official")
+    squares = [torch.full((1, ROWS), square) for square in (1.0, 1.0, 2.0**127)]
+    sums = ChannelSums(*(square.to(device_of(backend)) for square in squares))
+    matrices = made(backend, dtype, Side.RIGHT, "official")
     matrices.limiter_norms[0].fill_(previous)
     factor = prepare(matrices, backend=backend).channel_scale(matrices, sums)
-    oracle = made(torch.float64, Side.RIGHT, "official")._replace(limiter_norms=[exact_norm])
-    wide = ChannelSums(*(one.double() for one in sums))
+    oracle = made("reference", torch.float64, Side.RIGHT, "official")
+    oracle = oracle._replace(limiter_norms=[exact_norm])
+    wide = ChannelSums(*(square.double() for square in squares))
     exact = prepare(oracle, backend="reference").channel_scale(oracle, wide)
-    torch.testing.assert_close(factor.double(), exact, rtol=1e-6, atol=0)
+    torch.testing.assert_close(factor.cpu().double(), exact, rtol=1e-6, atol=0)
     got = float(matrices.limiter_norms[0])
     assert got == pytest.approx(float(exact_norm), rel=1e-6)
     assert math.isfinite(got)

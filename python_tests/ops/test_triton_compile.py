@@ -15,7 +15,7 @@ import pytest
 pytest.importorskip("triton")
 # `bench` is run from the repository and is not installed with the package.
 sys.path.insert(0, str(Path(__file__).parents[2]))
-from bench.triton_compile import DTYPES, OPTIONS, TARGETS, Record
+from bench.triton_compile import DTYPES, FIRA, OPTIONS, TARGETS, Case, Record, _configurations
 
 # Compiling takes as long as the machine's other work makes it.
 pytestmark = pytest.mark.timeout(0)
@@ -105,6 +105,19 @@ def test_aligned_rows_are_read_and_written_16_bytes_at_a_time(records):
     ]
     assert aligned
     assert not narrow, report(narrow)
+
+
+def test_candidates_are_of_the_problem_that_the_launcher_has():
+    """Tiles that spill where accesses are narrow are none of matrices that lie anywhere."""
+
+    def registers(target, shape, options):
+        case = Case("1b", shape, 512, 24, "bf16", options, FIRA)
+        pairs = _configurations(case, target)
+        return {config.registers for pair in pairs for config in pair if config is not None}
+
+    for target in TARGETS:
+        assert registers(target, (2048, 5461), "scattered") == {255}
+        assert (128 in registers(target, (5461, 2048), "")) == (target.capability >= 90)
 
 
 BOUND = """

@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from devices import device_of
 from optim.test_state import saved_and_loaded
 from torch import nn
 
@@ -40,18 +41,19 @@ def gradient(shape, seed, scale=1.0):
     return scale * (low + 0.05 * torch.randn(shape, generator=rng))
 
 
-def start(cls=FiraAdamW, dtype=torch.float32, count=1, rank=8, **options):
+def start(cls=FiraAdamW, dtype=torch.float32, count=1, rank=8, backend="auto", **options):
     rng = torch.Generator().manual_seed(1)
     shapes = [shape for shape in SHAPES.values() for _ in range(count)]
-    params = [nn.Parameter(torch.randn(shape, generator=rng).to(dtype)) for shape in shapes]
+    values = [torch.randn(shape, generator=rng).to(device_of(backend), dtype) for shape in shapes]
+    params = [nn.Parameter(value) for value in values]
     group = {"params": params, "rank": rank, "update_proj_gap": GAP}
-    return params, cls([group], lr=0.05, **options)
+    return params, cls([group], lr=0.05, backend=backend, **options)
 
 
 def run(params, optimizer, seeds):
     for seed in seeds:
         for param in params:
-            param.grad = gradient(param.shape, seed).to(param.dtype)
+            param.grad = gradient(param.shape, seed).to(param)
         optimizer.step()
 
 

@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 import torch
+from devices import device_of
 from torch import nn
 
 from lowrank_kernels import FiraAdamW, GaLoreAdamW, Subspace
@@ -13,7 +14,7 @@ BACKENDS = ["reference", "foreach", "native", "triton"]
 
 
 def start(backend, residual="official", scale=0.25, dtype=torch.float32, method=FiraAdamW):
-    weight = nn.Parameter(torch.ones(SHAPE, dtype=dtype))
+    weight = nn.Parameter(torch.ones(SHAPE, dtype=dtype, device=device_of(backend)))
     group = {"params": [weight], "rank": RANK, "scale": scale, "update_proj_gap": 1000}
     options = {"residual": residual} if method is FiraAdamW else {}
     return weight, method([group], lr=1e-3, backend=backend, subspace="svd", **options)
@@ -21,7 +22,7 @@ def start(backend, residual="official", scale=0.25, dtype=torch.float32, method=
 
 def step(run, grad):
     weight, optimizer = run
-    weight.grad = grad.to(weight.dtype)
+    weight.grad = grad.to(weight)
     optimizer.step()
     return optimizer.state[weight]
 
@@ -68,7 +69,7 @@ TALL, FEATURES = (64, 32), 4
 
 
 def start_tall(backend, residual, scale, method=FiraAdamW):
-    weight = nn.Parameter(torch.zeros(TALL))
+    weight = nn.Parameter(torch.zeros(TALL, device=device_of(backend)))
     group = {"params": [weight], "rank": FEATURES, "scale": scale, "update_proj_gap": 1000}
     options = {"residual": residual} if method is FiraAdamW else {}
     return weight, method([group], lr=1e-3, backend=backend, **options)

@@ -2,14 +2,15 @@
 
 import pytest
 import torch
-from fira import FiraAdamW as OfficialFira
-from galore_torch import GaLoreAdamW as OfficialGaLore
+from devices import device_of
 from oracles.low_rank import low_rank_gradient
 from pairs import pairwise
 
 from lowrank_kernels import FiraAdamW, GaLoreAdamW
 from lowrank_kernels.subspace import RANGE_FINDERS, Subspace
 
+OfficialFira = pytest.importorskip("fira").FiraAdamW
+OfficialGaLore = pytest.importorskip("galore_torch").GaLoreAdamW
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 
 STEPS, GAP, RANK = 50, 20, 7
@@ -23,10 +24,10 @@ def official_basis(request):
     return RANGE_FINDERS["svd"](request._replace(matrices=request.matrices.float()))
 
 
-def run_both(method, shape, proj_type, scale, weight_decay, dtype, **ours):
-    """Relative distance of the two trajectories, at its worst step."""
-    rng = torch.Generator().manual_seed(sum(shape))
-    start = torch.randn(shape, generator=rng, dtype=torch.float64).to(dtype)
+def run_both(method, shape, proj_type, scale, weight_decay, dtype, backend="auto", **ours):
+    """Relative distance of the two trajectories, on one device, at its worst step."""
+    rng, device = torch.Generator().manual_seed(sum(shape)), device_of(backend)
+    start = torch.randn(shape, generator=rng, dtype=torch.float64).to(device, dtype)
     weights = [start.clone() for _ in range(2)]
     official_class, our_class = METHODS[method]
     alpha = "alpha" if method == "fira" else "scale"
@@ -44,10 +45,10 @@ def run_both(method, shape, proj_type, scale, weight_decay, dtype, **ours):
     ]
     options = {"lr": 0.05, "weight_decay": weight_decay}
     official = official_class(groups[0], no_deprecation_warning=True, **options)
-    optimizer = our_class(groups[1], **options, **ours)
+    optimizer = our_class(groups[1], backend=backend, **options, **ours)
     worst = 0.0
     for _ in range(STEPS):
-        grad = low_rank_gradient(*shape, rng).to(dtype)
+        grad = low_rank_gradient(*shape, rng).to(start)
         for weight in weights:
             weight.grad = grad.clone()
         official.step()

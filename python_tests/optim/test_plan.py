@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from devices import device_of
 from torch import nn
 
 from lowrank_kernels import AdaRankGradAdamW, FiraAdamW, GaLoreAdamW, LowRankAdamW, Subspace
@@ -123,11 +124,12 @@ class NoKernel:
 def test_workspace_of_triton(shapes, method, monkeypatch):
     for kernel in ("project_kernel", "channel_scale_kernel", "update_kernel"):
         monkeypatch.setattr(f"lowrank_kernels.ops.triton.{kernel}", NoKernel())
-    params = parameters(shapes, torch.float32)
+    device = device_of("triton")
+    params = parameters(shapes, torch.float32, device)
     groups = grouped(params, 17, proj_type="right")
     optimizer = OPTIMIZERS[method](groups, lr=0.01, backend="triton")
     allocations = peak_of_a_step(optimizer, params)
-    planned = planned_workspace(optimizer, "cpu").step
+    planned = planned_workspace(optimizer, device.type).step
     # Counters and tables, which are kept from one step to the next, are planned with each.
     assert allocations.peak_bytes <= planned <= 1.25 * allocations.peak_bytes
 
