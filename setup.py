@@ -2,7 +2,8 @@
 
 Environment:
     LOWRANK_NATIVE: `on` (default) builds the module, `off` leaves it out: no compiler is needed,
-        and the backends are the reference and Triton.
+        and the backends are the reference, foreach and Triton. An editable install still loads a
+        `lowrank_kernels/_native*.so` that an earlier build left in the folder: remove it.
     LOWRANK_CUDA: `auto` (default) builds the CUDA half when nvcc is found, `on` requires it, `off`
         leaves it out.
     LOWRANK_CUDA_ARCHITECTURES: such as `90` or `80;90`; PTX of the last is embedded too.

@@ -12,6 +12,8 @@ import statistics
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+from bench.models import PRESETS
+
 RESULTS = Path(__file__).parent / "results"
 NOT_MEASURED = "**not measured**"
 
@@ -342,12 +344,24 @@ def gpu_goals(records: Records) -> str:
 def _measured(records: Records, value: Callable[[Records], str]) -> str:
     try:
         return value(records)
-    except FileNotFoundError:
+    except (FileNotFoundError, KeyError):
         return NOT_MEASURED
 
 
 def _gpu_row(records: Records, model: str) -> dict:
-    return records[f"model_step-{model}-cuda"]["rows"][0]
+    """Of a model's step at its own rank by triton: its own record's, else that of first contact.
+
+    Raises:
+        FileNotFoundError, KeyError: it was not measured.
+    """
+    if (name := f"model_step-{model}-cuda") in records:
+        return records[name]["rows"][0]
+    rank = PRESETS[model].rank
+    for row in records["first_contact-cuda"]["rows"]:
+        facts = [row.get(key) for key in ("part", "model", "rank", "dtype", "backend")]
+        if facts == ["models", model, rank, "bf16", "triton"]:
+            return row
+    raise KeyError(model)
 
 
 def _of_floor(records: Records) -> str:
@@ -408,7 +422,7 @@ GPU_GOALS = [
     ),
     ("the same at r = m/16", "1.5x", _at_low_rank),
     ("Fira at 60M, times as fast as fused AdamW", "1x", _against("fira", "adamw", ("60m",))),
-    ("launches of a Fira step at 60M", "4 a batch of equal matrices", _launches),
+    ("launches of a Fira step at 60M", "10: 3 or 4 a batch of equal matrices", _launches),
     ("randomized refresh, of a step at T = 200", "at most 2 %", _refresh_share),
     ("slowest step after the first, in medians, 60M", "under 2x", _slowest),
     ("tokens/s against fused AdamW, 60M and 350M", "at least 0.99x", _tokens),

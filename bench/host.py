@@ -16,8 +16,8 @@ called, and nothing is launched: see
 `bench.no_launch`. Gradients lie where they lay at the step before, or have moved. The garbage
 collector sleeps.
 
-With `--models` small matrices stand for those of a model, in batches as large as the model's would
-be on an H200: what Python does depends on how many there are, not on how large they are.
+With `--models` small matrices stand for those of a model, in batches and by kernels as the model's
+would be on an H200: what Python does depends on how many there are, not on how large they are.
 
 The way of a gradient is that of one step of two equal matrices and a bias; no clock is in it.
 Another version of the package is measured where a folder that holds nothing but it comes first:
@@ -35,6 +35,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 from unittest import mock
 
 import torch
@@ -42,25 +43,28 @@ from rich.table import Table
 from torch import Tensor
 
 from bench import no_launch
+from bench.absent_gpu import H200_BYTES, H200_NAME, memory_of_h200
 from bench.calls import PACKAGE, Way, followed
 from bench.cases import DTYPES
 from bench.models import PRESETS
-from bench.options import QUICK_ROUNDS, words
+from bench.options import QUICK_ROUNDS, about, words
 from bench.record import commit, head, result, write_lines
 from bench.replay import Calls, recorded_operations, recorded_passes
 from bench.tables import SPREAD, missing_text, new_table, show
 from bench.timing import Samples, interleaved
 from lowrank_kernels import FiraAdamW, GaLoreAdamW, backends
-from lowrank_kernels.ops import native, products
+from lowrank_kernels.ops import native
 from lowrank_kernels.ops.dispatch import load
 from lowrank_kernels.ops.dry import meta_stands_for
+
+if TYPE_CHECKING:
+    from lowrank_kernels.ops.triton.config import Config, Problem
 
 CPU = torch.device("cpu")
 OURS = {"fira": FiraAdamW, "galore": GaLoreAdamW}
 ADAMW = {"adamw": {"fused": True}, "adamw-foreach": {"foreach": True}}
 IN_PLACE, MOVED = "in place", "moved"
 NEVER = 2**40
-H200_BYTES = 139 * 2**30
 ALIGNED_ELEMENTS = 16
 
 
@@ -78,12 +82,20 @@ class Size:
         return [*[(hidden, hidden)] * 4, *[(ffn, hidden)] * 2, (hidden, ffn)] * self.blocks
 
 
+def stand_in(model: str, size: Size) -> Size:
+    """A model in small, with rows that are a multiple of 16 where its are."""
+    preset = PRESETS[model]
+    ffn = preset.ffn * size.hidden // preset.hidden
+    ffn = -(-ffn // 16) * 16 - (1 if preset.ffn % 16 else 0)
+    return replace(size, blocks=preset.layers, ffn=ffn)
+
+
 @contextmanager
 def batches_of(model: str, size: Size) -> Iterator[None]:
-    """Within it, matrices that stand for a model's go in batches, and by native in tiles, as the
-    model's would on an H200.
+    """Within it, matrices that stand for a model's go in batches, by native in tiles and by triton
+    through the kernels, as the model's would on an H200.
     """
-    preset, workspace = PRESETS[model], H200_BYTES // products.WORKSPACE_SHARE
+    preset = PRESETS[model]
     whole = dict(zip((size.hidden, size.ffn), (preset.hidden, preset.ffn), strict=True))
     scale = preset.hidden // size.hidden
     tile = {"cpu": native.TILE_ELEMENTS["cuda"] // scale**2}
@@ -91,20 +103,42 @@ def batches_of(model: str, size: Size) -> Iterator[None]:
 
     def as_meant(batch_size: Callable[..., int]) -> Callable[..., int]:
         def meant(param: Tensor, grad: Tensor, rank: int) -> int:
-            matrix = torch.empty([whole[length] for length in param.shape], device="meta")
+            shape = [whole[length] for length in param.shape]
+            matrix = torch.empty(shape, dtype=param.dtype, device="meta")
             with meta_stands_for("cuda"):
                 return batch_size(matrix, matrix, preset.rank)
 
         return meant
 
     with ExitStack() as stack:
+        stack.enter_context(memory_of_h200())
         for name in ("native", "triton"):
             backend = load(name)
             replaced = as_meant(backend.batch_size)
             stack.enter_context(mock.patch.object(backend, "batch_size", replaced))
         stack.enter_context(mock.patch.dict(native.TILE_ELEMENTS, tile))
         stack.enter_context(mock.patch.dict(native.TILE_ROWS, rows))
-        stack.enter_context(mock.patch.object(products, "_workspace_bytes", return_value=workspace))
+        stack.enter_context(_kernels_of(whole, preset.rank, scale))
+        yield
+
+
+@contextmanager
+def _kernels_of(whole: dict[int, int], rank: int, scale: int) -> Iterator[None]:
+    """Within it, triton's configurations are those of matrices of the whole size on an H200, and
+    gradients are copied where those would be.
+    """
+    from bench.triton_compile import TARGETS
+    from lowrank_kernels.ops import triton
+
+    h200 = next(target.gpu for target in TARGETS if target.capability == no_launch.CAPABILITY)
+    config_of = triton.config_of
+
+    def meant(operation: str, problem: Problem, _: object) -> Config:
+        lengths = {"channels": whole[problem.channels], "depth": whole[problem.depth]}
+        return config_of(operation, problem._replace(rank=rank, **lengths), h200)
+
+    from_elements = triton.PAD_FROM // scale**2
+    with mock.patch.multiple(triton, config_of=meant, PAD_FROM=from_elements):
         yield
 
 
@@ -213,7 +247,7 @@ def bench_dtype(size: Size, dtype: str, options: argparse.Namespace) -> list[dic
             for prepare in (None, gradients.move)
         )
     return [
-        row(subject, dtype, where, len(params), options.steps, times)
+        {**vars(size), **row(subject, dtype, where, len(params), options.steps, times)}
         for subject in found
         for where, times in ((IN_PLACE, stayed), (MOVED, moved))
     ]
@@ -283,14 +317,14 @@ def ways(methods: list[str]) -> dict[str, dict]:
 
 def table(record: dict, rows: list[dict]) -> Table:
     """A row a subject: gradients in place, and moved."""
-    size = record["size"]
+    card = record["batches_of"]
     found = new_table(
-        f"{record['environment']['device']}, one thread: microseconds a matrix ({size['hidden']}"
-        f" and {size['ffn']}, rank {size['rank']}),"
+        f"{record['environment']['device']}, one thread: microseconds a matrix,"
         f" package {(record['package_commit'] or 'unknown')[:7]}",
         f"{SPREAD}; triton's calls are launches, which do nothing;"
-        f" {missing_text(record['missing'])}",
-        ("model", "dtype", "optimizer", "backend"),
+        + (f" batches as on an {card['gpu']} of {card['bytes'] >> 30} GiB;" if card else "")
+        + f" {missing_text(record['missing'])}",
+        ("model", "sizes", "dtype", "optimizer", "backend"),
         (
             *("matrices", "calls", "step", "calls alone", "Python", "moved: step", "moved: Python"),
             "ms",
@@ -298,7 +332,9 @@ def table(record: dict, rows: list[dict]) -> Table:
     )
     pairs = {}
     for each in rows:
-        key = tuple(each[name] or "" for name in ("model", "dtype", "optimizer", "backend"))
+        sizes = "{hidden}, {ffn}, r{rank}".format(**each)
+        key = (each["model"] or "", sizes)
+        key += tuple(each[name] or "" for name in ("dtype", "optimizer", "backend"))
         pairs.setdefault(key, {})[each["gradients"]] = each
     for key, pair in pairs.items():
         stayed, moved = (pair[where]["us_a_matrix"] for where in (IN_PLACE, MOVED))
@@ -328,13 +364,14 @@ def table_of_ways(found: dict[str, dict]) -> Table:
 
 
 def _parse(arguments: list[str]) -> argparse.Namespace:
-    line = argparse.ArgumentParser(prog="python -m bench.host")
+    line = about("host", __doc__)
     for name, known in (("methods", OURS), ("backends", backends()), ("dtypes", ("fp32", "bf16"))):
         every = ",".join(known)
-        line.add_argument(f"--{name}", type=words(known), default=every, help=f"of {every}")
+        line.add_argument(f"--{name}", type=words(known), default=every, help=f"default: {every}")
     for name, value in (("blocks", 32), ("hidden", 64), ("ffn", 172), ("rank", 16)):
         line.add_argument(f"--{name}", type=int, default=value, help="default: %(default)s")
-    line.add_argument("--models", type=words(PRESETS), default=[], help="instead of --blocks")
+    stood_for = f"instead of --blocks and --ffn; of {', '.join(PRESETS)}"
+    line.add_argument("--models", type=words(PRESETS), default=[], help=stood_for)
     line.add_argument("--rounds", type=int, default=25, help="default: %(default)s")
     line.add_argument("--steps", type=int, default=5, help="in a row; default: %(default)s")
     line.add_argument("--quick", action="store_true", help="seconds: figures of no use")
@@ -373,12 +410,12 @@ def main(arguments: list[str] | None = None) -> None:
             options.launches = stack.enter_context(no_launch.no_launch())
         rows = []
         for model in options.models or [None]:
-            with batches_of(model, size) if model else nullcontext():
-                if model:
-                    size = replace(size, blocks=PRESETS[model].layers)
+            own = stand_in(model, size) if model else size
+            with batches_of(model, own) if model else nullcontext():
                 for dtype in options.dtypes:
-                    rows += [{"model": model} | row for row in bench_dtype(size, dtype, options)]
-        facts = {"size": vars(size), "missing": missing, "package_commit": commit(PACKAGE)}
+                    rows += [{"model": model} | row for row in bench_dtype(own, dtype, options)]
+        card = {"gpu": H200_NAME, "bytes": H200_BYTES} if options.models else None
+        facts = {"batches_of": card, "missing": missing, "package_commit": commit(PACKAGE)}
         facts["ways"] = ways(options.methods)
         record = head("host", "cpu", arguments, **facts)
     if options.out:

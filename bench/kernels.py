@@ -189,7 +189,7 @@ def candidates(backend: str, device: str) -> tuple[dict[str, ModuleType], dict[s
 
 def main(arguments: list[str] | None = None) -> None:
     """Checks, measures, writes and prints; the exit status is 1 if a candidate is wrong."""
-    line = parser("kernels", models="60m,1b", dtypes="bf16,fp32", rounds=15)
+    line = parser("kernels", __doc__, models="60m,1b", dtypes="bf16,fp32", rounds=15)
     line.add_argument("--methods", type=words(METHODS), default="fira,galore")
     options = parse(line, arguments)
     device = torch.device(options.device)

@@ -105,7 +105,9 @@ def table(rows: list[dict]) -> Table:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    options = parse(parser("memory", models="60m,1b,7b", dtypes="bf16", rounds=1), arguments)
+    options = parse(
+        parser("memory", __doc__, models="60m,1b,7b", dtypes="bf16", rounds=1), arguments
+    )
     cases = [(model, dtype) for model in options.models for dtype in options.dtypes]
     rows = [row for case in progress(cases, "counting") for row in plans(*case)]
     accounts = accounting("7b")

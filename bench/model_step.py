@@ -273,7 +273,7 @@ def _figures(row: dict, name: str, own: dict) -> list[str]:
 def main(arguments: list[str] | None = None) -> None:
     """Checks, measures, writes and prints; the exit status is 1 if one of ours is wrong."""
     usual = [name for name, method in METHODS.items() if name not in NOT_HERE]
-    line = parser("model_step", models="60m", dtypes="fp32,bf16", rounds=9)
+    line = parser("model_step", __doc__, models="60m", dtypes="fp32,bf16", rounds=9)
     line.add_argument("--optimizers", type=words(METHODS), default=",".join(usual))
     help_of_ranks = f"integers, preset or {FULL}; default: preset"
     line.add_argument("--ranks", type=lambda text: text.split(","), default="preset",

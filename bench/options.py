@@ -15,11 +15,29 @@ from lowrank_kernels import backends
 QUICK_ROUNDS = 2
 
 
-def parser(bench: str, *, models: str, dtypes: str, rounds: int) -> argparse.ArgumentParser:
-    """A parser with the common options; a bench adds its own."""
+def about(bench: str, text: str | None) -> argparse.ArgumentParser:
+    """A parser whose help begins with the docstring of a bench, as it stands there."""
+    return argparse.ArgumentParser(
+        prog=f"python -m bench.{bench}",
+        description=text,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+
+
+def parser(
+    bench: str,
+    text: str | None,
+    *,
+    models: str,
+    dtypes: str,
+    rounds: int,
+    out: str = "the JSON record; none by default",
+) -> argparse.ArgumentParser:
+    """A parser with the common options; a bench, whose docstring is `text`, adds its own."""
     here = "cuda" if torch.cuda.is_available() else "cpu"
-    result = argparse.ArgumentParser(prog=f"python -m bench.{bench}")
-    result.add_argument("--device", choices=("cpu", "cuda"), default=here)
+    result = about(bench, text)
+    help_of_device = "default: %(default)s here, cuda where there is one"
+    result.add_argument("--device", choices=("cpu", "cuda"), default=here, help=help_of_device)
     usual = "ours; default: triton, on cpu native"
     result.add_argument("--backend", choices=tuple(backends()), help=usual)
     names = f"of {', '.join(PRESETS)}; default: {models}"
@@ -28,7 +46,7 @@ def parser(bench: str, *, models: str, dtypes: str, rounds: int) -> argparse.Arg
     result.add_argument("--dtypes", type=words(DTYPES), default=dtypes, help=names)
     result.add_argument("--rounds", type=int, default=rounds, help="default: %(default)s")
     result.add_argument("--quick", action="store_true", help="seconds: figures of no use")
-    result.add_argument("--out", type=Path, help="the JSON record; none by default")
+    result.add_argument("--out", type=Path, help=out)
     return result
 
 

@@ -2,6 +2,7 @@
 
     python -m bench.predict                     # compiles for sm_90, minutes on two CPU cores
     python -m bench.predict --version 1a2b3c    # keeps the rows of other versions beside its own
+    python -m bench.predict --models 1b         # and those of other models
 
 PREDICTED, NOT MEASURED: the model of `lowrank_kernels.ops.triton.model`, by which the heuristics
 choose tiles, over the registers, the shared memory and the rounds of loads that were compiled. It
@@ -14,7 +15,6 @@ own is excess.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import re
 import sys
@@ -27,9 +27,11 @@ from typing import NamedTuple
 from rich.console import Console
 from rich.table import Table
 
+from bench.absent_gpu import memory_of_h200
 from bench.cases import DTYPES, Case
 from bench.models import PRESETS
-from bench.record import write_lines
+from bench.options import about, words
+from bench.record import Journal, head
 from bench.tables import new_table, progress, show
 from lowrank_kernels.ops.triton.config import Config, Problem
 from lowrank_kernels.ops.triton.model import (
@@ -198,17 +200,15 @@ def cases(
     """
     import torch
 
-    from bench import triton_compile as tools
     from lowrank_kernels.ops import triton as kernels
 
-    gpu = next(target.gpu for target in tools.TARGETS if target.capability == 90)
     for name in models:
         preset = PRESETS[name]
         hidden, ffn = preset.hidden, preset.ffn
         for rank in (hidden // 4, SMALL_RANK):
             for shape, each in (((hidden, hidden), 4), ((ffn, hidden), 2), ((hidden, ffn), 1)):
                 matrix = torch.empty(shape, dtype=torch.bfloat16, device="meta")
-                with tools.mock.patch.object(kernels, "gpu_of", lambda _: gpu):
+                with memory_of_h200():
                     size = kernels.batch_size(matrix, matrix, rank)
                 count = each * preset.layers
                 yield f"{name} r{rank}", Case(*shape, rank, "bf16", method, min(size, count)), count
@@ -316,24 +316,34 @@ def totals_table(rows: list[dict]) -> Table:
     return table
 
 
+def arguments_of(arguments: list[str]) -> argparse.Namespace:
+    line = about("predict", __doc__)
+    usual = ",".join(MODELS)
+    names = f"of {', '.join(PRESETS)}; default: {usual}"
+    line.add_argument("--models", type=words(PRESETS), default=usual, help=names)
+    called = "what the rows are called; default: %(default)s"
+    line.add_argument("--version", default="now", help=called)
+    place = "the JSON record, its tables beside it; default: %(default)s"
+    line.add_argument("--out", type=Path, default=RESULT, help=place)
+    return line.parse_args(arguments)
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Compiles, predicts, writes the record and its rendering, and prints the tables."""
-    parser = argparse.ArgumentParser(prog="python -m bench.predict")
-    parser.add_argument("--models", default=",".join(MODELS), help=f"of {', '.join(PRESETS)}")
-    parser.add_argument("--version", default="now", help="what the rows are called")
-    parser.add_argument("--out", type=Path, default=RESULT, help="the JSON record")
-    options = parser.parse_args(arguments)
+    arguments = sys.argv[1:] if arguments is None else arguments
+    options = arguments_of(arguments)
     if os.environ.get("TRITON_INTERPRET") == "1":
         sys.exit("predict: unset TRITON_INTERPRET, it replaces the compiler")
-    rows = json.loads(options.out.read_text())["rows"] if options.out.exists() else []
-    rows = [row for row in rows if row["version"] != options.version]
-    todo = list(cases(tuple(options.models.split(","))))
-    for model, case, count in progress(todo, "compiling"):
-        rows += rows_of(options.version, model, case, count)
-    import triton
-
-    head = {"bench": "predict", "note": TITLE, "triton": triton.__version__, "rates": asdict(RATES)}
-    write_lines(options.out, head, "rows", rows)
+    journal, todo = Journal(options.out, "predict"), list(cases(tuple(options.models)))
+    facts = {"note": TITLE, "rates": asdict(RATES)}
+    journal.begin(head("predict", "cpu", arguments, **facts))
+    made = [
+        row
+        for model, case, count in progress(todo, "compiling")
+        for row in rows_of(options.version, model, case, count)
+    ]
+    journal.replace(made, "version", "model")
+    rows = journal.rows
     tables = [kernels_table(rows, options.version), totals_table(rows)]
     with options.out.with_suffix(".txt").open("w") as file:
         for table in tables:

@@ -13,6 +13,7 @@ the floor is known. What pre-training leaves has `settings`, `data`, `summary` a
 from __future__ import annotations
 
 import datetime
+import hashlib
 import json
 import math
 import os
@@ -44,11 +45,22 @@ def write_lines(path: Path, head: dict, name: str, rows: list[dict]) -> None:
     unfinished.replace(path)
 
 
+class BadRecord(SystemExit):
+    """Ends the process with one line: a record that cannot be read or written, with the reason."""
+
+
 class Journal:
-    """A record that commands fill one after the other, written after every row."""
+    """A record that commands fill one after the other, written after every row.
+
+    Raises:
+        BadRecord: the file is no such record, or cannot be written.
+    """
 
     def __init__(self, path: Path, bench: str):
-        found = json.loads(path.read_text()) if path.exists() else {}
+        try:
+            found = json.loads(path.read_text()) if path.exists() else {}
+        except (OSError, ValueError) as error:
+            raise BadRecord(f"{path} cannot be read, move it away: {error}") from None
         self._path, self._bench = path, bench
         self.runs: list[dict] = found.get("runs", [])
         self.rows: list[dict] = found.get("rows", [])
@@ -66,12 +78,22 @@ class Journal:
         self.rows.append({**key, "run": len(self.runs) - 1, **row})
         self.save()
 
+    def replace(self, rows: list[dict], *names: str) -> None:
+        """Writes rows in the place of all those that are like one of them in these fields."""
+        keys = {tuple(row[name] for name in names) for row in rows}
+        self.drop(lambda old: tuple(old[name] for name in names) in keys)
+        self.rows += [{"run": len(self.runs) - 1, **row} for row in rows]
+        self.save()
+
     def drop(self, unwanted: Callable[[dict], bool]) -> None:
         self.rows = [row for row in self.rows if not unwanted(row)]
 
     def save(self) -> None:
         head = {"bench": self._bench, "runs": self.runs}
-        write_lines(self._path, head, "rows", self.rows)
+        try:
+            write_lines(self._path, head, "rows", self.rows)
+        except OSError as error:
+            raise BadRecord(f"{self._path} cannot be written: {error}") from None
 
 
 def _finite(value: object) -> object:
@@ -161,6 +183,22 @@ def _cpuinfo(key: str) -> list[str]:
     path = Path("/proc/cpuinfo")
     lines = path.read_text().splitlines() if path.exists() else []
     return [line.split(":", 1)[1].strip() for line in lines if line.startswith(key)]
+
+
+def code() -> str:
+    """What is measured: the commit, with a digest of the sources where it does not say all."""
+    root = Path(__file__).parents[1]
+    found = commit(root)
+    if found and not found.endswith("-dirty"):
+        return found
+    sources = [
+        path for name in ("bench", "lowrank_kernels") for path in root.glob(f"{name}/**/*.py")
+    ]
+    sources += [path for path in root.glob("csrc/**/*") if path.is_file()]
+    digest = hashlib.sha256()
+    for path in sorted(sources):
+        digest.update(str(path.relative_to(root)).encode() + path.read_bytes())
+    return f"{found or 'no commit'}, sources {digest.hexdigest()[:12]}"
 
 
 def commit(folder: Path) -> str | None:

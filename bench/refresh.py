@@ -181,7 +181,7 @@ def table(record: dict, rows: list[dict]) -> Table:
 
 def main(arguments: list[str] | None = None) -> None:
     """Measures, writes and prints; the exit status is 1 if a basis is bad."""
-    line = parser("refresh", models="60m,1b", dtypes="fp32,bf16", rounds=10)
+    line = parser("refresh", __doc__, models="60m,1b", dtypes="fp32,bf16", rounds=10)
     line.add_argument("--gradients", type=Path, help="what bench.gradients saved")
     line.add_argument("--gap", type=int, default=200, help="steps between refreshes")
     options = parse(line, arguments)

@@ -251,7 +251,7 @@ def _ratios(ratios: dict[str, float]) -> list[str]:
 
 def main(arguments: list[str] | None = None) -> None:
     """Checks, measures, writes and prints; the exit status is 1 if a case is wrong."""
-    line = parser("step", models="1b", dtypes="fp32,bf16", rounds=15)
+    line = parser("step", __doc__, models="1b", dtypes="fp32,bf16", rounds=15)
     line.add_argument("--methods", type=words(PACKAGES), default="fira,galore")
     options = parse(line, arguments)
     device = torch.device(options.device)

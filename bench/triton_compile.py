@@ -12,7 +12,6 @@ the TTGIR (`bench.pipelines`). Speed is another question.
 
 from __future__ import annotations
 
-import argparse
 import json
 import multiprocessing
 import os
@@ -41,6 +40,7 @@ from triton.compiler import CompiledKernel
 from triton.runtime import JITFunction, driver
 
 from bench.models import PRESETS
+from bench.options import about
 from bench.pipelines import follow
 from lowrank_kernels.ops import AdamScalars, Matrices, Residual, Scalars, Side
 from lowrank_kernels.ops import triton as launchers
@@ -504,11 +504,12 @@ def write(records: list[Record], path: Path) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     """Compiles, writes the record and prints the table; ends with status 1 if there are hazards."""
-    parser = argparse.ArgumentParser(prog="python -m bench.triton_compile")
-    parser.add_argument("--quick", action="store_true", help="fewer shapes and dtypes")
-    parser.add_argument("--candidates", action="store_true", help="what a tuner may try")
-    parser.add_argument("--out", type=Path, default=RESULT, help="the JSON record")
-    command = parser.parse_args(arguments)
+    line = about("triton_compile", __doc__)
+    line.add_argument("--quick", action="store_true", help="fewer shapes and dtypes")
+    line.add_argument("--candidates", action="store_true", help="all tiles that a tuner may try")
+    text = "the JSON record, written anew; default: %(default)s"
+    line.add_argument("--out", type=Path, default=RESULT, help=text)
+    command = line.parse_args(arguments)
     if os.environ.get("TRITON_INTERPRET") == "1":
         sys.exit("triton_compile: unset TRITON_INTERPRET, it replaces the compiler")
     records = compile_all(command.quick, command.candidates)

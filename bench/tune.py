@@ -11,7 +11,6 @@ choose what the backend takes (`lowrank_kernels.ops.triton.config`), and a recor
 
 from __future__ import annotations
 
-import argparse
 import functools
 import multiprocessing
 import os
@@ -38,6 +37,7 @@ from bench.cases import (
     make_inputs,
 )
 from bench.models import PRESETS
+from bench.options import about, words
 from bench.record import Journal, head
 from bench.timing import Samples, interleaved
 from lowrank_kernels.ops import Matrices, Operations
@@ -196,13 +196,19 @@ def problems(
 
 def main(arguments: list[str] | None = None) -> None:
     """Tunes until everything is in the record or the time is up."""
-    parser = argparse.ArgumentParser(prog="python -m bench.tune")
-    parser.add_argument("--models", default="60m,1b,7b", help=f"of {', '.join(PRESETS)}")
-    parser.add_argument("--dtypes", default="bf16,fp32", help=f"of {', '.join(DTYPES)}")
-    parser.add_argument("--rounds", type=int, default=20)
-    parser.add_argument("--seconds", type=float, default=float("inf"), help="begin nothing after")
-    parser.add_argument("--out", type=Path, default=RESULT, help="the JSON record")
-    options = parser.parse_args(arguments)
+    line = about("tune", __doc__)
+    for name, known, usual in (
+        ("models", PRESETS, "60m,1b,7b"),
+        ("dtypes", DTYPES, "bf16,fp32"),
+    ):
+        text = f"of {', '.join(known)}; default: {usual}"
+        line.add_argument(f"--{name}", type=words(known), default=usual, help=text)
+    line.add_argument("--rounds", type=int, default=20, help="default: %(default)s")
+    text = "begin nothing after; default: no limit"
+    line.add_argument("--seconds", type=float, default=float("inf"), help=text)
+    text = "the JSON record, gone on with; default: %(default)s"
+    line.add_argument("--out", type=Path, default=RESULT, help=text)
+    options = line.parse_args(arguments)
     if not torch.cuda.is_available():
         print("tune: there is no CUDA device, and no other has anything to tune", file=sys.stderr)
         sys.exit(2)
@@ -211,8 +217,7 @@ def main(arguments: list[str] | None = None) -> None:
     journal = Journal(options.out, "tune")
     journal.begin(head("tune", "cuda", sys.argv[1:] if arguments is None else arguments))
     console = Console(stderr=True)
-    names = options.models.split(","), options.dtypes.split(",")
-    found = list(problems(*names, device))
+    found = list(problems(options.models, options.dtypes, device))
     compile_ahead(
         [
             one
@@ -227,8 +232,8 @@ def main(arguments: list[str] | None = None) -> None:
         if time.monotonic() - started > options.seconds:
             console.print("the time is up; the same command goes on")
             break
-        for line in fill(tuner, journal, case, count):
-            console.print(f"{time.monotonic() - started:4.0f} s  {line}")
+        for text in fill(tuner, journal, case, count):
+            console.print(f"{time.monotonic() - started:4.0f} s  {text}")
     print(f"{len(journal.rows)} problems in {options.out}")
 
 

@@ -103,7 +103,8 @@ def checked(case: Case, modules: dict[str, ModuleType], device: torch.device) ->
                     "unequal": unequal(case, module, inputs),
                 }
         except Exception as error:
-            if is_fatal(error):
+            # A full disk is no fault of a kernel.
+            if is_fatal(error) or isinstance(error, OSError):
                 raise
             found[name] = {"raised": text_of(error)}
     return {"backends": found}

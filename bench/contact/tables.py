@@ -190,8 +190,11 @@ def failures(row: dict) -> list[str]:
     """What of a row is wrong, for people to read; a variant that is wrong is no failure."""
     if "error" in row:
         return [row["error"]]
-    wrong = [name for name, one in row.get("backends", {}).items() if not is_right(one)]
+    backends = row.get("backends", {})
+    raised = {name: one["raised"] for name, one in backends.items() if "raised" in one}
+    wrong = [name for name, one in backends.items() if not is_right(one) and name not in raised]
     wrong += row.get("wrong", {})
     for each in row.get("operations", []):
         wrong += [name for name in each["wrong"] if name not in row["configs"]]
-    return [f"{name} is wrong" for name in dict.fromkeys(wrong)]
+    found = [f"{name} raised {reason}" for name, reason in raised.items()]
+    return [*found, *(f"{name} is wrong" for name in dict.fromkeys(wrong))]

@@ -5,8 +5,10 @@ import textwrap
 from collections import Counter, defaultdict
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from ..ops import requested_backend
 from ..optim.param_groups import collapsed
 from ..optim.workspace import Workspace, planned_workspace
 from .models import OPTIMIZERS, Model, add_model_arguments, backend_of, build_optimizer, model_of
@@ -85,6 +87,7 @@ def facts(args: argparse.Namespace) -> dict[str, Any]:
         "dtype": args.dtype,
         "device": args.device,
         "backend": " and ".join(sorted(backends)) or usual,
+        "predicted": _is_predicted(args),
         "memory_bytes": memory,
         "weight_bytes": weights,
         "gradient_bytes": sum(gradients),
@@ -117,6 +120,11 @@ def as_text(facts: dict[str, Any]) -> str:
         " once.",
         *(f"{', '.join(names)}: {remark}." for remark, names in about.items()),
     ]
+    if facts["predicted"]:
+        notes.append(
+            "The backend is predicted: there is no CUDA device here; a GPU checks kernels before"
+            " it takes them."
+        )
     lines = [
         f"{facts['model']}: {facts['architecture']}, {facts['parameters']:,} parameters,"
         f" rank {facts['rank']}, {facts['dtype']}, {facts['backend']} backend on {facts['device']}",
@@ -128,6 +136,12 @@ def as_text(facts: dict[str, Any]) -> str:
         *(textwrap.fill(note, 100, break_on_hyphens=False) for note in notes),
     ]
     return "\n".join(lines)
+
+
+def _is_predicted(args: argparse.Namespace) -> bool:
+    """Whether nobody has named the backend, nor is there a GPU that would choose it."""
+    chosen = requested_backend(args.backend) == "auto"
+    return chosen and args.device == "cuda" and not torch.cuda.is_available()
 
 
 def _memory(args: argparse.Namespace) -> int | None:
@@ -148,7 +162,10 @@ def _needs(
         return sum(map(_adamw_bytes, model.module.parameters())), Workspace(0, 0), None, set()
     optimizer = build_optimizer(name, model, args.backend)
     rows = optimizer.plan()
-    workspace = planned_workspace(optimizer, args.device)
+    # A data sheet's GB are at most so many bytes to torch.
+    size = CARDS.get(args.card, args.memory)
+    memory = None if size is None else round(size * 2**30)
+    workspace = planned_workspace(optimizer, args.device, memory)
     state, remark = sum(row["state_bytes"] for row in rows), _more_than_adamw(rows, model)
     used = {backend_of(args, row).backend for row in rows if row["projected"]}
     return state, workspace, remark, used

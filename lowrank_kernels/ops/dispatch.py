@@ -165,6 +165,8 @@ def _chosen(request: str, kind: Kind) -> Choice:
 
 def _in_words(kind: Kind, choice: Choice) -> str:
     name = f"{kind.device} {_short(kind.param)} weights, {_short(kind.grad)} gradients"
+    if kind.size is not None:
+        name += f", {kind.size.rows} x {kind.size.cols}, rank {kind.size.rank}"
     return f"{name}: {choice.backend} backend ({choice.reason})"
 
 
@@ -188,7 +190,7 @@ def _choose_on_cuda(kind: Kind) -> Choice:
     """The fastest backend that serves the matrices and computes what it should."""
     gpu = _gpu_of(kind.device)
     if gpu is None:
-        return Choice("foreach", "there is no CUDA device that kernels could be checked on")
+        return _predict_on_cuda(kind)
     device, gpu_name = gpu
     order, reason = fastest_first(kind.size, kind.param, gpu_name)
     reasons = [reason]
@@ -198,6 +200,17 @@ def _choose_on_cuda(kind: Kind) -> Choice:
             return Choice(name, "; ".join(reasons))
         reasons.append(obstacle)
     return Choice("foreach", "; ".join(reasons[1:] or reasons))
+
+
+def _predict_on_cuda(kind: Kind) -> Choice:
+    """For a plan on a machine without a GPU: the first that could serve there, if it is right."""
+    order, reason = fastest_first(kind.size, kind.param, None)
+    obstacles = {
+        "triton": _triton_fault() or kind.strides or _dtype_obstacle("triton", kind),
+        "native": native.import_error or _scalars_obstacle(kind) or _dtype_obstacle("native", kind),
+    }
+    name = next(name for name in order if not obstacles.get(name))
+    return Choice(name, f"there is no CUDA device here to check kernels on; {reason}")
 
 
 def _fault(backend: str, device: torch.device, kind: Kind) -> str | None:
@@ -224,13 +237,20 @@ def _native_status() -> tuple[bool, str]:
     return True, f"{facts['compiler']}, {facts['cpu_capability']}, {cuda}"
 
 
-def _triton_status() -> tuple[bool, str]:
+def _triton_fault() -> str | None:
+    """Why the installed triton does not serve."""
     if not _triton_is_installed():
-        return False, "triton is not installed: pip install triton"
+        return "triton is not installed: pip install triton"
     version = _triton_version()
     if version < OLDEST_TRITON:
         found, needed = (".".join(map(str, v)) for v in (version, OLDEST_TRITON))
-        return False, f"triton {found} is too old: {needed} is needed, which comes with torch 2.7"
+        return f"triton {found} is too old: {needed} is needed, which comes with torch 2.7"
+    return None
+
+
+def _triton_status() -> tuple[bool, str]:
+    if fault := _triton_fault():
+        return False, fault
     if _interpreted():
         return True, "Triton's interpreter (TRITON_INTERPRET=1), for tests"
     if not torch.cuda.is_available():
@@ -246,9 +266,13 @@ def _native_obstacle(kind: Kind) -> str | None:
         return f"the native backend runs on cpu and cuda, not on {kind.device_type}"
     if kind.device_type == "cuda" and not native.build_info()["cuda"]:
         return "the native backend was built without its CUDA half"
+    return _scalars_obstacle(kind) or _dtype_obstacle("native", kind)
+
+
+def _scalars_obstacle(kind: Kind) -> str | None:
     if kind.capturable:
         return "the native backend takes its scalars from the host, so it is not capturable"
-    return _dtype_obstacle("native", _KERNEL_DTYPES, kind)
+    return None
 
 
 def _triton_obstacle(kind: Kind) -> str | None:
@@ -259,10 +283,12 @@ def _triton_obstacle(kind: Kind) -> str | None:
         return f"the triton backend runs on cuda, or interpreted on cpu, not on {kind.device_type}"
     # The interpreter multiplies the bit patterns of bf16 and truncates where a GPU rounds.
     dtypes = (torch.float32,) if _interpreted() else _KERNEL_DTYPES
-    return kind.strides or _dtype_obstacle("triton", dtypes, kind)
+    return kind.strides or _dtype_obstacle("triton", kind, dtypes)
 
 
-def _dtype_obstacle(backend: str, dtypes: tuple[torch.dtype, ...], kind: Kind) -> str | None:
+def _dtype_obstacle(
+    backend: str, kind: Kind, dtypes: tuple[torch.dtype, ...] = _KERNEL_DTYPES
+) -> str | None:
     for dtype in (kind.param, kind.grad):
         if dtype not in dtypes:
             return f"the {backend} backend has no {_short(dtype)} here"

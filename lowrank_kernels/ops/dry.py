@@ -9,18 +9,25 @@ from contextvars import ContextVar
 import torch
 from torch import Tensor
 
-# None outside of a dry run.
+# None outside of a dry run, and of a device whose memory nobody named.
 _stood_for: ContextVar[str | None] = ContextVar("_stood_for", default=None)
+_memory: ContextVar[int | None] = ContextVar("_memory", default=None)
 
 
 @contextmanager
-def meta_stands_for(device_type: str) -> Iterator[None]:
+def meta_stands_for(device_type: str, memory_bytes: int | None = None) -> Iterator[None]:
     """Inside of it meta tensors are treated like those of this kind of device."""
-    token = _stood_for.set(device_type)
+    tokens = _stood_for.set(device_type), _memory.set(memory_bytes)
     try:
         yield
     finally:
-        _stood_for.reset(token)
+        _stood_for.reset(tokens[0])
+        _memory.reset(tokens[1])
+
+
+def planned_memory() -> int | None:
+    """Bytes of the device that meta tensors stand for, if they were named."""
+    return _memory.get()
 
 
 def device_type(tensor: Tensor) -> str:

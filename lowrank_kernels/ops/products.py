@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from .contract import Side
+from .dry import planned_memory
 
 # Of a GPU's memory, for what a batch keeps between its operations: a launch, and its Python, serves
 # as many matrices as that allows. Where no GPU is asked, one of 24 GB is meant.
@@ -76,7 +77,9 @@ def stacked(tensors: Sequence[Tensor]) -> Tensor:
 
 def matrices_in_workspace(device: torch.device, matrix_bytes: int) -> int:
     """Matrices a batch on a GPU that keeps so many bytes for each, at least 1."""
-    return max(1, _workspace_bytes(device) // max(1, matrix_bytes))
+    planned = planned_memory() if device.type == "meta" else None
+    workspace = _workspace_bytes(device) if planned is None else planned // WORKSPACE_SHARE
+    return max(1, workspace // max(1, matrix_bytes))
 
 
 @functools.cache

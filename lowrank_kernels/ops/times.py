@@ -8,6 +8,7 @@ bytes and the FLOPs.
 import functools
 import json
 import math
+from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -44,15 +45,17 @@ def fastest_first(size: Size | None, dtype: torch.dtype, gpu: str | None) -> tup
     """The backends, best first, and why, by the nearest case that is known.
 
     Args:
-        size: None for any.
+        size: None for any, which tells what is usual.
         dtype: of the weights.
         gpu: its name.
     """
     # Half precision is one speed.
     alike = [row for row in table() if row.dtype.itemsize == dtype.itemsize]
     alike = [row for row in alike if row.gpu == gpu] or alike
-    if size is None or not alike:
+    if not alike:
         return list(ORDER), "predicted by the number of launches"
+    if size is None:
+        return _usual(alike, gpu)
     nearest = min(alike, key=lambda row: (_distance(row.size, size), row.source != "measured"))
     us, of = nearest.us, nearest.size
     here = (nearest.gpu, nearest.dtype, of) == (gpu, dtype, size)
@@ -61,6 +64,16 @@ def fastest_first(size: Size | None, dtype: torch.dtype, gpu: str | None) -> tup
     times = ", ".join(f"{name} {us[name]:g} us" for name in order if name in us)
     case = f"{of.rows} x {of.cols}, rank {of.rank}, {nearest.gpu}"
     return order, f"{source}: {times} ({case})"
+
+
+def _usual(rows: list[Times], gpu: str | None) -> tuple[list[str], str]:
+    """For any size: the backends that are fastest most often, and how that is known."""
+    fastest = Counter(min(row.us, key=row.us.__getitem__) for row in rows)
+    measured = sum((row.gpu, row.source) == (gpu, "measured") for row in rows)
+    first = ", ".join(f"{name} {count}" for name, count in fastest.most_common())
+    known = f"{measured} measured here, {len(rows) - measured} predicted"
+    order = sorted(ORDER, key=lambda name: -fastest[name])
+    return order, f"by size; fastest in {len(rows)} cases: {first} ({known})"
 
 
 @functools.cache

@@ -30,7 +30,9 @@ class Workspace(NamedTuple):
     refresh: int
 
 
-def planned_workspace(optimizer: LowRankAdamW, device_type: str) -> Workspace:
+def planned_workspace(
+    optimizer: LowRankAdamW, device_type: str, memory_bytes: int | None = None
+) -> Workspace:
     """The largest set of temporaries of an optimizer; nothing is allocated.
 
     Gradients have the dtype of their weights, weights are dense, and no factorization fails. What
@@ -39,13 +41,14 @@ def planned_workspace(optimizer: LowRankAdamW, device_type: str) -> Workspace:
     Args:
         optimizer: its parameters may lie on the meta device.
         device_type: where they would be trained, "cpu" or "cuda".
+        memory_bytes: of the GPU; None for the one that is here, or a small one.
 
     Raises:
         ValueError, BackendUnavailable: the backend was asked for by name and does not serve them.
     """
     request = ops.requested_backend(optimizer.backend)
     step, refresh = [0], [0]
-    with meta_stands_for(device_type):
+    with meta_stands_for(device_type, memory_bytes):
         for group in optimizer.param_groups:
             trained = [param for param in group["params"] if param.requires_grad and param.numel()]
             members = [_member_on_meta(param, group, optimizer.method) for param in trained]

@@ -4,15 +4,19 @@ import contextlib
 import json
 import multiprocessing
 import os
+import signal
 import stat
 import subprocess
+import sys
 import time
 import types
+from pathlib import Path
 
 import pytest
 import torch
 
 from bench import first_contact
+from bench import record as bench_record
 from bench.cases import Case, make_inputs
 from bench.contact import operations, profiled, steps, tables, tasks
 from bench.contact.tasks import Skipped, Task
@@ -24,6 +28,7 @@ from lowrank_kernels.ops import native
 with contextlib.suppress(ImportError):
     import triton  # noqa: F401  # before a test takes TRITON_INTERPRET away
 
+ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
 QUICK = ["--device", "cpu", "--quick"]
 CASE = Case(37, 61, 13, "bf16", "fira", 2)
@@ -83,14 +88,14 @@ def raises(text):
 def worker_is_a_fork(monkeypatch):
     """So that the tasks of a test are its tasks, and may take their process with them."""
 
-    def run(command):
-        options = first_contact.arguments_of(command[3:])
+    def run(command, **_):
         fork = multiprocessing.get_context("fork")
-        process = fork.Process(target=first_contact.work, args=(options, options.worker))
+        process = fork.Process(target=first_contact.main, args=(command[3:],))
         process.start()
         process.join()
         return types.SimpleNamespace(returncode=process.exitcode)
 
+    monkeypatch.setattr(first_contact, "end_with_supervisor", lambda: None)
     monkeypatch.setattr(first_contact, "subprocess", types.SimpleNamespace(run=run))
 
 
@@ -246,7 +251,10 @@ def test_races_wrong_and_unwritten_results_are_found():
     assert found["races"]["shares"]["direction"] <= 1
     assert not found["wrong"]["unequal"]
     assert found["raises"] == {"raised": "ValueError: out of resource: shared memory"}
-    assert tables.failures(row) == [f"{name} is wrong" for name in spoils if name != "right"]
+    assert tables.failures(row) == [
+        "raises raised ValueError: out of resource: shared memory",
+        *(f"{name} is wrong" for name in ("races", "wrong", "unwritten")),
+    ]
     cells = [next(iter(column.cells)) for column in tables.check([row]).columns]
     assert cells[2].endswith("BITS direction")
     assert "WRONG direction" in cells[3]
@@ -262,6 +270,188 @@ def test_an_error_of_the_device_ends_the_process():
     with pytest.raises(RuntimeError, match="unspecified"):
         operations.checked(CASE, {"lost": sabotaged(lost)}, CPU)
     assert not tasks.is_fatal(torch.OutOfMemoryError("CUDA out of memory"))
+
+
+def test_a_full_disk_is_no_fault_of_a_kernel():
+    def full(projection):
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match="No space left"):
+        operations.checked(CASE, {"native": sabotaged(full)}, CPU)
+
+
+def refusal(command, capfd):
+    with pytest.raises(SystemExit) as ended:
+        first_contact.main(command)
+    assert ended.value.code == first_contact.UNUSABLE
+    (line,) = capfd.readouterr().err.splitlines()
+    return line
+
+
+@pytest.fixture
+def tiny_command(tmp_path, monkeypatch, worker_is_a_fork):
+    """Of one case that does nothing."""
+    monkeypatch.setitem(first_contact.PARTS, "tune", lambda options: iter([one("a", dict)]))
+    monkeypatch.setitem(tables.TABLES, "tune", lambda rows: "")
+    return [*QUICK, "--out", str(tmp_path / "contact"), "--parts", "tune"]
+
+
+@pytest.mark.parametrize(
+    ("name", "other"),
+    [("device", "NVIDIA H200"), ("code", "0123abc"), ("quick", False), ("rounds", 15)],
+)
+def test_a_folder_with_figures_of_something_else_is_refused(
+    name, other, tiny_command, tmp_path, monkeypatch, capfd
+):
+    first_contact.main(tiny_command)
+    before = rows_in(tmp_path / "contact")
+    kind = first_contact.kind_of(first_contact.arguments_of(tiny_command))
+    changed = kind | {name: other}
+    monkeypatch.setattr(first_contact, "kind_of", lambda options: changed)
+    capfd.readouterr()
+    line = refusal(tiny_command, capfd)
+    assert f"contact holds figures of {name} {kind[name]}, not {other}: take another" in line
+    assert rows_in(tmp_path / "contact") == before
+    monkeypatch.setattr(first_contact, "kind_of", lambda options: kind)
+    first_contact.main(tiny_command)
+
+
+def test_files_that_change_meanwhile_are_noticed(tiny_command, tmp_path, monkeypatch):
+    """By the worker that takes the place of one that died."""
+    found = tmp_path / "kinds"
+    found.write_text("aab")
+
+    def kind_of(options):
+        first, rest = found.read_text()[:1], found.read_text()[1:]
+        found.write_text(rest)
+        return {"code": first}
+
+    monkeypatch.setattr(first_contact, "kind_of", kind_of)
+    todo = [one("dies", lambda: os._exit(9)), one("next", dict)]
+    monkeypatch.setitem(first_contact.PARTS, "tune", lambda options: iter(todo))
+    with pytest.raises(SystemExit) as ended:
+        first_contact.main(tiny_command)
+    assert ended.value.code == first_contact.UNUSABLE
+    assert [row["case"] for row in rows_in(tmp_path / "contact")] == ["dies"]
+
+
+def test_the_device_is_part_of_what_a_folder_holds(tmp_path, monkeypatch):
+    monkeypatch.setattr(first_contact, "device_name", lambda device: f"a {device}")
+    kind = first_contact.kind_of(options_of(tmp_path))
+    assert kind["device"] == "a cpu"
+    assert kind["quick"]
+    assert kind["backend"] == "native"
+
+
+def test_changed_files_are_another_code(monkeypatch):
+    monkeypatch.setattr(bench_record, "commit", lambda folder: "abc")
+    assert bench_record.code() == "abc"
+    for found, begins in (("abc-dirty", "abc-dirty, sources "), (None, "no commit, sources ")):
+        monkeypatch.setattr(bench_record, "commit", lambda folder, found=found: found)
+        one = bench_record.code()
+        assert one.startswith(begins)
+        assert one == bench_record.code()
+        with monkeypatch.context() as patched:
+            patched.setattr(Path, "read_bytes", lambda path: path.name[:1].encode())
+            assert bench_record.code() != one
+
+
+def test_a_folder_at_which_another_works_is_refused(tiny_command, tmp_path, capfd):
+    with first_contact.locked(tmp_path / "contact"):
+        assert "another command is at work there" in refusal(tiny_command, capfd)
+    first_contact.main(tiny_command)
+
+
+def test_a_damaged_record_is_named(tiny_command, tmp_path, capfd):
+    path = tmp_path / "contact" / "first_contact.json"
+    path.parent.mkdir()
+    path.write_text('{"rows": [')
+    assert f"{path} cannot be read, move it away: " in refusal(tiny_command, capfd)
+    assert path.read_text() == '{"rows": ['
+
+
+def test_a_folder_that_cannot_be_made_is_named(tiny_command, tmp_path, capfd):
+    (tmp_path / "contact").write_text("a file")
+    assert f"{tmp_path / 'contact'} cannot be written: " in refusal(tiny_command, capfd)
+
+
+def test_a_disk_that_fills_up_ends_the_command_and_blames_no_case(
+    tiny_command, tmp_path, monkeypatch, capfd
+):
+    """Of the worker's writes, all but that of a case that begins."""
+    written, supervisor = Journal.put, os.getpid()
+
+    def put(self, row, **key):
+        if "begun" not in row and os.getpid() != supervisor:
+            monkeypatch.setattr("pathlib.Path.write_text", full)
+        return written(self, row, **key)
+
+    def full(path, text):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Journal, "put", put)
+    with pytest.raises(SystemExit) as ended:
+        first_contact.main(tiny_command)
+    assert ended.value.code == first_contact.UNUSABLE
+    assert "first_contact.json cannot be written: " in capfd.readouterr().err
+    (row,) = rows_in(tmp_path / "contact")
+    assert "error" not in row
+
+
+def started(folder, *words):
+    """A command in a process of its own, once its worker is at the first of many cases."""
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "bench.first_contact", *QUICK, *words, "--out", str(folder)]
+    process = subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env=environment,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    assert process.stderr.readline().startswith("check: ")
+    return process
+
+
+def workers_of(process):
+    found = subprocess.run(["ps", "-o", "pid=", "--ppid", str(process.pid)], capture_output=True)
+    return [int(word) for word in found.stdout.split()]
+
+
+def is_alive(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().split()[2] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="processes are looked up in /proc")
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
+def test_a_worker_ends_with_its_supervisor(how, tmp_path):
+    process = started(tmp_path)
+    (worker,) = workers_of(process)
+    process.send_signal(how)
+    process.wait()
+    limit = time.monotonic() + 20
+    while is_alive(worker) and time.monotonic() < limit:
+        time.sleep(0.05)
+    assert not is_alive(worker)
+
+
+def test_control_c_is_told_in_a_line(tmp_path):
+    process = started(tmp_path)
+    os.killpg(process.pid, signal.SIGINT)
+    lines = process.communicate()[1].splitlines()
+    assert process.returncode == first_contact.INTERRUPTED
+    assert [line for line in lines if not line.startswith("check: ")] == [
+        "first_contact: stopped; the same command goes on"
+    ]
+
+
+def test_an_empty_folder_has_nothing_to_show(tmp_path):
+    with pytest.raises(SystemExit, match="has no figures"):
+        first_contact.main([*QUICK, "--out", str(tmp_path), "--show"])
 
 
 def test_the_cases_are_llamas_on_both_sides_and_odd_ones(tmp_path):

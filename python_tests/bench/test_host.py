@@ -12,6 +12,7 @@ import torch
 
 from bench import host
 from bench.calls import Way, followed
+from bench.models import PRESETS
 from bench.replay import recorded_operations, recorded_passes
 from lowrank_kernels import backends
 
@@ -65,22 +66,53 @@ def test_triton_is_called_up_to_its_launches(tmp_path):
     assert record["missing"] == {}
 
 
-def test_batches_are_as_large_as_those_of_the_model(tmp_path):
-    """On an H200: twelve launches for three kinds of matrices, more where one batch would take
-    too much memory.
-    """
+def launches_of(model, method):
+    """Of a step of the real matrices on an H200, batch by batch; nothing has data."""
+    tools = pytest.importorskip("bench.triton_compile")
+    from bench.predict import cases
+
+    target = next(target for target in tools.TARGETS if target.capability == 90)
+    count = 0
+    for name, case, matrices in cases((model,), method):
+        if name == f"{model} r{PRESETS[model].rank}":
+            full, rest = divmod(matrices, case.matrices)
+            for size in [case.matrices] * full + [rest] * (rest > 0):
+                shape, residual = (case.rows, case.cols), tools.FIRA if case.residual else None
+                batch = tools.Case("", shape, case.rank, size, "bf16", "", residual)
+                count += len(tools.launches(target, batch))
+    return count
+
+
+# 60M has kernels that form B themselves, 1B padded copies; 1B and 7B several batches a shape.
+LAUNCHES = {
+    ("60m", "fira"): 10,
+    ("1b", "fira"): 22,
+    ("7b", "fira"): 64,
+    ("60m", "galore"): 6,
+    ("1b", "galore"): 12,
+    ("7b", "galore"): 32,
+}
+
+
+@pytest.mark.parametrize(("model", "method"), LAUNCHES)
+def test_launches_of_a_model_on_an_h200(model, method):
+    assert launches_of(model, method) == LAUNCHES[model, method]
+
+
+def test_stand_ins_are_launched_as_the_model_would_be(tmp_path):
     pytest.importorskip("triton")
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     out = tmp_path / "record.json"
-    options = ["--models", "60m,7b", "--methods", "fira", "--dtypes", "bf16", "--rounds", "3"]
+    options = ["--models", "60m,1b,7b", "--dtypes", "bf16", "--rounds", "1", "--steps", "1"]
     command = [sys.executable, "-m", "bench.host", *options, "--backends", "triton", "--out", out]
     run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
-    rows = [row for row in json.loads(out.read_text())["rows"] if row["backend"]]
-    assert {(row["model"], row["matrices"], row["calls"]) for row in rows} == {
-        ("60m", 56, 12),
-        ("7b", 224, 72),
-    }
+    record = json.loads(out.read_text())
+    rows = [row for row in record["rows"] if row["backend"]]
+    assert {(row["model"], row["optimizer"]): row["calls"] for row in rows} == LAUNCHES
+    sizes = {row["model"]: (row["matrices"], row["blocks"], row["ffn"] % 16) for row in rows}
+    assert sizes == {"60m": (56, 8, 0), "1b": (168, 24, 15), "7b": (224, 32, 0)}
+    assert record["batches_of"] == {"gpu": "NVIDIA H200", "bytes": 139 * 2**30}
 
 
 def test_without_triton_it_is_named_as_missing(tmp_path, monkeypatch):

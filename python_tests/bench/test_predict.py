@@ -9,6 +9,7 @@ pytest.importorskip("triton")
 from bench import predict
 from bench.cases import Case
 from bench.predict import Facts, facts_of, floor, totals, work_of
+from lowrank_kernels.ops import times
 from lowrank_kernels.ops.triton.model import RATES, Rates, Work, resident, seconds
 
 FACTS = Facts(8, 128, 80 * 1024, 4, 64, asynchronous=True, from_registers=False)
@@ -129,14 +130,70 @@ def test_flops_a_byte_of_l2():
 
 def test_the_committed_record_says_what_it_is_and_is_no_better_than_the_floor():
     record = json.loads(predict.RESULT.read_text())
-    assert record["note"] == predict.TITLE
-    assert record["rates"] == asdict(RATES)
+    run = record["runs"][-1]
+    assert run["note"] == predict.TITLE
+    assert run["rates"] == asdict(RATES)
     assert predict.TITLE in predict.RESULT.with_suffix(".txt").read_text()
     assert record["rows"]
     for row in record["rows"]:
         assert row["us"] >= row["floor_us"], row
     for milliseconds, least in totals(record["rows"]).values():
         assert milliseconds > least
+
+
+def test_predicted_times_that_auto_goes_by_are_those_of_the_record():
+    rows = [
+        row for row in json.loads(predict.RESULT.read_text())["rows"] if row["version"] == "now"
+    ]
+    """Those that are left, where some were measured."""
+    for row in (row for row in times.table() if row.source == "predicted"):
+        shape = row.size._asdict() | {"dtype": "bf16"}
+        del shape["side"]
+        us = sum(each["us"] for each in rows if shape.items() <= each["case"].items())
+        assert row.us == {"triton": pytest.approx(us, rel=0.005)}
+
+
+def test_batches_are_those_of_the_gpu_that_is_predicted():
+    """Matrices of N, R and B, and of a copy of G where its rows begin at odd places, in an H200's
+    139 GiB / 128.
+    """
+    sizes = {(m, case.rows, case.cols): case.matrices for m, case, _ in predict.cases(("1b", "7b"))}
+    room = 139 * 2**30 // 128
+    each = {
+        ("1b r512", 2048, 2048): 10 * 2048 * 512,
+        ("1b r512", 5461, 2048): 10 * 5461 * 512,
+        ("1b r512", 2048, 5461): 10 * 5461 * 512 + 2 * 2048 * 5461,
+        ("7b r1024", 4096, 4096): 10 * 4096 * 1024,
+        ("7b r1024", 4096, 11008): 10 * 11008 * 1024,
+    }
+    count = {("1b r512", 2048, 2048): 96}
+    for key, needed in each.items():
+        assert sizes[key] == min(room // needed, count.get(key, 1000))
+
+
+def test_rows_of_other_models_and_versions_stay(tmp_path, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    launch = "channel_scale_kernel", {"BC": 256, "SWEEP": 1024}, FACTS
+    monkeypatch.setattr(predict, "compiled", lambda case: iter([launch]))
+    monkeypatch.setattr(predict, "cases", lambda names: ((f"{n} r64", CASE, 2) for n in names))
+    out = tmp_path / "predict.json"
+    for words in ("--models 60m,1b", "--models 1b --version old", "--models 1b"):
+        predict.main([*words.split(), "--out", str(out)])
+    record = json.loads(out.read_text())
+    found = {(row["version"], row["model"]): row["run"] for row in record["rows"]}
+    assert found == {("now", "60m r64"): 0, ("old", "1b r64"): 1, ("now", "1b r64"): 2}
+    assert len(record["rows"]) == 3
+    for run in record["runs"]:
+        assert run["date"]
+        assert run["environment"]["commit"]
+    assert record["runs"][2]["command"] == "python -m bench.predict --models 1b"
+    assert "old ms" in out.with_suffix(".txt").read_text()
+
+
+def test_an_unknown_model_is_told(capsys):
+    with pytest.raises(SystemExit):
+        predict.main(["--models", "1b,8b"])
+    assert "'8b' is not one of nano" in capsys.readouterr().err
 
 
 def test_versions_stand_side_by_side():

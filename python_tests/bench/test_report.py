@@ -96,3 +96,24 @@ def test_every_picture_and_link_of_a_document_is_there(document):
     assert sum(place.endswith(".png") for place in places) >= 4
     missing = [place for place in places if not (document.parent / place).exists()]
     assert missing == []
+
+
+def test_goals_are_read_from_a_first_contact_too(tmp_path):
+    """Where a model has no record of its own, and nothing that it lacks is invented."""
+
+    def row(model, rank, ms, **other):
+        results = {"fira": {"ms": ms, "launches": 10}, "adamw": {"ms": 3.0}}
+        common = {"part": "models", "dtype": "bf16", "backend": "triton", "wrong": {}}
+        return common | {"model": model, "rank": rank, "results": results} | other
+
+    rows = [
+        {"part": "models", "case": "60m r128 bf16 triton", "error": "raised"},
+        row("60m", 128, 9.0, backend="native"),
+        row("60m", 64, 9.0),
+        row("60m", 128, 2.0),
+    ]
+    write_lines(tmp_path / "first_contact-cuda.json", {"runs": []}, "rows", rows)
+    text = FIGURES["gpu_goals"](Records(tmp_path))
+    assert text.count(NOT_MEASURED) == 8
+    assert "| 1.50x |" in text
+    assert "| 10 |" in text

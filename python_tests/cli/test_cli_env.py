@@ -40,8 +40,9 @@ def test_what_auto_takes(json_of):
         ("cuda", "float32"),
         ("cuda", "bfloat16"),
     ]
-    assert [row["backend"] for row in rows] == ["native", "native", "foreach", "foreach"]
+    assert [row["backend"] for row in rows[:2]] == ["native", "native"]
     assert all(row["reason"] for row in rows)
+    assert all("there is no CUDA device here" in row["reason"] for row in rows[2:])
 
 
 def test_kernels_that_fail_their_check_on_a_gpu(command, json_of, gpu, monkeypatch):

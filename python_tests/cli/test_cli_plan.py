@@ -102,6 +102,24 @@ def test_a_card_is_a_cuda_device_unless_another_is_named(json_of, device, expect
     assert json_of("plan --model 60m --memory 12")["device"] == "cpu"
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_plan_for_a_card_that_is_not_there_is_predicted(command, json_of):
+    """What a GPU would take, in batches as large as its memory allows."""
+    pytest.importorskip("triton")
+    large, small = (
+        json_of(f"plan --model 7b --optimizers fira --card {card}") for card in ("h200", "rtx-4090")
+    )
+    step = {name: x["optimizers"]["fira"]["step_workspace_bytes"] for name, x in
+            (("large", large), ("small", small))}  # fmt: skip
+    assert large["backend"] == small["backend"] == "triton"
+    assert large["predicted"]
+    assert 141 * 2**30 // 128 * 0.9 < step["large"] < 141 * 2**30 // 128 * 1.1
+    assert step["small"] < 24 * 2**30 // 128 * 1.1
+    assert "The backend is predicted" in command("plan --model nano --card h200")[1]
+    for named in ("--card h200 --backend foreach", "--device cpu"):
+        assert not json_of(f"plan --model nano {named}")["predicted"]
+
+
 def test_the_cards(json_of):
     cards = ("rtx-4080", "rtx-4090", "rtx-5090", "l40s", "a6000", "h200")
     memory = [json_of(f"plan --model nano --card {card}")["memory_bytes"] for card in cards]

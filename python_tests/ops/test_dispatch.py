@@ -63,14 +63,26 @@ def test_choice_and_reason(request_, kind, backend, reason):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_kernels_for_a_gpu_that_is_not_there():
-    backend, reason = choose_kind("auto", Kind("cuda", BF16, BF16, size=SQUARE))
-    assert (backend, "no CUDA device" in reason) == ("foreach", True)
+def test_kernels_for_a_gpu_that_is_not_there_are_predicted(monkeypatch):
+    monkeypatch.setattr(dispatch_module, "_triton_fault", lambda: None)
+    none = "there is no CUDA device here to check kernels on; "
+    square, small = Kind("cuda", BF16, BF16, size=SQUARE), Kind("cuda", BF16, BF16, size=SMALL)
+    assert choose_kind("auto", square) == ("native", none + NATIVE_FIRST)
+    assert choose_kind("auto", small).backend == "triton"
+    assert choose_kind("auto", square._replace(capturable=True)).backend == "triton"
+    dispatch_module._chosen.cache_clear()
+    monkeypatch.setattr(dispatch_module, "_triton_fault", lambda: "triton is not installed")
+    assert choose_kind("auto", small).backend == "native"
+    assert choose_kind("auto", square._replace(capturable=True)).backend == "foreach"
 
 
-def test_a_gpu_gets_what_is_fastest_for_a_size(gpu):
+def test_a_gpu_gets_what_is_fastest_for_a_size(gpu, caplog):
+    caplog.set_level(logging.INFO, "lowrank_kernels")
     choices = [choose_kind("auto", Kind("cuda:1", BF16, BF16, size=s)) for s in (SQUARE, SMALL)]
     assert [choice.backend for choice in choices] == ["native", "triton"]
+    sizes = [record.getMessage().split(":")[1] for record in caplog.records]
+    ending = "bfloat16 weights, bfloat16 gradients, 4096 x 4096, rank 1024"
+    assert sizes[0].endswith(ending)
     assert choices[0].reason == NATIVE_FIRST
     unknown = choose_kind("auto", Kind("cuda", FLOAT, FLOAT))
     assert unknown == ("triton", "predicted by the number of launches")
