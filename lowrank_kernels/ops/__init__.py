@@ -1,7 +1,7 @@
 """The three operations of a low-rank step, computed by a backend.
 
     operations = prepare(matrices, backend="native")          # checks; once
-    projection = operations.project_moments(matrices, adam)   # each step
+    projection = operations.project_moments(matrices, adam, step)   # each step
     factor = operations.channel_scale(matrices, projection.sums)
     operations.back_project_update(matrices, projection, factor, scalars)
 
@@ -23,6 +23,7 @@ from .contract import (
     Side,
     check_matrices,
 )
+from .decoded import Decoded
 from .dispatch import BackendUnavailable, Choice, backends, choose, load, requested_backend
 from .times import Size
 
@@ -63,8 +64,11 @@ def prepare(matrices: Matrices, *, backend: str = "reference") -> Operations:
         TypeError: a dtype does not fit.
     """
     check_matrices(matrices)
-    operations: Operations = load(backend).Operations(matrices)
-    return operations
+    module = load(backend)
+    operations: type[Operations] = module.Operations
+    if matrices.exp_avgs[0].dtype in module.MOMENTS:
+        return operations(matrices)
+    return Decoded(matrices, operations)
 
 
 def batch_size(param: Tensor, grad: Tensor, rank: int, *, backend: str = "reference") -> int:

@@ -53,6 +53,9 @@ from .update import resident_update_kernel, update_kernel
 
 __all__ = ["Operations", "batch_size", "obstacle", "sources"]
 
+# Of moments that the operations take as they are stored.
+MOMENTS = (torch.float32, torch.bfloat16, torch.int8)
+
 _OPERANDS = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
@@ -238,7 +241,9 @@ class Operations:
             grid = tiles * triton.cdiv(problem.depth, update.depth), 1, 1
         return _Tiles(project, update, (rows * slots, project.split, 1), grid, slots)
 
-    def project_moments(self, matrices: Matrices, adam: AdamScalars) -> Projection:
+    def project_moments(
+        self, matrices: Matrices, adam: AdamScalars, step: int | Tensor = 0
+    ) -> Projection:
         problem, residual = self._problem, matrices.residual
         stream, grads = current_stream(self._device), self._readable(matrices.grads)
         base, offsets, unit = located = self._located(grads, stream)

@@ -1,0 +1,174 @@
+"""The formats in which a state holds moments: float32, bfloat16, and codes of 8 bits with scales.
+
+A code holds the root of what is largest in a group as Q, and of all else in proportion:
+
+    M = sign(q) (q / 127)^2 A,        A = max |M| of the group,        q from -127 to 127
+    V = S^2,   S = (p / 255)^2 B,     B = max sqrt(V) of the group,    p from 0 to 255
+
+So M follows a square law, and V one of the fourth power: at beta2 = 0.999 V moves by less than half
+a code a step, and what counts is that a small V is never taken for a still smaller one. p is
+rounded stochastically, in bfloat16 too, since to the nearest most of V would never move again; a
+V > 0 never becomes 0, and M = 0 stays 0. Scales are float32: in bfloat16 they would not decay.
+
+A group is 64 channels of one direction of a projected parameter, and 256 elements in row-major
+order of another one; the last may be short.
+
+All of it is products, a division, a root and integers, none of which is followed by an addition, so
+that every backend computes the same bits from the same moments.
+
+Source: the dynamic codes of 8-bit optimizers (arXiv 2110.02861), FlashOptim's companding (arXiv
+2602.23349), stochastic rounding of V against what arXiv 2505.00347 calls signal swamping.
+"""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .contract import CHANNELS_A_SCALE, Side, rank_axis
+from .noise import MOMENTS_SALT, noise, rounded_to_bfloat16
+
+ELEMENTS_A_SCALE = 256
+
+# Codes in units of 2^-16, so that rounding is an addition of integers.
+_UNIT = 16
+_SIGNED, _UNSIGNED = 127, 255
+_NEAREST = 1 << (_UNIT - 1)
+
+FORMATS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}
+
+
+class Stored(NamedTuple):
+    """M and V of one parameter as a state holds them; codes, and nothing else, have scales."""
+
+    exp_avg: Tensor
+    exp_avg_sq: Tensor
+    exp_avg_scale: Tensor | None = None
+    exp_avg_sq_scale: Tensor | None = None
+
+    @classmethod
+    def of(cls, state: Mapping[str, Any]) -> "Stored":
+        """Those of a parameter's state."""
+        return cls(*map(state.get, cls._fields))  # type: ignore[arg-type]
+
+
+class Groups(NamedTuple):
+    """Which elements of a matrix share a scale: so many neighbours along an axis."""
+
+    axis: int
+    size: int
+
+    def scales(self, shape: tuple[int, int]) -> tuple[int, int]:
+        """Shape of the scales of a matrix."""
+        count = list(shape)
+        count[self.axis] = -(-shape[self.axis] // self.size)
+        return count[0], count[1]
+
+
+def channel_groups(side: Side) -> Groups:
+    """Those of a projected parameter's moments, of R's shape."""
+    return Groups(1 - rank_axis(side), CHANNELS_A_SCALE)
+
+
+# Of other parameters, whose elements are a matrix of one row.
+FLAT_GROUPS = Groups(1, ELEMENTS_A_SCALE)
+
+
+def loaded(stored: Stored, groups: Groups) -> tuple[Tensor, Tensor]:
+    """M and V in the dtype of arithmetic: copies, unless they are held in it."""
+    if stored.exp_avg_scale is None or stored.exp_avg_sq_scale is None:
+        wide = torch.promote_types(stored.exp_avg.dtype, torch.float32)
+        return stored.exp_avg.to(wide), stored.exp_avg_sq.to(wide)
+    exp_avg = decoded(stored.exp_avg, stored.exp_avg_scale, groups)
+    return exp_avg, decoded(stored.exp_avg_sq, stored.exp_avg_sq_scale, groups).square_()
+
+
+def store(
+    stored: Stored, exp_avg: Tensor, exp_avg_sq: Tensor, groups: Groups, bits: Tensor | None = None
+) -> None:
+    """Writes M and V into a state.
+
+    Args:
+        stored: where.
+        exp_avg, exp_avg_sq: M and V, 2-D, in the dtype of arithmetic.
+        groups: of codes.
+        bits: int32, below 2^16, of the shape of V, which decide how it is rounded; None rounds to
+            the nearest.
+    """
+    if stored.exp_avg_scale is not None and stored.exp_avg_sq_scale is not None:
+        _encode(stored.exp_avg, stored.exp_avg_scale, exp_avg, groups, None)
+        _encode(stored.exp_avg_sq, stored.exp_avg_sq_scale, exp_avg_sq.sqrt(), groups, bits)
+        return
+    stored.exp_avg.copy_(exp_avg)
+    if stored.exp_avg_sq.dtype is torch.bfloat16 and bits is not None:
+        exp_avg_sq = rounded_to_bfloat16(exp_avg_sq, bits)
+    stored.exp_avg_sq.copy_(exp_avg_sq)
+
+
+def decoded(codes: Tensor, scales: Tensor, groups: Groups) -> Tensor:
+    """M of its codes, int8, or the root of V of its codes, uint8: float32, a new tensor."""
+    share = codes.float() * (1 / _largest(codes))
+    return share.mul_(share.abs()).mul_(_spread(scales, codes, groups))
+
+
+def _encode(
+    codes: Tensor, scales: Tensor, values: Tensor, groups: Groups, bits: Tensor | None
+) -> None:
+    """Writes M or the root of V as codes, each group's largest into `scales`."""
+    sizes = values.abs()
+    scales.copy_(_largest_of_groups(sizes, groups))
+    shares = sizes / _spread(scales.where(scales > 0, 1.0), values, groups)
+    places = (shares.sqrt_() * float(_largest(codes) << _UNIT)).int()
+    found = (places + (_NEAREST if bits is None else bits)) >> _UNIT
+    if codes.dtype is torch.uint8:
+        found = torch.where(values > 0, found.clamp_(min=1), 0)
+    codes.copy_(torch.where(values < 0, -found, found))
+
+
+def _largest(codes: Tensor) -> int:
+    return _SIGNED if codes.dtype is torch.int8 else _UNSIGNED
+
+
+def _largest_of_groups(sizes: Tensor, groups: Groups) -> Tensor:
+    axis, size = groups
+    whole = sizes.shape[axis] // size * size
+    parts = [
+        part.unflatten(axis, (part.shape[axis] // width, width)).amax(axis + 1)
+        for part, width in (
+            (sizes.narrow(axis, 0, whole), size),
+            (sizes.narrow(axis, whole, sizes.shape[axis] - whole), sizes.shape[axis] - whole),
+        )
+        if part.shape[axis]
+    ]
+    return torch.cat(parts, axis) if parts else sizes.new_empty(groups.scales(_shape(sizes)))
+
+
+def _spread(scales: Tensor, like: Tensor, groups: Groups) -> Tensor:
+    """The scale of each element."""
+    axis, size = groups
+    return scales.repeat_interleave(size, axis).narrow(axis, 0, like.shape[axis])
+
+
+def _shape(matrix: Tensor) -> tuple[int, int]:
+    return matrix.shape[0], matrix.shape[1]
+
+
+def channel_noise(exp_avg_sq: Tensor, side: Side, salt: int, step: int | Tensor) -> Tensor:
+    """What rounds V of a projected parameter."""
+    axis, device = rank_axis(side), exp_avg_sq.device
+    channels = torch.arange(exp_avg_sq.shape[1 - axis], device=device).unsqueeze(axis)
+    places = torch.arange(exp_avg_sq.shape[axis], device=device).unsqueeze(1 - axis)
+    return noise(channels, places, salt + MOMENTS_SALT, step)
+
+
+def flat_noise(
+    first: int, count: int, salt: int, step: int | Tensor, device: torch.device
+) -> Tensor:
+    """What rounds elements `first` and following of V of another parameter: 1 x count.
+
+    Their channel is the group that they are of, of which `first` has to be a multiple.
+    """
+    number = torch.arange(first, first + count, device=device).unsqueeze(0)
+    channels, places = number // ELEMENTS_A_SCALE, number % ELEMENTS_A_SCALE
+    return noise(channels, places, salt + MOMENTS_SALT, step)
