@@ -91,7 +91,8 @@ def store(
 
     Args:
         stored: where.
-        exp_avg, exp_avg_sq: M and V, 2-D, in the dtype of arithmetic.
+        exp_avg: M, 2-D, in the dtype of arithmetic.
+        exp_avg_sq: V, likewise.
         groups: of codes.
         bits: int32, below 2^16, of the shape of V, which decide how it is rounded; None rounds to
             the nearest.

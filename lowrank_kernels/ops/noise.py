@@ -16,7 +16,8 @@ def noise(channels: Tensor, places: Tensor, salt: int, step: int | Tensor) -> Te
     """16 random bits for each element.
 
     Args:
-        channels, places: int64, on one device; they are broadcast against each other.
+        channels: int64.
+        places: int64, on the same device; they are broadcast against each other.
         salt: keeps equal matrices apart.
         step: 1-based.
 
