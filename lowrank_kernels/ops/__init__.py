@@ -9,6 +9,8 @@ Shapes and notation are in `contract`, the mathematics in `reference`, the names
 `dispatch`.
 """
 
+from collections.abc import Callable
+
 from torch import Tensor
 
 from .contract import (
@@ -65,7 +67,7 @@ def prepare(matrices: Matrices, *, backend: str = "reference") -> Operations:
     """
     check_matrices(matrices)
     module = load(backend)
-    operations: type[Operations] = module.Operations
+    operations: Callable[[Matrices], Operations] = module.Operations
     if matrices.exp_avgs[0].dtype in module.MOMENTS:
         return operations(matrices)
     return Decoded(matrices, operations)

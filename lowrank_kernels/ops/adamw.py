@@ -37,19 +37,19 @@ def adamw(param: Tensor, grad: Tensor, stored: Stored, scalars: Scalars, salt: i
         part = slice(first, first + size)
         held = _flat_part(stored, part)
         exp_avg, exp_avg_sq = loaded(held, FLAT_GROUPS)
-        direction = _direction(grad.view(1, -1)[:, part], exp_avg, exp_avg_sq, scalars.adam)
+        direction = _direction(grad.view(-1)[part], exp_avg, exp_avg_sq, scalars.adam)
         bits = flat_noise(first, direction.numel(), salt, scalars.step, param.device)
         store(held, exp_avg, exp_avg_sq, FLAT_GROUPS, bits)
-        weight = param.view(1, -1)[:, part]
+        weight = param.view(-1)[part]
         keep = 1 - scalars.decay
         weight.copy_(weight.float() * keep - scalars.step_size * direction)
 
 
 def _flat_part(stored: Stored, part: slice) -> Stored:
     groups = slice(part.start // ELEMENTS_A_SCALE, -(-part.stop // ELEMENTS_A_SCALE))
-    values = (moment.view(1, -1)[:, part] for moment in stored[:2])
-    scales = (None if scale is None else scale.view(1, -1)[:, groups] for scale in stored[2:])
-    return Stored(*values, *scales)
+    exp_avg, exp_avg_sq, *scales = stored
+    values = (moment.view(-1)[part] for moment in (exp_avg, exp_avg_sq))
+    return Stored(*values, *(None if scale is None else scale[groups] for scale in scales))
 
 
 def _direction(grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, adam: AdamScalars) -> Tensor:

@@ -20,7 +20,8 @@ Source: the dynamic codes of 8-bit optimizers (arXiv 2110.02861), FlashOptim's c
 2602.23349), stochastic rounding of V against what arXiv 2505.00347 calls signal swamping.
 """
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -54,16 +55,22 @@ class Stored(NamedTuple):
 
 
 class Groups(NamedTuple):
-    """Which elements of a matrix share a scale: so many neighbours along an axis."""
+    """Which elements share a scale: so many neighbours along an axis of a matrix, or, without an
+    axis, in row-major order.
+    """
 
-    axis: int
+    axis: int | None
     size: int
 
-    def scales(self, shape: tuple[int, int]) -> tuple[int, int]:
-        """Shape of the scales of a matrix."""
-        count = list(shape)
-        count[self.axis] = -(-shape[self.axis] // self.size)
-        return count[0], count[1]
+    def scales(self, shape: Sequence[int]) -> tuple[int, ...]:
+        """Shape of the scales of a tensor."""
+        if self.axis is None:
+            return (-(-math.prod(shape) // self.size),)
+        return tuple(-(-n // self.size) if i == self.axis else n for i, n in enumerate(shape))
+
+
+# Of parameters that are not projected.
+FLAT_GROUPS = Groups(None, ELEMENTS_A_SCALE)
 
 
 def channel_groups(side: Side) -> Groups:
@@ -71,8 +78,17 @@ def channel_groups(side: Side) -> Groups:
     return Groups(1 - rank_axis(side), CHANNELS_A_SCALE)
 
 
-# Of other parameters, whose elements are a matrix of one row.
-FLAT_GROUPS = Groups(1, ELEMENTS_A_SCALE)
+def new_stored(
+    shape: Sequence[int], dtype: torch.dtype, device: torch.device, groups: Groups
+) -> Stored:
+    """M = V = 0; with int8 as dtype in codes."""
+    if dtype is not torch.int8:
+        return Stored(*(torch.zeros(shape, dtype=dtype, device=device) for _ in range(2)))
+    codes = (torch.zeros(shape, dtype=d, device=device) for d in (torch.int8, torch.uint8))
+    scales = (
+        torch.zeros(groups.scales(shape), dtype=torch.float32, device=device) for _ in range(2)
+    )
+    return Stored(*codes, *scales)
 
 
 def loaded(stored: Stored, groups: Groups) -> tuple[Tensor, Tensor]:
@@ -91,7 +107,7 @@ def store(
 
     Args:
         stored: where.
-        exp_avg: M, 2-D, in the dtype of arithmetic.
+        exp_avg: M, in the dtype of arithmetic.
         exp_avg_sq: V, likewise.
         groups: of codes.
         bits: int32, below 2^16, of the shape of V, which decide how it is rounded; None rounds to
@@ -110,7 +126,7 @@ def store(
 def decoded(codes: Tensor, scales: Tensor, groups: Groups) -> Tensor:
     """M of its codes, int8, or the root of V of its codes, uint8: float32, a new tensor."""
     share = codes.float() * (1 / _largest(codes))
-    return share.mul_(share.abs()).mul_(_spread(scales, codes, groups))
+    return share.mul_(share.abs()).mul_(_spread(scales, codes.shape, groups))
 
 
 def _encode(
@@ -119,7 +135,7 @@ def _encode(
     """Writes M or the root of V as codes, each group's largest into `scales`."""
     sizes = values.abs()
     scales.copy_(_largest_of_groups(sizes, groups))
-    shares = sizes / _spread(scales.where(scales > 0, 1.0), values, groups)
+    shares = sizes / _spread(scales.where(scales > 0, 1.0), values.shape, groups)
     places = (shares.sqrt_() * float(_largest(codes) << _UNIT)).int()
     found = (places + (_NEAREST if bits is None else bits)) >> _UNIT
     if codes.dtype is torch.uint8:
@@ -132,27 +148,25 @@ def _largest(codes: Tensor) -> int:
 
 
 def _largest_of_groups(sizes: Tensor, groups: Groups) -> Tensor:
-    axis, size = groups
-    whole = sizes.shape[axis] // size * size
-    parts = [
-        part.unflatten(axis, (part.shape[axis] // width, width)).amax(axis + 1)
-        for part, width in (
-            (sizes.narrow(axis, 0, whole), size),
-            (sizes.narrow(axis, whole, sizes.shape[axis] - whole), sizes.shape[axis] - whole),
-        )
-        if part.shape[axis]
-    ]
-    return torch.cat(parts, axis) if parts else sizes.new_empty(groups.scales(_shape(sizes)))
+    matrix, axis = (sizes, groups.axis) if groups.axis is not None else (sizes.reshape(1, -1), 1)
+    whole = matrix.shape[axis] // groups.size * groups.size
+    rest = matrix.shape[axis] - whole
+    cut = [*matrix.shape[:axis], whole // groups.size, groups.size, *matrix.shape[axis + 1 :]]
+    parts = [matrix.narrow(axis, 0, whole).reshape(cut)]
+    if rest:
+        parts.append(matrix.narrow(axis, whole, rest).unsqueeze(axis))
+    # Only in a group of some elements there is a largest one.
+    found = [part.amax(axis + 1) for part in parts if part.shape[axis]]
+    scales = torch.cat(found, axis) if found else sizes.new_empty(0)
+    return scales.view(groups.scales(sizes.shape))
 
 
-def _spread(scales: Tensor, like: Tensor, groups: Groups) -> Tensor:
+def _spread(scales: Tensor, shape: Sequence[int], groups: Groups) -> Tensor:
     """The scale of each element."""
-    axis, size = groups
-    return scales.repeat_interleave(size, axis).narrow(axis, 0, like.shape[axis])
-
-
-def _shape(matrix: Tensor) -> tuple[int, int]:
-    return matrix.shape[0], matrix.shape[1]
+    if groups.axis is None:
+        return scales.repeat_interleave(groups.size)[: math.prod(shape)].view(shape)
+    spread = scales.repeat_interleave(groups.size, groups.axis)
+    return spread.narrow(groups.axis, 0, shape[groups.axis])
 
 
 def channel_noise(exp_avg_sq: Tensor, side: Side, salt: int, step: int | Tensor) -> Tensor:
@@ -166,10 +180,10 @@ def channel_noise(exp_avg_sq: Tensor, side: Side, salt: int, step: int | Tensor)
 def flat_noise(
     first: int, count: int, salt: int, step: int | Tensor, device: torch.device
 ) -> Tensor:
-    """What rounds elements `first` and following of V of another parameter: 1 x count.
+    """What rounds elements `first` and following of V of another parameter, in row-major order.
 
     Their channel is the group that they are of, of which `first` has to be a multiple.
     """
-    number = torch.arange(first, first + count, device=device).unsqueeze(0)
+    number = torch.arange(first, first + count, device=device)
     channels, places = number // ELEMENTS_A_SCALE, number % ELEMENTS_A_SCALE
     return noise(channels, places, salt + MOMENTS_SALT, step)

@@ -2,6 +2,8 @@
 encoded after it. What other backends do in registers is specified here.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -16,7 +18,7 @@ class Decoded:
     and M may move by half a code, V by one.
     """
 
-    def __init__(self, matrices: Matrices, backend: type[Operations]) -> None:
+    def __init__(self, matrices: Matrices, backend: Callable[[Matrices], Operations]) -> None:
         self._groups = channel_groups(matrices.side)
         self._operations = backend(self._wide(matrices))
 

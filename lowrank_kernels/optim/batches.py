@@ -26,9 +26,14 @@ _GRAD, _MEMORY_LAYOUT = attrgetter("grad"), attrgetter("layout")
 _BASIS_STEP = itemgetter("basis_step")
 STEP = itemgetter("step")
 _MOMENTS = itemgetter("exp_avg", "exp_avg_sq")
-_LOW_RANK = itemgetter("basis", "exp_avg", "exp_avg_sq")
-_LIMITED = itemgetter("basis", "exp_avg", "exp_avg_sq", "limiter_norm")
+_SCALES = itemgetter("exp_avg_scale", "exp_avg_sq_scale")
 _NUMBERS = itemgetter("side", "salt", "moments_step", "gap_factor")
+
+
+def _low_rank(limited: bool, coded: bool) -> tuple[str, ...]:
+    """The tensors of a projected state that a step is prepared for."""
+    scales = ("exp_avg_scale", "exp_avg_sq_scale") if coded else ()
+    return ("basis", "exp_avg", "exp_avg_sq", *scales, *(("limiter_norm",) if limited else ()))
 
 
 class Member(NamedTuple):
@@ -62,9 +67,13 @@ class Batch:
         self.side = Side(self.states[0]["side"])
         self.residual = residual_of(method.residual, float(group["scale"]))
         rounds = method.rounding == "stochastic" and self.params[0].dtype is torch.bfloat16
-        self.salts = tuple(state["salt"] for state in self.states) if rounds else None
+        salts = tuple(state["salt"] for state in self.states)
+        self.salts = salts if rounds else None
+        self._coded = self.states[0]["exp_avg"].dtype is torch.int8
+        low = self.states[0]["exp_avg"].dtype.itemsize < 4
+        self.moment_salts = salts if low else None
         self._resolves = any(is_unresolved(grad) for grad in map(_GRAD, self.params))
-        self._tensors = _LOW_RANK if self.residual is None else _LIMITED
+        self._tensors = itemgetter(*_low_rank(self.residual is not None, self._coded))
         self.operations = ops.prepare(self.matrices(), backend=members[0].backend)
         self.counts: list[int] = []  # steps that each matrix has taken, set before each step
         self._basis_steps: list[int] = []
@@ -79,7 +88,8 @@ class Batch:
         if self.group["maximize"]:
             grads = [-grad for grad in grads]
         tensors = map(list, zip(*map(self._tensors, self.states), strict=True))
-        bases, exp_avgs, exp_avg_sqs, *norms = tensors
+        bases, exp_avgs, exp_avg_sqs, *others = tensors
+        scales: list[list[Tensor]] = [others.pop(0), others.pop(0)] if self._coded else [[], []]
         return Matrices(
             self.side,
             self.residual,
@@ -88,8 +98,11 @@ class Batch:
             bases,
             exp_avgs,
             exp_avg_sqs,
-            norms[0] if norms else [],
+            others[0] if others else [],
             self.salts,
+            scales[0],
+            scales[1],
+            self.moment_salts,
         )
 
     def is_looked_at(self, subspace: Subspace) -> bool:
@@ -217,7 +230,7 @@ def _kind(member: Member, method: Method) -> Hashable:
         if tensor is not None
     )
     age = None if method.capturable else (int(state["step"]), state["moments_step"])
-    return member.backend, state["side"], age, *layouts
+    return member.backend, state["side"], state["exp_avg"].dtype, age, *layouts
 
 
 class Facts(NamedTuple):
@@ -236,7 +249,9 @@ class Facts(NamedTuple):
     states: list[object]
 
 
-def facts_of(groups: list[Group], states: Mapping[Tensor, State], limited: bool) -> Facts | None:
+def facts_of(
+    groups: list[Group], states: Mapping[Tensor, State], limited: bool, coded: bool
+) -> Facts | None:
     """The facts as they are; None where a state is not complete, or holds something else than
     tensors, or a gradient has no strides.
 
@@ -244,8 +259,9 @@ def facts_of(groups: list[Group], states: Mapping[Tensor, State], limited: bool)
         groups: of the optimizer.
         states: of its parameters.
         limited: whether Fira's limiter keeps a norm.
+        coded: whether moments are held as codes.
     """
-    low_rank = _LIMITED if limited else _LOW_RANK
+    low_rank = itemgetter(*_low_rank(limited, coded))
     by_group: list[object] = []
     params: list[Tensor] = []
     own: list[State] = []
@@ -264,6 +280,10 @@ def facts_of(groups: list[Group], states: Mapping[Tensor, State], limited: bool)
         try:
             held += map(STEP, found)
             held += itertools.chain.from_iterable(map(low_rank if projected else _MOMENTS, found))
+            if coded and not projected:
+                # Small ones have none.
+                scaled = filter(operator.methodcaller("__contains__", "exp_avg_scale"), found)
+                held += itertools.chain.from_iterable(map(_SCALES, scaled))
             numbers += map(_NUMBERS, found) if projected else ()
         except KeyError:
             return None

@@ -1,6 +1,7 @@
 """What goes into a state dict and comes out of one: shapes, dtypes, names, and what is refused."""
 
 import logging
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -8,13 +9,16 @@ import torch
 from torch import Tensor
 
 from ..ops.contract import moment_dtype
+from .formats import StateFormat, convert, format_for, format_of
 from .groups import FORMAT, PROJECTION_DEFAULTS, Group, is_projected, named_params, unwrapped
 from .state import State, check_counts, check_shapes, laid_like
 
 logger = logging.getLogger("lowrank_kernels")
 
 # The axis of length r of each is axis 1 of a basis and `rank_axis` of the moments' side.
-RANKED = ("exp_avg", "exp_avg_sq", "first_direction", "basis")
+MOMENTS = ("exp_avg", "exp_avg_sq")
+SCALES = ("exp_avg_scale", "exp_avg_sq_scale")
+RANKED = (*MOMENTS, *SCALES, "first_direction", "basis")
 ON_THE_HOST = ("overlaps",)
 
 
@@ -80,8 +84,10 @@ def unpadded(states: State) -> State:
     }
 
 
-def restore(states: Any, groups: list[Group], state_dict: State, capturable: bool) -> None:
-    """Puts the saved values back in their own dtypes.
+def restore(
+    states: Any, groups: list[Group], state_dict: State, capturable: bool, form: StateFormat
+) -> None:
+    """Puts the saved values back in their own dtypes, and moments into this optimizer's format.
 
     `Optimizer.load_state_dict` casts every floating-point tensor but `step` to the dtype of the
     parameter: float32 moments of bf16 weights would come back as bf16.
@@ -91,9 +97,12 @@ def restore(states: Any, groups: list[Group], state_dict: State, capturable: boo
         groups: of the optimizer.
         state_dict: what was loaded.
         capturable: steps are counted beside the weights.
+        form: of the moments.
     """
+    converted: Counter[StateFormat] = Counter()
     for _, param, projected, key in _saved_params(groups, state_dict["param_groups"]):
-        for entry, value in state_dict["state"].get(key, {}).items():
+        saved = state_dict["state"].get(key, {})
+        for entry, value in saved.items():
             if entry == "step":
                 # It may be a Python float in old files, and on a GPU after a mapped load.
                 device = param.device if capturable else torch.device("cpu")
@@ -101,6 +110,19 @@ def restore(states: Any, groups: list[Group], state_dict: State, capturable: boo
             elif isinstance(value, Tensor):
                 value = _placed(entry, value, param, projected)
             states[param][entry] = value
+        if "exp_avg" in saved:
+            found, own = format_of(saved), format_for(param, projected, form)
+            if found != own:
+                convert(states[param], param, own)
+                converted[found] += 1
+    for found, count in converted.items():
+        logger.warning(
+            "the state dict holds moments of %d parameters in %s: converted to state=%r, each to"
+            " the nearest",
+            count,
+            found,
+            form,
+        )
 
 
 def _placed(entry: str, value: Tensor, param: Tensor, projected: bool) -> Tensor:
@@ -109,7 +131,11 @@ def _placed(entry: str, value: Tensor, param: Tensor, projected: bool) -> Tensor
         return value.to("cpu", copy=True)
     if not value.is_floating_point():
         return value.to(param.device, copy=True)
-    dtype = param.dtype if entry == "basis" else moment_dtype(param.dtype)
+    dtype = moment_dtype(param.dtype)
+    if entry == "basis":
+        dtype = param.dtype
+    elif entry in SCALES or (entry in MOMENTS and value.dtype is torch.bfloat16):
+        return value.to(param.device, copy=True).contiguous()
     if not projected and value.shape == param.shape:
         return laid_like(param, value.to(param.device, dtype, copy=True))
     return value.to(param.device, dtype, copy=True).contiguous()

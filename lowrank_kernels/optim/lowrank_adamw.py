@@ -30,6 +30,7 @@ from .batches import (
 )
 from .checkpoints import check_loadable, padded, restore, unpadded
 from .checks import check_grad, check_matrix, check_memory, check_params, check_shared, is_dense
+from .formats import StateFormat, check_format, convert, format_for, format_of, moments_of
 from .groups import (
     FORMAT,
     PROJECTION_DEFAULTS,
@@ -61,6 +62,7 @@ PART_NAMES = (
     "rounding",
     "capturable",
     "monitor",
+    "state_format",
 )
 PARTS = attrgetter(*PART_NAMES)
 AUTOCAST_DEVICES = tuple(
@@ -130,6 +132,11 @@ class LowRankAdamW(Optimizer):
             where one is due, every `update_proj_gap` steps. An eager step then waits for the device
             once. It needs state that stays in place: no adaptive rank, no reset moments and no
             criterion.
+        state: in which format moments are held: "float32" (float64 for float64 weights),
+            "bfloat16", or "int8", codes of 8 bits with a float32 scale for 64 channels of a
+            direction, or for 256 elements of a parameter that is not projected. Vectors and other
+            small parameters that are not projected stay float32. V is rounded stochastically, with
+            noise that depends on the parameter's name and step only.
         monitor: counts non-finite gradients and steps held back by Fira's limiter for `stats`, at
             the cost of a few small launches a matrix.
 
@@ -165,12 +172,15 @@ class LowRankAdamW(Optimizer):
         maximize: bool = False,
         rounding: Rounding = "nearest",
         capturable: bool = False,
+        state: StateFormat = "float32",
         monitor: bool = False,
     ) -> None:
         self.subspace = Subspace.named(subspace, stagger=not capturable)
         self.residual, self.backend = residual, backend
         self._corrected = corrected
         self.rounding, self.capturable, self.monitor = rounding, capturable, monitor
+        # `state` is what torch calls the states themselves.
+        self.state_format: StateFormat = state
         self.method.check()
         ops.requested_backend(backend)
         self._begin_anew()
@@ -192,6 +202,8 @@ class LowRankAdamW(Optimizer):
         index = len(self.param_groups)
         group = normalized(param_group, self.defaults, index)
         check_params(group, index)
+        for name, param in named_params(group, index):
+            check_format(name, param, self.state_format)
         super().add_param_group(group)
 
     @_not_compiled
@@ -242,7 +254,7 @@ class LowRankAdamW(Optimizer):
         """Project, scale, update."""
         matrices, operations = batch.matrices(), batch.operations
         before = [norm.clone() for norm in matrices.limiter_norms] if self.monitor else []
-        projection = operations.project_moments(matrices, scalars.adam)
+        projection = operations.project_moments(matrices, scalars.adam, scalars.step)
         factor = None
         if projection.sums is not None:
             factor = operations.channel_scale(matrices, projection.sums)
@@ -293,6 +305,24 @@ class LowRankAdamW(Optimizer):
             a gradient).
         """
         return report.plan(self)
+
+    def moments(self, param: Tensor) -> tuple[Tensor, Tensor]:
+        """M and V of a parameter that has taken a step, whatever format they are held in.
+
+        Args:
+            param: of this optimizer.
+
+        Returns:
+            In the shape of R for a projected parameter, rows x r or r x cols, else in the
+            parameter's; float32, float64 for float64 weights. Not to be written to: they may be the
+            state's own tensors.
+
+        Raises:
+            KeyError: it has no state.
+        """
+        if not self.state.get(param):
+            raise KeyError(f"a parameter of shape {tuple(param.shape)} has taken no step here")
+        return moments_of(self.state[param])
 
     def stats(self) -> list[dict[str, Any]]:
         """Says what each projected parameter's subspace is doing; no factorization, no gradient.
@@ -351,7 +381,7 @@ class LowRankAdamW(Optimizer):
             return candidate
 
         def put_back(_: Optimizer) -> None:
-            restore(self.state, self.param_groups, incoming, self.capturable)
+            restore(self.state, self.param_groups, incoming, self.capturable, self.state_format)
             for group, own_names in zip(self.param_groups, names, strict=True):
                 group |= {"format": FORMAT, "method": self.method.described()}
                 if own_names is not None:
@@ -403,6 +433,7 @@ class LowRankAdamW(Optimizer):
             self.rounding,
             self.capturable,
             self.monitor,
+            self.state_format,
         )
 
     def _prepared(self) -> Prepared:
@@ -428,7 +459,8 @@ class LowRankAdamW(Optimizer):
 
     def _facts(self) -> tuple[object, ...]:
         """What has to be equal for batches to serve again."""
-        facts = facts_of(self.param_groups, self.state, self.residual is not None)
+        limited, coded = self.residual is not None, self.state_format == "int8"
+        facts = facts_of(self.param_groups, self.state, limited, coded)
         never_equal = object()
         return *PARTS(self), os.environ.get(ENVIRONMENT_VARIABLE), facts or never_equal
 
@@ -468,6 +500,7 @@ class LowRankAdamW(Optimizer):
         """Who computes a parameter's step, once it is known that one can be taken."""
         assert param.grad is not None
         check_grad(name, param, param.grad)
+        check_format(name, param, self.state_format)
         backend = "torch"
         if is_projected(group):
             check_matrix(name, param)
@@ -486,8 +519,14 @@ class LowRankAdamW(Optimizer):
         state = self.state[param]
         if not state:
             state.update(new_state(param, group, salt, self.method))
-        elif is_projected(group):
+            return Member(name, param, state, place, backend)
+        form = format_for(param, is_projected(group), self.state_format)
+        if format_of(state) != form:
+            convert(state, param, form)
+        if is_projected(group):
             complete(state, salt, self.subspace, *self.method.counters)
+        elif form != "float32":
+            state.setdefault("salt", salt)
         else:
             # A weight may have been laid out anew, as by `.to(memory_format=...)`.
             for entry in ("exp_avg", "exp_avg_sq"):

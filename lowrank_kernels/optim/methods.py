@@ -7,6 +7,7 @@ from torch.optim.optimizer import ParamsT
 from typing_extensions import Unpack
 
 from ..subspace import Subspace
+from .formats import StateFormat
 from .lowrank_adamw import LowRankAdamW
 from .parts import ResidualForm, Rounding
 
@@ -18,6 +19,7 @@ class Options(TypedDict, total=False):
     maximize: bool
     rounding: Rounding
     monitor: bool
+    state: StateFormat
 
 
 class SubspaceOptions(Options, total=False):

@@ -5,6 +5,7 @@ from typing import Literal, NamedTuple
 
 from ..ops import Residual
 from ..subspace import Subspace
+from .formats import STATE_FORMATS, StateFormat
 
 ResidualForm = Literal["official", "paper"]
 RESIDUAL_FORMS = ("official", "paper")
@@ -21,6 +22,7 @@ class Method(NamedTuple):
     rounding: Rounding
     capturable: bool
     monitor: bool
+    state: StateFormat
 
     @property
     def counters(self) -> tuple[str, ...]:
@@ -47,6 +49,8 @@ class Method(NamedTuple):
             raise ValueError(
                 f"rounding must be one of {', '.join(ROUNDINGS)}, got {self.rounding!r}"
             )
+        if self.state not in STATE_FORMATS:
+            raise ValueError(f"state must be one of {', '.join(STATE_FORMATS)}, got {self.state!r}")
         if residual is not None and not subspace.orthonormal:
             raise ValueError(
                 f"residual={residual!r} needs an orthonormal basis, which"

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 from ..ops import Side
+from ..ops.codes import Stored, channel_groups, loaded, new_stored, store
+from ..ops.contract import moment_dtype
 from ..ops.dry import on_host
 from ..ops.notices import notice_once
 from .moments import Corrections, Moments, transferred
@@ -211,7 +213,7 @@ def _turned(item: Due, directions: Tensor, signed: bool) -> tuple[Tensor, Tensor
     """The basis in the dtype of the state's, turned to the old one, and C = P_new^T P_old."""
     basis, overlap = directions.to(item.state["basis"].dtype), None
     if item.previous is not None:
-        wide = item.state["exp_avg"].dtype
+        wide = moment_dtype(basis.dtype)
         overlap = basis.to(wide).mT @ item.previous.to(wide)
     if not signed:
         signs = _signs(basis, overlap)
@@ -239,10 +241,15 @@ def _transfer_moments(item: Due, overlap: Tensor, how: str) -> None:
         return
     state, steps = item.state, item.completed - item.state["moments_step"]
     corrections = Corrections(*(1 - beta**steps for beta in item.betas))
-    old = Moments(state["exp_avg"], state["exp_avg_sq"])
-    new = transferred(how, old, overlap, Side(state["side"]), corrections)
-    for name, moment in new._asdict().items():
-        _store(state, name, moment)
+    side, stored = Side(state["side"]), Stored.of(state)
+    groups = channel_groups(side)
+    new = transferred(how, Moments(*loaded(stored, groups)), overlap, side, corrections)
+    if new.exp_avg.shape != stored.exp_avg.shape:
+        dtype, device = stored.exp_avg.dtype, stored.exp_avg.device
+        stored = new_stored(new.exp_avg.shape, dtype, device, groups)
+        state |= {key: value for key, value in stored._asdict().items() if value is not None}
+    # To the nearest: once an interval, that stops nothing.
+    store(stored, *new, groups)
     if how == "reset":
         state["moments_step"] = item.completed
 
