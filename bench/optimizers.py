@@ -17,7 +17,6 @@ from bench.peers import Recipe
 
 if TYPE_CHECKING:
     import torch
-
     from torch import Tensor
 
     from lowrank_kernels import Subspace
