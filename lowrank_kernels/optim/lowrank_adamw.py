@@ -288,8 +288,8 @@ class LowRankAdamW(Optimizer):
 
         Returns:
             A row for every parameter: name, shape, dtype, projected, side, rank, backend, reason,
-            lr, how fast it moves (lr * scale of a group with a scale), and state_bytes, what its
-            state holds now (0 before its first step).
+            lr, how fast it moves (lr * scale of a group with a scale), state, in which format its
+            moments are held, and state_bytes, what its state holds now (0 before its first step).
         """
         return report.explain(self)
 
@@ -301,8 +301,8 @@ class LowRankAdamW(Optimizer):
 
         Returns:
             A row for every parameter: name, shape, dtype, projected, side, rank (None of an AdamW
-            parameter), weight_bytes, gradient_bytes and state_bytes (both 0 if it does not require
-            a gradient).
+            parameter), state, in which format its moments are held, weight_bytes, gradient_bytes
+            and state_bytes (both 0 if it does not require a gradient).
         """
         return report.plan(self)
 

@@ -50,6 +50,26 @@ class GaLoreAdamW(LowRankAdamW):
         super().__init__(params, lr, betas, eps, weight_decay, residual=None, **options)
 
 
+class GaLoreAdamW8bit(GaLoreAdamW):
+    """`GaLoreAdamW` with `state="int8"`, under the name that it has in `galore-torch`.
+
+    There, eps is 1e-8 and weight_decay 1e-2 by default, moments are in blocks of 256 entries and
+    rounded to the nearest, and those of small matrices stay wide.
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-6,
+        weight_decay: float = 0.0,
+        **options: Unpack[SubspaceOptions],
+    ) -> None:
+        options.setdefault("state", "int8")
+        super().__init__(params, lr, betas, eps, weight_decay, **options)
+
+
 class FiraAdamW(LowRankAdamW):
     """Fira: GaLore plus the rest of the gradient, scaled a channel at a time and limited in growth.
 
