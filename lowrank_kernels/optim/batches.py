@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .. import ops
 from ..ops import AdamScalars, Matrices, Projection, Scalars, Side
+from ..ops.bases import decode_basis, loaded_basis
 from ..ops.contract import adam_of, scalar_of
 from ..ops.tensors import READER
 from ..subspace import Due, Readback, Subspace, is_due, is_measured, measure, next_look
@@ -30,10 +31,11 @@ _SCALES = itemgetter("exp_avg_scale", "exp_avg_sq_scale")
 _NUMBERS = itemgetter("side", "salt", "moments_step", "gap_factor")
 
 
-def _low_rank(limited: bool, coded: bool) -> tuple[str, ...]:
+def _low_rank(limited: bool, coded: bool, coded_basis: bool) -> tuple[str, ...]:
     """The tensors of a projected state that a step is prepared for."""
     scales = ("exp_avg_scale", "exp_avg_sq_scale") if coded else ()
-    return ("basis", "exp_avg", "exp_avg_sq", *scales, *(("limiter_norm",) if limited else ()))
+    others = (("basis_scale",) if coded_basis else ()) + (("limiter_norm",) if limited else ())
+    return ("basis", "exp_avg", "exp_avg_sq", *scales, *others)
 
 
 class Member(NamedTuple):
@@ -58,9 +60,16 @@ class Batch:
         group: the options.
         members: parameters that are equal in all that `batches_of` compares.
         method: the optimizer's parts.
+        room: for the bases, decoded, which batches of a group use in turn; None without codes.
     """
 
-    def __init__(self, group: Group, members: list[Member], method: Method) -> None:
+    def __init__(
+        self,
+        group: Group,
+        members: list[Member],
+        method: Method,
+        room: list[Tensor] | None = None,
+    ) -> None:
         self.group, self.members = group, members
         self.params = [member.param for member in members]
         self.states = [member.state for member in members]
@@ -73,7 +82,9 @@ class Batch:
         low = self.states[0]["exp_avg"].dtype.itemsize < 4
         self.moment_salts = salts if low else None
         self._resolves = any(is_unresolved(grad) for grad in map(_GRAD, self.params))
-        self._tensors = itemgetter(*_low_rank(self.residual is not None, self._coded))
+        names = _low_rank(self.residual is not None, self._coded, room is not None)
+        self._tensors = itemgetter(*names)
+        self._room = room
         self.operations = ops.prepare(self.matrices(), backend=members[0].backend)
         self.counts: list[int] = []  # steps that each matrix has taken, set before each step
         self._basis_steps: list[int] = []
@@ -90,6 +101,9 @@ class Batch:
         tensors = map(list, zip(*map(self._tensors, self.states), strict=True))
         bases, exp_avgs, exp_avg_sqs, *others = tensors
         scales: list[list[Tensor]] = [others.pop(0), others.pop(0)] if self._coded else [[], []]
+        if self._room is not None:
+            codes = zip(bases, others.pop(0), self._room, strict=False)
+            bases = [decode_basis(*of_one) for of_one in codes]
         return Matrices(
             self.side,
             self.residual,
@@ -103,6 +117,7 @@ class Batch:
             scales[0],
             scales[1],
             self.moment_salts,
+            self._room is None,
         )
 
     def is_looked_at(self, subspace: Subspace) -> bool:
@@ -213,8 +228,12 @@ def batches_of(group: Group, members: list[Member], method: Method) -> list[Batc
         _, param, state, _, backend = equal[0]
         assert param.grad is not None
         size = ops.batch_size(param, param.grad, state["basis"].shape[1], backend=backend)
-        parts = (equal[start : start + size] for start in range(0, len(equal), size))
-        batches += [Batch(group, part, method) for part in parts]
+        parts = [equal[start : start + size] for start in range(0, len(equal), size)]
+        room = None
+        if "basis_scale" in state:
+            basis = loaded_basis(state)
+            room = [torch.empty_like(basis, dtype=param.dtype) for _ in parts[0]]
+        batches += [Batch(group, part, method, room) for part in parts]
     return batches
 
 
@@ -249,19 +268,18 @@ class Facts(NamedTuple):
     states: list[object]
 
 
-def facts_of(
-    groups: list[Group], states: Mapping[Tensor, State], limited: bool, coded: bool
-) -> Facts | None:
+def facts_of(groups: list[Group], states: Mapping[Tensor, State], method: Method) -> Facts | None:
     """The facts as they are; None where a state is not complete, or holds something else than
     tensors, or a gradient has no strides.
 
     Args:
         groups: of the optimizer.
         states: of its parameters.
-        limited: whether Fira's limiter keeps a norm.
-        coded: whether moments are held as codes.
+        method: the optimizer's parts.
     """
-    low_rank = itemgetter(*_low_rank(limited, coded))
+    coded = method.state == "int8"
+    names = _low_rank(method.residual is not None, coded, method.basis != "weight")
+    low_rank = itemgetter(*names)
     by_group: list[object] = []
     params: list[Tensor] = []
     own: list[State] = []

@@ -30,7 +30,16 @@ from .batches import (
 )
 from .checkpoints import check_loadable, padded, restore, unpadded
 from .checks import check_grad, check_matrix, check_memory, check_params, check_shared, is_dense
-from .formats import StateFormat, check_format, convert, format_for, format_of, moments_of
+from .formats import (
+    BasisFormat,
+    StateFormat,
+    check_format,
+    convert,
+    convert_basis,
+    format_for,
+    format_of,
+    moments_of,
+)
 from .groups import (
     FORMAT,
     PROJECTION_DEFAULTS,
@@ -63,6 +72,7 @@ PART_NAMES = (
     "capturable",
     "monitor",
     "state_format",
+    "basis_format",
 )
 PARTS = attrgetter(*PART_NAMES)
 AUTOCAST_DEVICES = tuple(
@@ -137,6 +147,10 @@ class LowRankAdamW(Optimizer):
             direction, or for 256 elements of a parameter that is not projected. Vectors and other
             small parameters that are not projected stay float32. V is rounded stochastically, with
             noise that depends on the parameter's name and step only.
+        basis: in which format bases are held: in the "weight"'s dtype, in "int8" with a power of
+            two for each column, or in "int4" with a scale for 64 entries of a column (int8 for
+            bases of an odd number of rows). They are decoded a batch at a time. An int4 basis keeps
+            less than 90 % of an orthonormal one, so that it is not for Fira's residual.
         monitor: counts non-finite gradients and steps held back by Fira's limiter for `stats`, at
             the cost of a few small launches a matrix.
 
@@ -173,6 +187,7 @@ class LowRankAdamW(Optimizer):
         rounding: Rounding = "nearest",
         capturable: bool = False,
         state: StateFormat = "float32",
+        basis: BasisFormat = "weight",
         monitor: bool = False,
     ) -> None:
         self.subspace = Subspace.named(subspace, stagger=not capturable)
@@ -181,6 +196,7 @@ class LowRankAdamW(Optimizer):
         self.rounding, self.capturable, self.monitor = rounding, capturable, monitor
         # `state` is what torch calls the states themselves.
         self.state_format: StateFormat = state
+        self.basis_format: BasisFormat = basis
         self.method.check()
         ops.requested_backend(backend)
         self._begin_anew()
@@ -381,7 +397,7 @@ class LowRankAdamW(Optimizer):
             return candidate
 
         def put_back(_: Optimizer) -> None:
-            restore(self.state, self.param_groups, incoming, self.capturable, self.state_format)
+            restore(self.state, self.param_groups, incoming, self.method)
             for group, own_names in zip(self.param_groups, names, strict=True):
                 group |= {"format": FORMAT, "method": self.method.described()}
                 if own_names is not None:
@@ -434,6 +450,7 @@ class LowRankAdamW(Optimizer):
             self.capturable,
             self.monitor,
             self.state_format,
+            self.basis_format,
         )
 
     def _prepared(self) -> Prepared:
@@ -459,8 +476,7 @@ class LowRankAdamW(Optimizer):
 
     def _facts(self) -> tuple[object, ...]:
         """What has to be equal for batches to serve again."""
-        limited, coded = self.residual is not None, self.state_format == "int8"
-        facts = facts_of(self.param_groups, self.state, limited, coded)
+        facts = facts_of(self.param_groups, self.state, self.method)
         never_equal = object()
         return *PARTS(self), os.environ.get(ENVIRONMENT_VARIABLE), facts or never_equal
 
@@ -524,6 +540,7 @@ class LowRankAdamW(Optimizer):
         if format_of(state) != form:
             convert(state, param, form)
         if is_projected(group):
+            convert_basis(state, param, self.basis_format)
             complete(state, salt, self.subspace, *self.method.counters)
         elif form != "float32":
             state.setdefault("salt", salt)

@@ -5,7 +5,7 @@ from typing import Literal, NamedTuple
 
 from ..ops import Residual
 from ..subspace import Subspace
-from .formats import STATE_FORMATS, StateFormat
+from .formats import BASIS_FORMATS, STATE_FORMATS, BasisFormat, StateFormat
 
 ResidualForm = Literal["official", "paper"]
 RESIDUAL_FORMS = ("official", "paper")
@@ -23,6 +23,7 @@ class Method(NamedTuple):
     capturable: bool
     monitor: bool
     state: StateFormat
+    basis: BasisFormat
 
     @property
     def counters(self) -> tuple[str, ...]:
@@ -51,6 +52,8 @@ class Method(NamedTuple):
             )
         if self.state not in STATE_FORMATS:
             raise ValueError(f"state must be one of {', '.join(STATE_FORMATS)}, got {self.state!r}")
+        if self.basis not in BASIS_FORMATS:
+            raise ValueError(f"basis must be one of {', '.join(BASIS_FORMATS)}, got {self.basis!r}")
         if residual is not None and not subspace.orthonormal:
             raise ValueError(
                 f"residual={residual!r} needs an orthonormal basis, which"
