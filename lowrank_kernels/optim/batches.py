@@ -1,11 +1,12 @@
 """Equal matrices of a parameter group, prepared once and stepped together."""
 
+import functools
 import itertools
 import operator
 import zlib
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from operator import attrgetter, itemgetter
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,11 +32,12 @@ _SCALES = itemgetter("exp_avg_scale", "exp_avg_sq_scale")
 _NUMBERS = itemgetter("side", "salt", "moments_step", "gap_factor")
 
 
-def _low_rank(limited: bool, coded: bool, coded_basis: bool) -> tuple[str, ...]:
-    """The tensors of a projected state that a step is prepared for."""
+@functools.cache
+def _low_rank(limited: bool, coded: bool, coded_basis: bool) -> Callable[[State], tuple[Any, ...]]:
+    """Takes out of a projected state the tensors that a step is prepared for."""
     scales = ("exp_avg_scale", "exp_avg_sq_scale") if coded else ()
     others = (("basis_scale",) if coded_basis else ()) + (("limiter_norm",) if limited else ())
-    return ("basis", "exp_avg", "exp_avg_sq", *scales, *others)
+    return itemgetter("basis", "exp_avg", "exp_avg_sq", *scales, *others)
 
 
 class Member(NamedTuple):
@@ -82,8 +84,7 @@ class Batch:
         low = self.states[0]["exp_avg"].dtype.itemsize < 4
         self.moment_salts = salts if low else None
         self._resolves = any(is_unresolved(grad) for grad in map(_GRAD, self.params))
-        names = _low_rank(self.residual is not None, self._coded, room is not None)
-        self._tensors = itemgetter(*names)
+        self._tensors = _low_rank(self.residual is not None, self._coded, room is not None)
         self._room = room
         self.operations = ops.prepare(self.matrices(), backend=members[0].backend)
         self.counts: list[int] = []  # steps that each matrix has taken, set before each step
@@ -268,18 +269,25 @@ class Facts(NamedTuple):
     states: list[object]
 
 
-def facts_of(groups: list[Group], states: Mapping[Tensor, State], method: Method) -> Facts | None:
+def facts_of(
+    groups: list[Group],
+    states: Mapping[Tensor, State],
+    *,
+    limited: bool,
+    coded: bool,
+    coded_basis: bool,
+) -> Facts | None:
     """The facts as they are; None where a state is not complete, or holds something else than
     tensors, or a gradient has no strides.
 
     Args:
         groups: of the optimizer.
         states: of its parameters.
-        method: the optimizer's parts.
+        limited: whether Fira's limiter keeps a norm.
+        coded: whether moments are codes.
+        coded_basis: whether bases are.
     """
-    coded = method.state == "int8"
-    names = _low_rank(method.residual is not None, coded, method.basis != "weight")
-    low_rank = itemgetter(*names)
+    low_rank = _low_rank(limited, coded, coded_basis)
     by_group: list[object] = []
     params: list[Tensor] = []
     own: list[State] = []

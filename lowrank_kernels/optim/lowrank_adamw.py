@@ -476,7 +476,13 @@ class LowRankAdamW(Optimizer):
 
     def _facts(self) -> tuple[object, ...]:
         """What has to be equal for batches to serve again."""
-        facts = facts_of(self.param_groups, self.state, self.method)
+        facts = facts_of(
+            self.param_groups,
+            self.state,
+            limited=self.residual is not None,
+            coded=self.state_format == "int8",
+            coded_basis=self.basis_format != "weight",
+        )
         never_equal = object()
         return *PARTS(self), os.environ.get(ENVIRONMENT_VARIABLE), facts or never_equal
 

@@ -197,11 +197,11 @@ def check_counts(name: str, state: State, projected: bool) -> None:
 def check_storage(name: str, param: Tensor, state: State) -> None:
     """Raises ValueError if a weight was moved to another dtype or device than its state."""
     wide = moment_dtype(param.dtype)
-    dtypes = {"limiter_norm": wide, **_moment_dtypes(state, wide)}
+    dtypes = _moment_dtypes(state, wide)
     if "basis" in state:
         held = state["basis"].dtype
         dtypes["basis"] = param.dtype if held.is_floating_point else held
-        dtypes["basis_scale"] = torch.float32
+        dtypes |= {"basis_scale": torch.float32, "limiter_norm": wide}
     for key, dtype in dtypes.items():
         value = state.get(key)
         if value is None:
