@@ -149,8 +149,8 @@ class LowRankAdamW(Optimizer):
             noise that depends on the parameter's name and step only.
         basis: in which format bases are held: in the "weight"'s dtype, in "int8" with a power of
             two for each column, or in "int4" with a scale for 64 entries of a column (int8 for
-            bases of an odd number of rows). They are decoded a batch at a time. An int4 basis keeps
-            less than 90 % of an orthonormal one, so that it is not for Fira's residual.
+            bases of an odd number of rows), which keeps nine tenths of each direction. They are
+            decoded a batch at a time.
         monitor: counts non-finite gradients and steps held back by Fira's limiter for `stats`, at
             the cost of a few small launches a matrix.
 
