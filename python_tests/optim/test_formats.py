@@ -25,6 +25,7 @@ from lowrank_kernels.ops.codes import (
     store,
 )
 from lowrank_kernels.ops.contract import AdamScalars
+from lowrank_kernels.ops.weights24 import joined
 
 GAP, STOP, STEPS = 4, 7, 15
 METHODS = {
@@ -317,3 +318,67 @@ def test_the_name_of_galore_torch():
     optimizer.step()
     assert optimizer.state[weight]["exp_avg"].dtype is torch.int8
     assert GaLoreAdamW8bit([weight], state="bfloat16").state_format == "bfloat16"
+
+
+@every_method
+@pytest.mark.parametrize("state", ["float32", "int8"])
+def test_weights_of_24_bits_resume_bit_for_bit(method, state):
+    formats = {"state": state, "basis": "int8", "master": 24}
+    module, optimizer = setup(method, torch.bfloat16, **formats)
+    train(module, optimizer, range(STOP))
+    saved = saved_and_loaded({"model": module.state_dict(), "optimizer": optimizer.state_dict()})
+    twin, resumed = setup(method, torch.bfloat16, seed=1, **formats)
+    twin.load_state_dict(saved["model"])
+    resumed.load_state_dict(saved["optimizer"])
+    for each in ((module, optimizer), (twin, resumed)):
+        train(*each, range(STOP, STEPS))
+    assert_same_bits((module, optimizer), (twin, resumed))
+    held = {row["name"]: row["state_bytes"] for row in optimizer.explain()}
+    assert held == {row["name"]: row["state_bytes"] for row in optimizer.plan()}
+
+
+@pytest.mark.parametrize("backend", ["reference", "foreach", "native"])
+def test_weights_of_24_bits_follow_float32_weights(backend):
+    """Steps of 2^-12 of the weights, which bfloat16 alone loses, under equal gradients."""
+    torch.manual_seed(0)
+    start = torch.randn(70, 24).bfloat16()
+    wide, long, short = (
+        nn.Parameter(start.to(dtype, copy=True)) for dtype in (torch.float32, *[torch.bfloat16] * 2)
+    )
+    options = {"rank": 8, "update_proj_gap": GAP, "scale": 1.0}
+    optimizers = [
+        FiraAdamW(
+            [{"params": [("w", weight)], **options}], lr=2.0**-12, backend=backend, master=master
+        )
+        for weight, master in ((wide, None), (long, 24), (short, None))
+    ]
+    for seed in range(60):
+        grad = torch.randn(70, 24, generator=torch.Generator().manual_seed(seed // 20)).bfloat16()
+        for weight, optimizer in zip((wide, long, short), optimizers, strict=True):
+            weight.grad = grad.to(weight.dtype)
+            optimizer.step()
+    moved = float((wide - start.float()).norm())
+    held = joined(long, optimizers[1].state[long]["low_bits"])
+    assert float((held - wide).norm()) < 0.02 * moved
+    assert float((short.float() - wide).norm()) > 0.1 * moved
+
+
+def test_weights_of_24_bits_are_for_bfloat16():
+    module, optimizer = setup("galore", torch.float32, master=24)
+    train(module, optimizer, range(2))
+    assert not any("low_bits" in state for state in optimizer.state.values())
+    with pytest.raises(ValueError, match=r"master=24 .* stochastically"):
+        setup("galore", master=24, rounding="stochastic")
+    with pytest.raises(ValueError, match="master must be 24 or None, got 16"):
+        setup("galore", master=16)
+
+
+def test_weights_of_24_bits_begin_and_end_between_steps():
+    module, optimizer = setup("fira", torch.bfloat16)
+    train(module, optimizer, range(2))
+    optimizer.master = 24
+    train(module, optimizer, range(2, 4))
+    assert all(state["low_bits"].any() for state in optimizer.state.values())
+    optimizer.master = None
+    train(module, optimizer, range(4, 6))
+    assert not any("low_bits" in state for state in optimizer.state.values())
