@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 from bench import peers
@@ -16,8 +17,11 @@ from bench.peers import Recipe
 
 if TYPE_CHECKING:
     import torch
+    from torch import Tensor
 
     from lowrank_kernels import Subspace
+
+    Build = Callable[[list[dict], float, Recipe], torch.optim.Optimizer]
 
 
 @dataclass(frozen=True)
@@ -28,7 +32,7 @@ class Method:
     What is `compiled` by torch cannot be watched on a CPU.
     """
 
-    build: Callable[[list[dict], float, Recipe], torch.optim.Optimizer]
+    build: Build
     nano_lr: float = 1e-3
     lr: float = 1e-3
     variant: bool = True
@@ -52,8 +56,10 @@ def present(names: Iterable[str], device: str) -> tuple[list[str], dict[str, str
     return here, {name: reason for name, reason in reasons.items() if reason is not None}
 
 
-def _galore(groups: list[dict], lr: float, recipe: Recipe) -> torch.optim.Optimizer:
-    return _galore_in("randomized", groups, lr, recipe)
+def _galore(
+    groups: list[dict], lr: float, recipe: Recipe, state: str = "float32"
+) -> torch.optim.Optimizer:
+    return _galore_in("randomized", groups, lr, recipe, state)
 
 
 def _galore_svd(groups: list[dict], lr: float, recipe: Recipe) -> torch.optim.Optimizer:
@@ -69,26 +75,83 @@ def _galore_together(groups: list[dict], lr: float, recipe: Recipe) -> torch.opt
 
 
 def _galore_in(
-    subspace: str | Subspace, groups: list[dict], lr: float, recipe: Recipe
+    subspace: str | Subspace,
+    groups: list[dict],
+    lr: float,
+    recipe: Recipe,
+    state: str = "float32",
 ) -> torch.optim.Optimizer:
     from lowrank_kernels import GaLoreAdamW
 
-    common = {"lr": lr, "weight_decay": recipe.weight_decay, "backend": recipe.backend}
-    return GaLoreAdamW(groups, subspace=subspace, **common)
+    return GaLoreAdamW(groups, subspace=subspace, **_common(lr, recipe, state))
 
 
-def _fira(groups: list[dict], lr: float, recipe: Recipe) -> torch.optim.Optimizer:
+def _fira(
+    groups: list[dict], lr: float, recipe: Recipe, state: str = "float32"
+) -> torch.optim.Optimizer:
     from lowrank_kernels import FiraAdamW
 
-    common = {"lr": lr, "weight_decay": recipe.weight_decay, "backend": recipe.backend}
-    return FiraAdamW(groups, residual=recipe.residual, **common)
+    return FiraAdamW(groups, residual=recipe.residual, **_common(lr, recipe, state))
 
 
-def _adarankgrad(groups: list[dict], lr: float, recipe: Recipe) -> torch.optim.Optimizer:
+def _adarankgrad(
+    groups: list[dict], lr: float, recipe: Recipe, state: str = "float32"
+) -> torch.optim.Optimizer:
     from lowrank_kernels import AdaRankGradAdamW
 
-    common = {"lr": lr, "weight_decay": recipe.weight_decay, "backend": recipe.backend}
-    return AdaRankGradAdamW(groups, residual_energy=recipe.residual_energy, **common)
+    share = recipe.residual_energy
+    return AdaRankGradAdamW(groups, residual_energy=share, **_common(lr, recipe, state))
+
+
+def _adamw_split(
+    groups: list[dict], lr: float, recipe: Recipe, state: str = "float32"
+) -> torch.optim.Optimizer:
+    """As `peers.adamw_split`, with nothing projected."""
+    from lowrank_kernels import GaLoreAdamW
+
+    split = [
+        {
+            "params": group["params"],
+            "eps": 1e-8,
+            **({"scale": recipe.scale} if "rank" in group else {}),
+        }
+        for group in groups
+    ]
+    return GaLoreAdamW(split, **_common(lr, recipe, state))
+
+
+def _common(lr: float, recipe: Recipe, state: str) -> dict:
+    decay, backend = recipe.weight_decay, recipe.backend
+    return {"lr": lr, "weight_decay": decay, "backend": backend, "state": state}
+
+
+def _on_other_threads(build: Build) -> Build:
+    """Rounded in another order, and so the scatter that no change of a format can be told from."""
+
+    def built(groups: list[dict], lr: float, recipe: Recipe) -> torch.optim.Optimizer:
+        import torch
+
+        torch.set_num_threads(2 if torch.get_num_threads() == 1 else 1)
+        return build(groups, lr, recipe)
+
+    return built
+
+
+def _to_nearest(build: Build) -> Build:
+    """With every V rounded to the nearest: half a code in place of the noise."""
+
+    def built(groups: list[dict], lr: float, recipe: Recipe) -> torch.optim.Optimizer:
+        import torch
+
+        from lowrank_kernels.ops import codes
+
+        def half(channels: Tensor, places: Tensor, salt: int, step: int) -> Tensor:
+            return torch.full(torch.broadcast_shapes(channels.shape, places.shape), 2**15)
+
+        codes.noise = half
+        return build(groups, lr, replace(recipe, backend="reference"))
+
+    return built
 
 
 # Validation losses of nano's default recipe, seed 0, one run a rate:
@@ -119,3 +182,18 @@ METHODS = {
     "bitsandbytes-8bit": Method(peers.bitsandbytes_8bit, packages=("bitsandbytes",)),
     "flashoptim": Method(peers.flashoptim, packages=("flashoptim",), device="cuda"),
 }
+
+# Formats of the moments, of the methods that have a rate of their own.
+for _name, _build in {
+    "adamw-split": _adamw_split,
+    "galore": _galore,
+    "adarankgrad": _adarankgrad,
+    "fira": _fira,
+}.items():
+    _rates = {"nano_lr": METHODS[_name].nano_lr, "lr": METHODS[_name].lr}
+    METHODS |= {
+        f"{_name}-moved": Method(_on_other_threads(_build), **_rates),
+        f"{_name}-bf16": Method(partial(_build, state="bfloat16"), **_rates),
+        f"{_name}-8bit": Method(partial(_build, state="int8"), **_rates),
+        f"{_name}-8bit-nearest": Method(_to_nearest(partial(_build, state="int8")), **_rates),
+    }

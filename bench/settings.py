@@ -70,8 +70,8 @@ class Job:
 
 
 def plan(lrs: dict[str, list[float]], seeds: list[int]) -> list[Job]:
-    """Lists the runs of a comparison in the order in which they are made."""
-    return [Job(name, lr, seed) for name, rates in lrs.items() for lr in rates for seed in seeds]
+    """Lists the runs of a comparison in the order in which they are made: pairs before seeds."""
+    return [Job(name, lr, seed) for seed in seeds for name, rates in lrs.items() for lr in rates]
 
 
 @dataclass(frozen=True)

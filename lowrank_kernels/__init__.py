@@ -3,7 +3,14 @@
 from importlib.metadata import version
 
 from .ops import BackendUnavailable, backends
-from .optim import AdaRankGradAdamW, FiraAdamW, GaLoreAdamW, LowRankAdamW, param_groups
+from .optim import (
+    AdaRankGradAdamW,
+    FiraAdamW,
+    GaLoreAdamW,
+    GaLoreAdamW8bit,
+    LowRankAdamW,
+    param_groups,
+)
 from .subspace import Subspace
 
 __version__ = version("lowrank-kernels")
@@ -13,6 +20,7 @@ __all__ = [
     "BackendUnavailable",
     "FiraAdamW",
     "GaLoreAdamW",
+    "GaLoreAdamW8bit",
     "LowRankAdamW",
     "Subspace",
     "backends",

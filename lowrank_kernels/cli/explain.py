@@ -25,7 +25,7 @@ def facts(args: argparse.Namespace) -> dict[str, Any]:
     """
     backend_of(args)  # a mistake there is told before a model is built
     model = model_of(args)
-    optimizer = build_optimizer(args.optimizer, model, args.backend)
+    optimizer = build_optimizer(args.optimizer, model, args)
     planned = {row["name"]: row for row in optimizer.plan()}
     factors = {
         name: group.get("scale", 1.0)
@@ -44,6 +44,7 @@ def facts(args: argparse.Namespace) -> dict[str, Any]:
         "model": model.name,
         "architecture": model.architecture,
         "optimizer": args.optimizer,
+        "state": args.state,
         "device": args.device,
         "elements": sum(math.prod(row["shape"]) for row in rows),
         "projected_elements": sum(math.prod(row["shape"]) for row in rows if row["projected"]),

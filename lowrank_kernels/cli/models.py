@@ -16,6 +16,7 @@ from torch import nn
 from ..ops import Choice, Side, Size, requested_backend
 from ..ops.dispatch import REQUESTS, Kind, choose_kind
 from ..optim import AdaRankGradAdamW, FiraAdamW, GaLoreAdamW, LowRankAdamW, param_groups
+from ..optim.formats import BASIS_FORMATS, STATE_FORMATS
 from .text import UserError, user_errors
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -78,6 +79,10 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=DTYPES, default="bf16", help="default: %(default)s")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default: cpu")
     parser.add_argument("--backend", choices=REQUESTS, default="auto", help="default: auto")
+    forms = "in which moments are held; default: %(default)s"
+    parser.add_argument("--state", choices=STATE_FORMATS, default="float32", help=forms)
+    forms = "in which bases are held; default: %(default)s"
+    parser.add_argument("--basis", choices=BASIS_FORMATS, default="weight", help=forms)
 
 
 def model_of(args: argparse.Namespace) -> Model:
@@ -103,14 +108,16 @@ def model_of(args: argparse.Namespace) -> Model:
     return Model(name, type(module).__name__, module, rank)
 
 
-def build_optimizer(name: str, model: Model, backend: str) -> LowRankAdamW:
-    """One of `OPTIMIZERS` over the model's groups.
+def build_optimizer(name: str, model: Model, args: argparse.Namespace) -> LowRankAdamW:
+    """One of `OPTIMIZERS` over the model's groups, as the command line asks for it.
 
     Raises:
         UserError: nothing can be projected.
     """
     with user_errors():
-        return OPTIMIZERS[name](param_groups(model.module, model.rank), backend=backend)
+        groups = param_groups(model.module, model.rank)
+        formats = {"state": args.state, "basis": args.basis}
+        return OPTIMIZERS[name](groups, backend=args.backend, **formats)
 
 
 def backend_of(args: argparse.Namespace, row: dict[str, Any] | None = None) -> Choice:

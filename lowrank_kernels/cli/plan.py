@@ -85,6 +85,7 @@ def facts(args: argparse.Namespace) -> dict[str, Any]:
         "parameters": sum(param.numel() for param in params),
         "rank": model.rank,
         "dtype": args.dtype,
+        "state": args.state,
         "device": args.device,
         "backend": " and ".join(sorted(backends)) or usual,
         "predicted": _is_predicted(args),
@@ -127,7 +128,8 @@ def as_text(facts: dict[str, Any]) -> str:
         )
     lines = [
         f"{facts['model']}: {facts['architecture']}, {facts['parameters']:,} parameters,"
-        f" rank {facts['rank']}, {facts['dtype']}, {facts['backend']} backend on {facts['device']}",
+        f" rank {facts['rank']}, {facts['dtype']}, state in {facts['state']},"
+        f" {facts['backend']} backend on {facts['device']}",
         f"weights {amount(facts['weight_bytes'])},"
         f" gradients {amount(facts['gradient_bytes'])}; 1 GB is 10^9 bytes",
         "",
@@ -160,18 +162,19 @@ def _needs(
     """Bytes of the state and of the workspaces, what is to be said of them, and the backends."""
     if name == "adamw":
         return sum(map(_adamw_bytes, model.module.parameters())), Workspace(0, 0), None, set()
-    optimizer = build_optimizer(name, model, args.backend)
+    optimizer = build_optimizer(name, model, args)
     rows = optimizer.plan()
     # A data sheet's GB are at most so many bytes to torch.
     size = CARDS.get(args.card, args.memory)
     memory = None if size is None else round(size * 2**30)
     workspace = planned_workspace(optimizer, args.device, memory)
-    state, remark = sum(row["state_bytes"] for row in rows), _more_than_adamw(rows, model)
+    state = sum(row["state_bytes"] for row in rows)
+    remark = _more_than_adamw(rows, model, args.state)
     used = {backend_of(args, row).backend for row in rows if row["projected"]}
     return state, workspace, remark, used
 
 
-def _more_than_adamw(rows: list[dict[str, Any]], model: Model) -> str | None:
+def _more_than_adamw(rows: list[dict[str, Any]], model: Model, form: str) -> str | None:
     """Why an optimizer's state is larger than AdamW's, or None."""
     params = dict(model.module.named_parameters())
     # Of what is projected, and of what is not.
@@ -189,7 +192,7 @@ def _more_than_adamw(rows: list[dict[str, Any]], model: Model) -> str | None:
     reasons = []
     if ours[False] > adamw[False]:
         reasons.append(
-            f"what is not projected holds float32 moments, {amount(ours[False])} where adamw's take"
+            f"what is not projected holds {form} moments, {amount(ours[False])} where adamw's take"
             f" {amount(adamw[False])}, the largest part {plain.most_common(1)[0][0]}"
         )
     if ours[True] > adamw[True]:

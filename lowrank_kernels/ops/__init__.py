@@ -1,13 +1,15 @@
 """The three operations of a low-rank step, computed by a backend.
 
     operations = prepare(matrices, backend="native")          # checks; once
-    projection = operations.project_moments(matrices, adam)   # each step
+    projection = operations.project_moments(matrices, adam, step)   # each step
     factor = operations.channel_scale(matrices, projection.sums)
     operations.back_project_update(matrices, projection, factor, scalars)
 
 Shapes and notation are in `contract`, the mathematics in `reference`, the names of backends in
 `dispatch`.
 """
+
+from collections.abc import Callable
 
 from torch import Tensor
 
@@ -23,6 +25,7 @@ from .contract import (
     Side,
     check_matrices,
 )
+from .decoded import Decoded
 from .dispatch import BackendUnavailable, Choice, backends, choose, load, requested_backend
 from .times import Size
 
@@ -63,8 +66,11 @@ def prepare(matrices: Matrices, *, backend: str = "reference") -> Operations:
         TypeError: a dtype does not fit.
     """
     check_matrices(matrices)
-    operations: Operations = load(backend).Operations(matrices)
-    return operations
+    module = load(backend)
+    operations: Callable[[Matrices], Operations] = module.Operations
+    if matrices.exp_avgs[0].dtype in module.MOMENTS:
+        return operations(matrices)
+    return Decoded(matrices, operations)
 
 
 def batch_size(param: Tensor, grad: Tensor, rank: int, *, backend: str = "reference") -> int:

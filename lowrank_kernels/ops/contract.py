@@ -9,7 +9,8 @@ Notation (GaLore, arXiv 2403.03507; Fira, arXiv 2410.01623), for a weight W of r
 The rank axis of R is axis 0 on the left and axis 1 on the right. G is summed over that same axis
 for its channel norms, so `rank_axis(side)` serves every channel sum.
 
-Moments are float32, or float64 for float64 weights; that dtype is the dtype of all arithmetic.
+All arithmetic is in float32, or in float64 for float64 weights. Moments are stored in that dtype,
+in bfloat16 or in 8-bit codes (see `codes`), and N is formed of them before they are rounded.
 
 An operation takes a batch: B matrices that are equal in shape, strides, dtypes, side and rank, so
 that a backend can serve them in one launch. What passes between the operations is stacked, one
@@ -29,6 +30,11 @@ from torch import Tensor
 # Below it the difference keeps at least a quarter of either, and the error of |S|^2 from one
 # rounding of R stays under 1.2e-2, systematic signs assumed; random ones average out.
 MAX_KAPPA_HALF_PRECISION = 0.5
+
+
+# Of a projected parameter, that share a scale where moments are codes of 8 bits: 64 divides every
+# tile of operation 1, which therefore finds the largest of a group by itself.
+CHANNELS_A_SCALE = 64
 
 
 class Side(enum.IntEnum):
@@ -54,7 +60,7 @@ def projected_shape(shape: tuple[int, int], side: Side, rank: int) -> tuple[int,
 
 
 def moment_dtype(dtype: torch.dtype) -> torch.dtype:
-    """float64 for float64 weights, else float32: a bf16 V never decays at beta2 = 0.999."""
+    """Of the arithmetic for weights of a dtype: float64 for float64, else float32."""
     return torch.promote_types(dtype, torch.float32)
 
 
@@ -132,20 +138,25 @@ class Matrices(NamedTuple):
         params: W, rows x cols; operation 3 writes it.
         grads: G, rows x cols, real floating point, any strides.
         bases: P, rows x r on the left, cols x r on the right.
-        exp_avgs: M, r x cols on the left, rows x r on the right; float32 or float64, contiguous;
-            operation 1 writes it.
-        exp_avg_sqs: V, as `exp_avgs`.
+        exp_avgs: M, r x cols on the left, rows x r on the right; float32, float64, bfloat16 or
+            codes in int8, contiguous; operation 1 writes it.
+        exp_avg_sqs: V, as `exp_avgs`; codes in uint8.
         limiter_norms: 0-d, the norm that Fira's limiter stored last, 0 or -1 for none (see
             `reference.channel_scale`); operation 2 writes it. Empty without a residual.
         salts: rounds bfloat16 weights stochastically; None rounds to nearest.
+        exp_avg_scales: float32, contiguous, a scale for 64 channels of each direction:
+            r x ceil(cols / 64) on the left, ceil(rows / 64) x r on the right. Empty without codes.
+        exp_avg_sq_scales: as `exp_avg_scales`.
+        moment_salts: rounds V stochastically where it is held in fewer than 32 bits; None rounds
+            to nearest.
+        orthonormal: whether the bases are, up to the rounding of their dtype. Of codes they are
+            not: then |S|^2 has to be formed literally where it is a small difference, see
+            `MAX_KAPPA_HALF_PRECISION`.
 
-    Stochastic rounding draws from a counter, no generator's state. Element (c, d) of a matrix, c
-    its channel and d its place in the channel, is rounded away from zero if the 16 bits that
-    bfloat16 drops and the lower 16 bits of
-
-        mix(mix(key + c) + d),   key = mix(salt + mix(step)),   in 32-bit unsigned arithmetic,
-
-    add up to 2^16 or more. Salts below 2^32, one a matrix, keep equal matrices apart.
+    Stochastic rounding draws from a counter, see `noise`: for element (c, d) of a matrix, c its
+    channel and d its place in the channel. A bfloat16 weight is rounded away from zero if the 16
+    bits that bfloat16 drops and those of the noise add up to 2^16 or more. Salts below 2^32, one a
+    matrix, keep equal matrices apart.
     """
 
     side: Side
@@ -157,10 +168,19 @@ class Matrices(NamedTuple):
     exp_avg_sqs: list[Tensor]
     limiter_norms: list[Tensor]
     salts: tuple[int, ...] | None = None
+    exp_avg_scales: Sequence[Tensor] = ()
+    exp_avg_sq_scales: Sequence[Tensor] = ()
+    moment_salts: tuple[int, ...] | None = None
+    orthonormal: bool = True
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the arithmetic, and so of R, N, the sums and the limiter's norms."""
+        return moment_dtype(self.exp_avgs[0].dtype)
 
 
 class ChannelSums(NamedTuple):
-    """Squared norms of each channel of N, R and E = G - kappa back(R), in the moments' dtype.
+    """Squared norms of each channel of N, R and E = G - kappa back(R), in the dtype of arithmetic.
 
     E need not be formed: for an orthonormal basis |e_j|^2 = |g_j|^2 - (2 kappa - kappa^2) |r_j|^2.
     B x channels each. A backend may hand over B x slots x channels instead, partial sums that add
@@ -196,9 +216,12 @@ class Operations(Protocol):
     but of the same layout: nothing else is checked again. Notation as at the head of this file.
     """
 
-    def project_moments(self, matrices: Matrices, adam: AdamScalars) -> Projection:
+    def project_moments(
+        self, matrices: Matrices, adam: AdamScalars, step: int | Tensor = 0
+    ) -> Projection:
         """Operation 1: R = P^T G or G P, the Adam moments of R in place, the direction N, and
-        Fira's channel sums if there is a residual.
+        Fira's channel sums if there is a residual. From `step`, see `Scalars.step`, draws what
+        rounds the moments.
 
         Source: GaLore (arXiv 2403.03507), algorithm 2; Fira (arXiv 2410.01623), algorithm 1.
         """
@@ -254,20 +277,37 @@ def check_matrices(matrices: Matrices) -> None:
     _check_like("grad", grad, shape, grad.dtype, device)
     _check_like("basis", basis, basis_shape(shape, matrices.side, rank), basis.dtype, device)
     _check_like("exp_avg", exp_avg, low, exp_avg.dtype, device)
-    if exp_avg.dtype not in (torch.float32, torch.float64):
-        raise TypeError(f"exp_avg must be float32 or float64, got {exp_avg.dtype}")
-    _check_like("exp_avg_sq", exp_avg_sq, low, exp_avg.dtype, device)
+    if exp_avg.dtype not in (torch.float32, torch.float64, torch.bfloat16, torch.int8):
+        raise TypeError(f"exp_avg must be float32, float64, bfloat16 or int8, got {exp_avg.dtype}")
+    coded = exp_avg.dtype is torch.int8
+    if torch.float64 in (param.dtype, grad.dtype) and exp_avg.dtype.itemsize < 4:
+        raise TypeError(f"moments in {exp_avg.dtype} are for float32 and half precision")
+    _check_like("exp_avg_sq", exp_avg_sq, low, torch.uint8 if coded else exp_avg.dtype, device)
+    if coded:
+        axis = 1 - rank_axis(matrices.side)
+        scales = (
+            (name, _first(name, tensors, count))
+            for name, tensors in (
+                ("exp_avg_scale", matrices.exp_avg_scales),
+                ("exp_avg_sq_scale", matrices.exp_avg_sq_scales),
+            )
+        )
+        expected = tuple(-(-n // CHANNELS_A_SCALE) if i == axis else n for i, n in enumerate(low))
+        for name, scale in scales:
+            _check_like(name, scale, expected, torch.float32, device)
+            if not scale.is_contiguous():
+                raise ValueError(f"{name} must be contiguous, got strides {scale.stride()}")
     for name, moment in (("exp_avg", exp_avg), ("exp_avg_sq", exp_avg_sq)):
         if not moment.is_contiguous():
             raise ValueError(f"{name} must be contiguous, got strides {moment.stride()}")
     if matrices.residual is not None:
         limiter_norm = _first("limiter_norm", matrices.limiter_norms, count)
-        _check_like("limiter_norm", limiter_norm, (), exp_avg.dtype, device)
-    if matrices.salts is not None:
-        if param.dtype is not torch.bfloat16:
-            raise TypeError(f"stochastic rounding serves bfloat16 weights, param is {param.dtype}")
-        if len(matrices.salts) != count:
-            raise ValueError(f"salts: a batch needs {count}, got {len(matrices.salts)}")
+        _check_like("limiter_norm", limiter_norm, (), matrices.dtype, device)
+    if matrices.salts is not None and param.dtype is not torch.bfloat16:
+        raise TypeError(f"stochastic rounding serves bfloat16 weights, param is {param.dtype}")
+    for name, salts in (("salts", matrices.salts), ("moment_salts", matrices.moment_salts)):
+        if salts is not None and len(salts) != count:
+            raise ValueError(f"{name}: a batch needs {count}, got {len(salts)}")
 
 
 def _first(name: str, tensors: Sequence[Tensor], count: int) -> Tensor:

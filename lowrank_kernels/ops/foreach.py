@@ -40,6 +40,9 @@ from .products import (
 )
 from .reference import channel_scale, stochastically_rounded
 
+# Of moments that the operations take as they are stored.
+MOMENTS = (torch.float32, torch.float64)
+
 # Elements of a block or a tile, which bound every temporary but those of R's or the basis' size.
 # On a CPU a tile in float32 stays in the last cache; the number for other devices was not measured.
 BLOCK_ELEMENTS = {"cpu": 2**20}
@@ -60,7 +63,8 @@ class Operations:
 
     def __init__(self, matrices: Matrices) -> None:
         param, grad, basis = matrices.params[0], matrices.grads[0], matrices.bases[0]
-        residual, half = matrices.residual, min(grad.itemsize, basis.itemsize) < 4
+        residual = matrices.residual
+        half = min(grad.itemsize, basis.itemsize) < 4 or not matrices.orthonormal
         forms_residual = half and residual is not None and residual.kappa > MAX_KAPPA_HALF_PRECISION
         self._forms_residual_in_half = forms_residual and fast_in_half(
             grad, basis, device_type(grad)
@@ -83,7 +87,9 @@ class Operations:
             and self._update_dtype is param.dtype
         )
 
-    def project_moments(self, matrices: Matrices, adam: AdamScalars) -> Projection:
+    def project_moments(
+        self, matrices: Matrices, adam: AdamScalars, step: int | Tensor = 0
+    ) -> Projection:
         side, residual, residual_sq = matrices.side, matrices.residual, None
         pairs = list(zip(matrices.grads, matrices.bases, strict=True))
         if self._projects_in_blocks:

@@ -48,6 +48,9 @@ except ImportError as error:
     if importlib.util.find_spec("lowrank_kernels._native") is None:
         import_error = "it was not built, as with LOWRANK_NATIVE=off"
 
+# Of moments that the operations take as they are stored.
+MOMENTS = (torch.float32, torch.float64)
+
 # A batch on a CPU holds at most this many elements of W.
 BATCH_ELEMENTS = 2**20
 
@@ -105,7 +108,7 @@ class Operations:
         self._low_shape = (len(matrices.params), *moment.shape)
 
         dense = rows_or_columns_are_dense(grad)
-        half = grad.dtype.itemsize < 4 or matrices.bases[0].dtype.itemsize < 4
+        half = min(grad.itemsize, matrices.bases[0].itemsize) < 4 or not matrices.orthonormal
         self._forms_residual = residual is not None and (
             not dense or (half and residual.kappa > MAX_KAPPA_HALF_PRECISION)
         )
@@ -138,7 +141,9 @@ class Operations:
         self._parts = _parts(count, rows, cols, tile)
         self._tile, self._aligned = _aligned(*tile), _aligned(*self._low_shape)
 
-    def project_moments(self, matrices: Matrices, adam: AdamScalars) -> Projection:
+    def project_moments(
+        self, matrices: Matrices, adam: AdamScalars, step: int | Tensor = 0
+    ) -> Projection:
         correction1, correction2 = _numbers(
             bias_correction1=adam.bias_correction1, bias_correction2=adam.bias_correction2
         )

@@ -26,7 +26,11 @@ from .contract import (
     rank_axis,
     scalar_of,
 )
+from .noise import noise, rounded_to_bfloat16
 from .products import factors, project, stacked
+
+# Of moments that the operations take as they are stored.
+MOMENTS = (torch.float32, torch.float64)
 
 # Fira: growth bound of the limiter, and the guard of both divisions (official code, both forms).
 LIMITER_GROWTH = 1.01
@@ -51,7 +55,9 @@ class Operations:
     def __init__(self, matrices: Matrices) -> None:
         """Takes any matrices that `check_matrices` lets through."""
 
-    def project_moments(self, matrices: Matrices, adam: AdamScalars) -> Projection:
+    def project_moments(
+        self, matrices: Matrices, adam: AdamScalars, step: int | Tensor = 0
+    ) -> Projection:
         side, residual = matrices.side, matrices.residual
         tensors = zip(
             matrices.grads, matrices.bases, matrices.exp_avgs, matrices.exp_avg_sqs, strict=True
@@ -189,29 +195,11 @@ def stochastically_rounded(
     step: int | Tensor,
     first: tuple[int, int] = (0, 0),
 ) -> Tensor:
-    """A float32 matrix whose values bfloat16 holds, each of the two neighbours of the given one.
-
-    The further a value is from a neighbour, the less probable is that neighbour, so the mean is the
-    value itself. Inf and NaN stay. The counter is described in `contract.Matrices`; a part of a
-    matrix begins at its row and column `first`.
+    """A float32 weight as `noise.rounded_to_bfloat16`; a part of one begins at its row and column
+    `first`.
     """
     axis, device = rank_axis(side), weight.device
-    key = _mix(salt + _mix(torch.zeros((), dtype=torch.int64, device=device) + step))
-    channel = first[1 - axis] + torch.arange(weight.shape[1 - axis], device=device)
-    place = first[axis] + torch.arange(weight.shape[axis], device=device)
-    row = _mix(key + channel)
-    bits = _mix(row.unsqueeze(axis) + place.unsqueeze(1 - axis))
-    raw = weight.contiguous().view(torch.int32)
-    rounded = ((raw + (bits & 0xFFFF).int()) & -0x10000).view(torch.float32)
-    return rounded.where(weight.isfinite(), weight)
-
-
-def _mix(value: Tensor) -> Tensor:
-    """A bijection of 32-bit integers, held in int64, that spreads each bit over all others.
-
-    Source: C. Wellons, "Prospecting for hash functions", lowbias32.
-    """
-    value = value & 0xFFFFFFFF
-    value = (value ^ value >> 16) * 0x7FEB352D & 0xFFFFFFFF
-    value = (value ^ value >> 15) * 0x846CA68B & 0xFFFFFFFF
-    return value ^ value >> 16
+    channels = first[1 - axis] + torch.arange(weight.shape[1 - axis], device=device)
+    places = first[axis] + torch.arange(weight.shape[axis], device=device)
+    bits = noise(channels.unsqueeze(axis), places.unsqueeze(1 - axis), salt, step)
+    return rounded_to_bfloat16(weight, bits)

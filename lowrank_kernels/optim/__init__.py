@@ -1,7 +1,14 @@
 """What users construct."""
 
 from .lowrank_adamw import LowRankAdamW
-from .methods import AdaRankGradAdamW, FiraAdamW, GaLoreAdamW
+from .methods import AdaRankGradAdamW, FiraAdamW, GaLoreAdamW, GaLoreAdamW8bit
 from .param_groups import param_groups
 
-__all__ = ["AdaRankGradAdamW", "FiraAdamW", "GaLoreAdamW", "LowRankAdamW", "param_groups"]
+__all__ = [
+    "AdaRankGradAdamW",
+    "FiraAdamW",
+    "GaLoreAdamW",
+    "GaLoreAdamW8bit",
+    "LowRankAdamW",
+    "param_groups",
+]

@@ -1,11 +1,12 @@
 """Equal matrices of a parameter group, prepared once and stepped together."""
 
+import functools
 import itertools
 import operator
 import zlib
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from operator import attrgetter, itemgetter
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,12 +14,14 @@ from torch import Tensor
 from .. import ops
 from ..ops import AdamScalars, Matrices, Projection, Scalars, Side
 from ..ops.contract import adam_of, scalar_of
+from ..ops.products import matrices_in_workspace
 from ..ops.tensors import READER
 from ..subspace import Due, Readback, Subspace, is_due, is_measured, measure, next_look
 from .checks import check_shared, extent, is_unresolved, overlap, resolved
 from .groups import OPTIONS, Group, is_projected
 from .parts import Method, residual_of
 from .plain import Plain
+from .room import Room
 from .state import State
 
 # Called by `map` over all matrices before each step, without a Python function a matrix.
@@ -26,9 +29,17 @@ _GRAD, _MEMORY_LAYOUT = attrgetter("grad"), attrgetter("layout")
 _BASIS_STEP = itemgetter("basis_step")
 STEP = itemgetter("step")
 _MOMENTS = itemgetter("exp_avg", "exp_avg_sq")
-_LOW_RANK = itemgetter("basis", "exp_avg", "exp_avg_sq")
-_LIMITED = itemgetter("basis", "exp_avg", "exp_avg_sq", "limiter_norm")
+_SCALES = itemgetter("exp_avg_scale", "exp_avg_sq_scale")
+_LOW_BITS = itemgetter("low_bits")
 _NUMBERS = itemgetter("side", "salt", "moments_step", "gap_factor")
+
+
+@functools.cache
+def _low_rank(limited: bool, coded: bool, coded_basis: bool) -> Callable[[State], tuple[Any, ...]]:
+    """Takes out of a projected state the tensors that a step is prepared for."""
+    scales = ("exp_avg_scale", "exp_avg_sq_scale") if coded else ()
+    others = (("basis_scale",) if coded_basis else ()) + (("limiter_norm",) if limited else ())
+    return itemgetter("basis", "exp_avg", "exp_avg_sq", *scales, *others)
 
 
 class Member(NamedTuple):
@@ -53,18 +64,24 @@ class Batch:
         group: the options.
         members: parameters that are equal in all that `batches_of` compares.
         method: the optimizer's parts.
+        room: for what is decoded.
     """
 
-    def __init__(self, group: Group, members: list[Member], method: Method) -> None:
+    def __init__(self, group: Group, members: list[Member], method: Method, room: Room) -> None:
         self.group, self.members = group, members
         self.params = [member.param for member in members]
         self.states = [member.state for member in members]
         self.side = Side(self.states[0]["side"])
         self.residual = residual_of(method.residual, float(group["scale"]))
         rounds = method.rounding == "stochastic" and self.params[0].dtype is torch.bfloat16
-        self.salts = tuple(state["salt"] for state in self.states) if rounds else None
+        salts = tuple(state["salt"] for state in self.states)
+        self.salts = salts if rounds else None
+        self._coded = self.states[0]["exp_avg"].dtype is torch.int8
+        low = self.states[0]["exp_avg"].dtype.itemsize < 4
+        self.moment_salts = salts if low else None
         self._resolves = any(is_unresolved(grad) for grad in map(_GRAD, self.params))
-        self._tensors = _LOW_RANK if self.residual is None else _LIMITED
+        self._tensors = _low_rank(self.residual is not None, self._coded, bool(room.bases))
+        self.room = room
         self.operations = ops.prepare(self.matrices(), backend=members[0].backend)
         self.counts: list[int] = []  # steps that each matrix has taken, set before each step
         self._basis_steps: list[int] = []
@@ -79,17 +96,24 @@ class Batch:
         if self.group["maximize"]:
             grads = [-grad for grad in grads]
         tensors = map(list, zip(*map(self._tensors, self.states), strict=True))
-        bases, exp_avgs, exp_avg_sqs, *norms = tensors
+        bases, exp_avgs, exp_avg_sqs, *others = tensors
+        scales: list[list[Tensor]] = [others.pop(0), others.pop(0)] if self._coded else [[], []]
+        if self.room.bases:
+            bases = self.room.load_bases(bases, others.pop(0))
         return Matrices(
             self.side,
             self.residual,
-            self.params,
+            self.room.weights[: len(self.params)] or self.params,
             grads,
             bases,
             exp_avgs,
             exp_avg_sqs,
-            norms[0] if norms else [],
+            others[0] if others else [],
             self.salts,
+            scales[0],
+            scales[1],
+            self.moment_salts,
+            not self.room.bases,
         )
 
     def is_looked_at(self, subspace: Subspace) -> bool:
@@ -200,8 +224,11 @@ def batches_of(group: Group, members: list[Member], method: Method) -> list[Batc
         _, param, state, _, backend = equal[0]
         assert param.grad is not None
         size = ops.batch_size(param, param.grad, state["basis"].shape[1], backend=backend)
-        parts = (equal[start : start + size] for start in range(0, len(equal), size))
-        batches += [Batch(group, part, method) for part in parts]
+        if "low_bits" in state:
+            size = min(size, matrices_in_workspace(param.device, 4 * param.numel()))
+        parts = [equal[start : start + size] for start in range(0, len(equal), size)]
+        room = Room.of([member.param for member in parts[0]], state)
+        batches += [Batch(group, part, method, room) for part in parts]
     return batches
 
 
@@ -217,7 +244,7 @@ def _kind(member: Member, method: Method) -> Hashable:
         if tensor is not None
     )
     age = None if method.capturable else (int(state["step"]), state["moments_step"])
-    return member.backend, state["side"], age, *layouts
+    return member.backend, state["side"], state["exp_avg"].dtype, age, *layouts
 
 
 class Facts(NamedTuple):
@@ -236,7 +263,15 @@ class Facts(NamedTuple):
     states: list[object]
 
 
-def facts_of(groups: list[Group], states: Mapping[Tensor, State], limited: bool) -> Facts | None:
+def facts_of(
+    groups: list[Group],
+    states: Mapping[Tensor, State],
+    *,
+    limited: bool,
+    coded: bool,
+    coded_basis: bool,
+    low_bits: bool,
+) -> Facts | None:
     """The facts as they are; None where a state is not complete, or holds something else than
     tensors, or a gradient has no strides.
 
@@ -244,8 +279,11 @@ def facts_of(groups: list[Group], states: Mapping[Tensor, State], limited: bool)
         groups: of the optimizer.
         states: of its parameters.
         limited: whether Fira's limiter keeps a norm.
+        coded: whether moments are codes.
+        coded_basis: whether bases are.
+        low_bits: whether bits are held beside the weights.
     """
-    low_rank = _LIMITED if limited else _LOW_RANK
+    low_rank = _low_rank(limited, coded, coded_basis)
     by_group: list[object] = []
     params: list[Tensor] = []
     own: list[State] = []
@@ -264,6 +302,13 @@ def facts_of(groups: list[Group], states: Mapping[Tensor, State], limited: bool)
         try:
             held += map(STEP, found)
             held += itertools.chain.from_iterable(map(low_rank if projected else _MOMENTS, found))
+            if coded and not projected:
+                # Small ones have none.
+                scaled = filter(operator.methodcaller("__contains__", "exp_avg_scale"), found)
+                held += itertools.chain.from_iterable(map(_SCALES, scaled))
+            if low_bits:
+                longer = filter(operator.methodcaller("__contains__", "low_bits"), found)
+                held += map(_LOW_BITS, longer)
             numbers += map(_NUMBERS, found) if projected else ()
         except KeyError:
             return None

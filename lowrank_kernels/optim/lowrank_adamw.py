@@ -30,6 +30,18 @@ from .batches import (
 )
 from .checkpoints import check_loadable, padded, restore, unpadded
 from .checks import check_grad, check_matrix, check_memory, check_params, check_shared, is_dense
+from .formats import (
+    BasisFormat,
+    MasterBits,
+    StateFormat,
+    check_format,
+    convert,
+    convert_basis,
+    format_for,
+    format_of,
+    has_low_bits,
+    moments_of,
+)
 from .groups import (
     FORMAT,
     PROJECTION_DEFAULTS,
@@ -61,6 +73,9 @@ PART_NAMES = (
     "rounding",
     "capturable",
     "monitor",
+    "state_format",
+    "basis_format",
+    "master",
 )
 PARTS = attrgetter(*PART_NAMES)
 AUTOCAST_DEVICES = tuple(
@@ -130,6 +145,19 @@ class LowRankAdamW(Optimizer):
             where one is due, every `update_proj_gap` steps. An eager step then waits for the device
             once. It needs state that stays in place: no adaptive rank, no reset moments and no
             criterion.
+        state: in which format moments are held: "float32" (float64 for float64 weights),
+            "bfloat16", or "int8", codes of 8 bits with a float32 scale for 64 channels of a
+            direction, or for 256 elements of a parameter that is not projected. Vectors and other
+            small parameters that are not projected stay float32. V is rounded stochastically, with
+            noise that depends on the parameter's name and step only.
+        basis: in which format bases are held: in the "weight"'s dtype, in "int8" with a power of
+            two for each column, or in "int4" with a scale for 64 entries of a column (int8 for
+            bases of an odd number of rows), which keeps nine tenths of each direction. They are
+            decoded a batch at a time.
+        master: 24 holds bfloat16 weights to 24 bits: the upper 16 where the model finds them, 8 in
+            the state, so that no step is lost that is more than 2^-16 of its weight. In place of
+            float32 copies, which take 4 bytes a weight. What other code writes into a weight is
+            seen at the next step.
         monitor: counts non-finite gradients and steps held back by Fira's limiter for `stats`, at
             the cost of a few small launches a matrix.
 
@@ -165,12 +193,19 @@ class LowRankAdamW(Optimizer):
         maximize: bool = False,
         rounding: Rounding = "nearest",
         capturable: bool = False,
+        state: StateFormat = "float32",
+        basis: BasisFormat = "weight",
+        master: MasterBits = None,
         monitor: bool = False,
     ) -> None:
         self.subspace = Subspace.named(subspace, stagger=not capturable)
         self.residual, self.backend = residual, backend
         self._corrected = corrected
         self.rounding, self.capturable, self.monitor = rounding, capturable, monitor
+        # `state` is what torch calls the states themselves.
+        self.state_format: StateFormat = state
+        self.basis_format: BasisFormat = basis
+        self.master: MasterBits = master
         self.method.check()
         ops.requested_backend(backend)
         self._begin_anew()
@@ -192,6 +227,8 @@ class LowRankAdamW(Optimizer):
         index = len(self.param_groups)
         group = normalized(param_group, self.defaults, index)
         check_params(group, index)
+        for name, param in named_params(group, index):
+            check_format(name, param, self.state_format)
         super().add_param_group(group)
 
     @_not_compiled
@@ -242,7 +279,7 @@ class LowRankAdamW(Optimizer):
         """Project, scale, update."""
         matrices, operations = batch.matrices(), batch.operations
         before = [norm.clone() for norm in matrices.limiter_norms] if self.monitor else []
-        projection = operations.project_moments(matrices, scalars.adam)
+        projection = operations.project_moments(matrices, scalars.adam, scalars.step)
         factor = None
         if projection.sums is not None:
             factor = operations.channel_scale(matrices, projection.sums)
@@ -250,7 +287,12 @@ class LowRankAdamW(Optimizer):
             monitor.count(batch.states, matrices, before)
         if self.subspace.criterion is not None:
             batch.measure(projection, self.subspace, self._readback)
+        if not batch.room.weights:
+            operations.back_project_update(matrices, projection, factor, scalars)
+            return
+        batch.room.load_weights(batch.params, batch.states)
         operations.back_project_update(matrices, projection, factor, scalars)
+        batch.room.store_weights(batch.params, batch.states)
 
     def _params(self) -> Iterator[Tensor]:
         return (param for group in self.param_groups for param in group["params"])
@@ -276,8 +318,8 @@ class LowRankAdamW(Optimizer):
 
         Returns:
             A row for every parameter: name, shape, dtype, projected, side, rank, backend, reason,
-            lr, how fast it moves (lr * scale of a group with a scale), and state_bytes, what its
-            state holds now (0 before its first step).
+            lr, how fast it moves (lr * scale of a group with a scale), state, in which format its
+            moments are held, and state_bytes, what its state holds now (0 before its first step).
         """
         return report.explain(self)
 
@@ -289,10 +331,28 @@ class LowRankAdamW(Optimizer):
 
         Returns:
             A row for every parameter: name, shape, dtype, projected, side, rank (None of an AdamW
-            parameter), weight_bytes, gradient_bytes and state_bytes (both 0 if it does not require
-            a gradient).
+            parameter), state, in which format its moments are held, weight_bytes, gradient_bytes
+            and state_bytes (both 0 if it does not require a gradient).
         """
         return report.plan(self)
+
+    def moments(self, param: Tensor) -> tuple[Tensor, Tensor]:
+        """M and V of a parameter that has taken a step, whatever format they are held in.
+
+        Args:
+            param: of this optimizer.
+
+        Returns:
+            In the shape of R for a projected parameter, rows x r or r x cols, else in the
+            parameter's; float32, float64 for float64 weights. Not to be written to: they may be the
+            state's own tensors.
+
+        Raises:
+            KeyError: it has no state.
+        """
+        if not self.state.get(param):
+            raise KeyError(f"a parameter of shape {tuple(param.shape)} has taken no step here")
+        return moments_of(self.state[param])
 
     def stats(self) -> list[dict[str, Any]]:
         """Says what each projected parameter's subspace is doing; no factorization, no gradient.
@@ -351,7 +411,7 @@ class LowRankAdamW(Optimizer):
             return candidate
 
         def put_back(_: Optimizer) -> None:
-            restore(self.state, self.param_groups, incoming, self.capturable)
+            restore(self.state, self.param_groups, incoming, self.method)
             for group, own_names in zip(self.param_groups, names, strict=True):
                 group |= {"format": FORMAT, "method": self.method.described()}
                 if own_names is not None:
@@ -403,6 +463,9 @@ class LowRankAdamW(Optimizer):
             self.rounding,
             self.capturable,
             self.monitor,
+            self.state_format,
+            self.basis_format,
+            self.master,
         )
 
     def _prepared(self) -> Prepared:
@@ -428,7 +491,14 @@ class LowRankAdamW(Optimizer):
 
     def _facts(self) -> tuple[object, ...]:
         """What has to be equal for batches to serve again."""
-        facts = facts_of(self.param_groups, self.state, self.residual is not None)
+        facts = facts_of(
+            self.param_groups,
+            self.state,
+            limited=self.residual is not None,
+            coded=self.state_format == "int8",
+            coded_basis=self.basis_format != "weight",
+            low_bits=self.master is not None,
+        )
         never_equal = object()
         return *PARTS(self), os.environ.get(ENVIRONMENT_VARIABLE), facts or never_equal
 
@@ -468,6 +538,7 @@ class LowRankAdamW(Optimizer):
         """Who computes a parameter's step, once it is known that one can be taken."""
         assert param.grad is not None
         check_grad(name, param, param.grad)
+        check_format(name, param, self.state_format)
         backend = "torch"
         if is_projected(group):
             check_matrix(name, param)
@@ -486,8 +557,19 @@ class LowRankAdamW(Optimizer):
         state = self.state[param]
         if not state:
             state.update(new_state(param, group, salt, self.method))
-        elif is_projected(group):
+            return Member(name, param, state, place, backend)
+        form = format_for(param, is_projected(group), self.state_format)
+        if format_of(state) != form:
+            convert(state, param, form)
+        if not has_low_bits(param, self.master):
+            state.pop("low_bits", None)
+        elif "low_bits" not in state:
+            state["low_bits"] = torch.zeros_like(param, dtype=torch.int8)
+        if is_projected(group):
+            convert_basis(state, param, self.basis_format)
             complete(state, salt, self.subspace, *self.method.counters)
+        elif form != "float32":
+            state.setdefault("salt", salt)
         else:
             # A weight may have been laid out anew, as by `.to(memory_format=...)`.
             for entry in ("exp_avg", "exp_avg_sq"):

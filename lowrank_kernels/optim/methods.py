@@ -7,6 +7,7 @@ from torch.optim.optimizer import ParamsT
 from typing_extensions import Unpack
 
 from ..subspace import Subspace
+from .formats import BasisFormat, MasterBits, StateFormat
 from .lowrank_adamw import LowRankAdamW
 from .parts import ResidualForm, Rounding
 
@@ -18,6 +19,9 @@ class Options(TypedDict, total=False):
     maximize: bool
     rounding: Rounding
     monitor: bool
+    state: StateFormat
+    basis: BasisFormat
+    master: MasterBits
 
 
 class SubspaceOptions(Options, total=False):
@@ -46,6 +50,26 @@ class GaLoreAdamW(LowRankAdamW):
         **options: Unpack[SubspaceOptions],
     ) -> None:
         super().__init__(params, lr, betas, eps, weight_decay, residual=None, **options)
+
+
+class GaLoreAdamW8bit(GaLoreAdamW):
+    """`GaLoreAdamW` with `state="int8"`, under the name that it has in `galore-torch`.
+
+    There, eps is 1e-8 and weight_decay 1e-2 by default, moments are in blocks of 256 entries and
+    rounded to the nearest, and those of small matrices stay wide.
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-6,
+        weight_decay: float = 0.0,
+        **options: Unpack[SubspaceOptions],
+    ) -> None:
+        options.setdefault("state", "int8")
+        super().__init__(params, lr, betas, eps, weight_decay, **options)
 
 
 class FiraAdamW(LowRankAdamW):

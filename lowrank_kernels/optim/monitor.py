@@ -16,7 +16,7 @@ def count(states: list[State], matrices: Matrices, norms_before: list[Tensor]) -
     """
     largest = torch._foreach_norm(matrices.grads, float("inf"))
     for state, value in zip(states, largest, strict=True):
-        state["nonfinite"] += ~value.to(state["exp_avg"].dtype).square().isfinite()
+        state["nonfinite"] += ~value.to(matrices.dtype).square().isfinite()
     bound = LIMITER_GROWTH * (1 - 1e-5)
     for state, norm, before in zip(states, matrices.limiter_norms, norms_before, strict=False):
         state["limited"] += (before > 0) & (norm >= bound * before)

@@ -1,4 +1,6 @@
-"""AdamW for the parameters that are not projected, by torch's own implementation."""
+"""AdamW for the parameters that are not projected, by torch's own implementation; by ours where
+moments have fewer than 32 bits or weights more than their dtype.
+"""
 
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -8,8 +10,12 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 from torch.optim.adamw import adamw
 
+from ..ops import AdamScalars, Scalars
+from ..ops.adamw import adamw as low_adamw
+from ..ops.codes import Stored
 from ..ops.dry import device_type
 from .checks import is_dense, is_unresolved, resolved
+from .formats import format_of
 from .groups import Group
 from .state import State
 
@@ -70,8 +76,13 @@ class Plain:
         self._fused: list[tuple[Tensor, State]] = []
         self._widened: list[tuple[Tensor, State]] = []
         self._alone: list[tuple[Tensor, State]] = []
+        self._low: list[tuple[Tensor, State]] = []
         for pair in zip(params, states, strict=True):
             param, state = pair
+            if format_of(state) != "float32" or "low_bits" in state:
+                state["step"] = state["step"].to(param.device if capturable else "cpu")
+                self._low.append(pair)
+                continue
             (work,) = self._works([pair])
             fuses = work.fusable
             # torch counts steps on the device in its fused kernels; its unfused code would wait.
@@ -94,6 +105,31 @@ class Plain:
             increment_version(self._versioned)
         if self._widened:
             _step_widened(self._works(self._widened), self.group, self.capturable)
+        for param, state in self._low:
+            self._step_low(param, state)
+
+    def _step_low(self, param: Tensor, state: State) -> None:
+        state["step"] += 1
+        grad = param.grad
+        assert grad is not None
+        grad = resolved(grad) if self._resolves else grad
+        grad = -grad if self.group["maximize"] else grad
+        step = state["step"] if self.capturable else int(state["step"])
+        kept = ("low_bits", *Stored._fields)
+        written = {"param": param} | {key: state[key] for key in kept if key in state}
+        dense = {key: tensor.contiguous() for key, tensor in written.items()}
+        low_adamw(
+            dense["param"],
+            grad.contiguous(),
+            Stored.of(dense),
+            _scalars(self.group, step),
+            # Moments in float32 draw no noise, and have no salt.
+            state.get("salt", 0),
+            dense.get("low_bits"),
+        )
+        for key, tensor in written.items():
+            if dense[key] is not tensor:
+                tensor.copy_(dense[key])
 
     def _works(self, pairs: list[tuple[Tensor, State]]) -> list[Work]:
         works = []
@@ -140,6 +176,19 @@ def _blocks(works: list[Work]) -> Iterator[list[Work]]:
             room = (room if block else size) - param.numel()
             block.append(Work(param, grad, exp_avg, exp_avg_sq, work.step.clone()))
     yield block
+
+
+def _scalars(group: Group, step: int | Tensor) -> Scalars:
+    """Of the 1-based `step`; a number, or a 0-d tensor."""
+    beta1, beta2 = map(float, group["betas"])
+    lr, seen = group["lr"], step
+    if isinstance(seen, Tensor):
+        seen, step = seen.double(), seen.int()
+    else:
+        lr = float(lr)
+    adam = AdamScalars(beta1, beta2, float(group["eps"]), 1 - beta1**seen, 1 - beta2**seen)
+    scale, decay = float(group.get("scale", 1.0)), lr * float(group["weight_decay"])
+    return Scalars(adam, 1.0, lr * scale, decay, step)
 
 
 def _adamw(works: list[Work], group: Group, capturable: bool, *, fused: bool) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .. import ops
 from ..ops import BackendUnavailable, Choice, Side
+from .formats import format_for
 from .groups import Group, is_projected, learning_rate, named_params, size_of
 from .state import new_state, state_bytes, subspace_stats
 
@@ -29,6 +30,7 @@ def explain(optimizer: LowRankAdamW) -> list[Row]:
             "dtype": param.dtype,
             **_who(optimizer, group, param),
             "lr": learning_rate(group),
+            "state": format_for(param, is_projected(group), optimizer.state_format),
             "state_bytes": state_bytes(optimizer.state.get(param, {})),
         }
         for name, group, param in _parameters(optimizer)
@@ -100,6 +102,7 @@ def _needs(optimizer: LowRankAdamW, name: str, group: Group, param: Tensor) -> R
         "projected": projected,
         "side": None if size is None else size.side.name.lower(),
         "rank": None if size is None else size.rank,
+        "state": format_for(param, projected, optimizer.state_format),
         "weight_bytes": weight,
         "gradient_bytes": weight if param.requires_grad else 0,
         "state_bytes": state,

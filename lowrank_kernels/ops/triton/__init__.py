@@ -54,6 +54,9 @@ from .update import resident_update_kernel, update_kernel
 
 __all__ = ["Operations", "batch_size", "forced", "obstacle", "sources"]
 
+# Of moments that the operations take as they are stored.
+MOMENTS = (torch.float32, torch.bfloat16, torch.int8)
+
 _OPERANDS = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
@@ -250,7 +253,9 @@ class Operations:
         one, three = self._tiles[True].project, self._tiles[True].update
         return one._replace(split=min(one.split, 2)), three._replace(split=min(three.split, 2))
 
-    def project_moments(self, matrices: Matrices, adam: AdamScalars) -> Projection:
+    def project_moments(
+        self, matrices: Matrices, adam: AdamScalars, step: int | Tensor = 0
+    ) -> Projection:
         problem, residual = self._problem, matrices.residual
         stream, grads = current_stream(self._device), self._readable(matrices.grads)
         base, offsets, unit = located = self._located(grads, stream)
@@ -326,6 +331,7 @@ class Operations:
         channel_sums = ChannelSums(*sums.unbind())
         # The kernel's difference is lost in what R and its basis were rounded to.
         rounded = precision == "tf32" or min(dtype.itemsize for dtype in problem.dtypes) < 4
+        rounded = rounded or not matrices.orthonormal
         if rounded and residual.kappa > MAX_KAPPA_HALF_PRECISION:
             _form_residuals(
                 matrices._replace(grads=grads), residual.kappa, projected, channel_sums.residual
