@@ -4,6 +4,7 @@
 #include "cpu/convert.h"
 #include "cpu/moments.h"
 #include "cpu/passes.h"
+#include "cpu/resize.h"
 #include "cpu/split.h"
 #include "rules/convert.h"
 
@@ -13,26 +14,22 @@ namespace {
 // Two arrays of this many floats stay in L1 beside what is read; whole groups of scales.
 constexpr int64_t kChunk = 1024;
 
-float as_float(float value) { return value; }
-float as_float(uint16_t value) { return from_bfloat16(value); }
-void assign(float& target, float value) { target = value; }
-void assign(uint16_t& target, float value) { target = to_bfloat16(value); }
-
-template <typename T>
-[[gnu::always_inline]] inline void apply(const StepRule& shared_rule, T* __restrict__ param,
-                                         const float* __restrict__ direction, int64_t count) {
+LOWRANK_CLONES
+void apply_float32(const StepRule& shared_rule, float* __restrict__ param,
+                   const float* __restrict__ direction, int64_t count) {
   const StepRule rule = shared_rule;
-  for (int64_t i = 0; i < count; ++i) assign(param[i], rule(as_float(param[i]), direction[i]));
+  for (int64_t i = 0; i < count; ++i) param[i] = rule(param[i], direction[i]);
 }
 
 LOWRANK_CLONES
-void apply_float32(const StepRule& rule, float* param, const float* direction, int64_t count) {
-  apply(rule, param, direction, count);
-}
-
-LOWRANK_CLONES
-void apply_bfloat16(const StepRule& rule, uint16_t* param, const float* direction, int64_t count) {
-  apply(rule, param, direction, count);
+void apply_bfloat16(const StepRule& shared_rule, uint16_t* param,
+                    const float* __restrict__ direction, int64_t count) {
+  const StepRule rule = shared_rule;
+  uint32_t wide[kChunk];
+  resize(param, wide, count);
+  for (int64_t i = 0; i < count; ++i)
+    wide[i] = wide_bfloat16(rule(from_bfloat16(wide[i]), direction[i]));
+  resize(wide, param, count);
 }
 
 void apply_to(const AdamW& p, std::size_t matrix, int64_t begin, const float* direction,

@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "cpu/clones.h"
+#include "cpu/resize.h"
 #include "rules/codes.h"
 #include "rules/convert.h"
 
@@ -23,33 +24,27 @@ namespace {
   }
 }
 
-// Codes as numbers of 32 bits and back, in loops of their own: beside bytes the others would get
-// half the width of vectors.
+// Codes as they are computed with.
 struct Wide {
   int32_t average[kStretch];
   int32_t root[kStretch];
 };
 
-[[gnu::always_inline]] inline void widen(const int8_t* __restrict__ average,
-                                         const uint8_t* __restrict__ root, Wide& wide,
-                                         int64_t count) {
-  for (int64_t i = 0; i < count; ++i) wide.average[i] = average[i];
-  for (int64_t i = 0; i < count; ++i) wide.root[i] = root[i];
-}
+// Of M and of the root of V.
+struct Largest {
+  float average;
+  float root;
+};
 
-[[gnu::always_inline]] inline void narrow(const Wide& wide, int8_t* __restrict__ average,
-                                          uint8_t* __restrict__ root, int64_t count) {
-  for (int64_t i = 0; i < count; ++i) average[i] = static_cast<int8_t>(wide.average[i]);
-  for (int64_t i = 0; i < count; ++i) root[i] = static_cast<uint8_t>(wide.root[i]);
-}
-
-// M and the root of V of some elements with the scales of theirs.
+// M and the root of V of some elements, each with a scale, and the largest of them. Those are found
+// by their bits, in whose order numbers are that are not negative: of integers it vectorizes.
 template <typename AverageScale, typename RootScale>
-[[gnu::always_inline]] inline void decode_and_step(
+[[gnu::always_inline]] inline Largest decode_and_step(
     const AdamRule& shared_rule, const Wide& wide, const AverageScale& average_scale,
     const RootScale& root_scale, float* __restrict__ projected, float* __restrict__ direction,
     float* __restrict__ average, float* __restrict__ root, int64_t count) {
   const AdamRule rule = shared_rule;
+  int32_t average_bits = 0, root_bits = 0;
   for (int64_t i = 0; i < count; ++i) {
     const float old_root = decode_root(wide.root[i], root_scale(i));
     const AdamElement out =
@@ -57,47 +52,43 @@ template <typename AverageScale, typename RootScale>
     projected[i] = out.projected;
     direction[i] = out.direction;
     average[i] = out.exp_avg;
-    root[i] = sqrtf(out.exp_avg_sq);
+    const float new_root = sqrtf(out.exp_avg_sq);
+    root[i] = new_root;
+    average_bits = std::max(average_bits, static_cast<int32_t>(bits_of(fabsf(out.exp_avg))));
+    root_bits = std::max(root_bits, static_cast<int32_t>(bits_of(new_root)));
   }
+  return {float_of(static_cast<uint32_t>(average_bits)),
+          float_of(static_cast<uint32_t>(root_bits))};
 }
 
-[[gnu::always_inline]] inline void draw(const NoiseRule& shared_noise, const Draws& draws,
-                                        uint32_t* __restrict__ bits, int64_t count) {
-  const NoiseRule noise = shared_noise;
-  const uint32_t channel_step = draws.up_channels ? 1 : 0;
-  const uint32_t place_step = 1 - channel_step;
-  const auto channel = static_cast<uint32_t>(draws.channel);
-  const auto place = static_cast<uint32_t>(draws.place);
-  for (int64_t i = 0; i < count; ++i) {
-    const auto up = static_cast<uint32_t>(i);
-    bits[i] = noise(channel + up * channel_step, place + up * place_step);
-  }
-}
-
-template <typename AverageScale, typename RootScale>
+template <typename AverageScale, typename RootScale, typename Bits>
 [[gnu::always_inline]] inline void encode(const float* __restrict__ average,
                                           const float* __restrict__ root,
                                           const AverageScale& average_scale,
-                                          const RootScale& root_scale, const NoiseRule* noise,
-                                          const Draws& draws, Wide& wide, int64_t count) {
-  uint32_t bits[kStretch];
-  if (noise) {
-    draw(*noise, draws, bits, count);
-  } else {
-    std::fill_n(bits, count, kNearestCode);
-  }
-  for (int64_t i = 0; i < count; ++i)
+                                          const RootScale& root_scale, const Bits& bits, Wide& wide,
+                                          int64_t count) {
+  for (int64_t i = 0; i < count; ++i) {
     wide.average[i] = encode_average(average[i], code_divisor(average_scale(i)));
-  for (int64_t i = 0; i < count; ++i)
-    wide.root[i] = encode_root(root[i], code_divisor(root_scale(i)), bits[i]);
+    wide.root[i] =
+        encode_root(root[i], code_divisor(root_scale(i)), bits(static_cast<uint32_t>(i)));
+  }
 }
 
-// By their bits, in whose order numbers are that are not negative: of integers it vectorizes.
-[[gnu::always_inline]] inline float largest(const float* values, int64_t count) {
-  int32_t bits = 0;
-  for (int64_t i = 0; i < count; ++i)
-    bits = std::max(bits, static_cast<int32_t>(bits_of(fabsf(values[i]))));
-  return float_of(static_cast<uint32_t>(bits));
+// Calls work(bits), where bits(i) rounds element i.
+template <typename Work>
+[[gnu::always_inline]] inline void with_bits(const NoiseRule* noise, const Draws& draws,
+                                             const Work& work) {
+  const auto channel = static_cast<uint32_t>(draws.channel);
+  const auto place = static_cast<uint32_t>(draws.place);
+  if (!noise) {
+    work([](uint32_t) { return kNearestCode; });
+  } else if (draws.up_channels) {
+    const NoiseRule own = *noise;
+    work([=](uint32_t i) { return own(channel + i, place); });
+  } else {
+    const ChannelNoise own = noise->of_channel(channel);
+    work([=](uint32_t i) { return own(place + i); });
+  }
 }
 
 LOWRANK_CLONES
@@ -107,21 +98,27 @@ void step_float32(const AdamRule& rule, float* exp_avg, float* exp_avg_sq, float
 }
 
 LOWRANK_CLONES
-void step_bfloat16(const AdamRule& rule, uint16_t* __restrict__ exp_avg,
-                   uint16_t* __restrict__ exp_avg_sq, const NoiseRule* noise, const Draws& draws,
-                   float* projected, float* direction, int64_t count) {
+void step_bfloat16(const AdamRule& rule, uint16_t* exp_avg, uint16_t* exp_avg_sq,
+                   const NoiseRule* noise, const Draws& draws, float* projected, float* direction,
+                   int64_t count) {
   float average[kStretch], square[kStretch];
-  for (int64_t i = 0; i < count; ++i) average[i] = from_bfloat16(exp_avg[i]);
-  for (int64_t i = 0; i < count; ++i) square[i] = from_bfloat16(exp_avg_sq[i]);
+  uint32_t wide[kStretch];
+  resize(exp_avg, wide, count);
+  for (int64_t i = 0; i < count; ++i) average[i] = from_bfloat16(wide[i]);
+  resize(exp_avg_sq, wide, count);
+  for (int64_t i = 0; i < count; ++i) square[i] = from_bfloat16(wide[i]);
   step(rule, average, square, projected, direction, count);
-  for (int64_t i = 0; i < count; ++i) exp_avg[i] = to_bfloat16(average[i]);
-  if (!noise) {
-    for (int64_t i = 0; i < count; ++i) exp_avg_sq[i] = to_bfloat16(square[i]);
-    return;
+  for (int64_t i = 0; i < count; ++i) wide[i] = wide_bfloat16(average[i]);
+  resize(wide, exp_avg, count);
+  if (noise) {
+    with_bits(noise, draws, [&](const auto& bits) LOWRANK_INLINE {
+      for (int64_t i = 0; i < count; ++i)
+        wide[i] = wide_bfloat16(square[i], bits(static_cast<uint32_t>(i)));
+    });
+  } else {
+    for (int64_t i = 0; i < count; ++i) wide[i] = wide_bfloat16(square[i]);
   }
-  uint32_t bits[kStretch];
-  draw(*noise, draws, bits, count);
-  for (int64_t i = 0; i < count; ++i) exp_avg_sq[i] = to_bfloat16(square[i], bits[i]);
+  resize(wide, exp_avg_sq, count);
 }
 
 struct Codes {
@@ -143,17 +140,20 @@ void step_group(const AdamRule& rule, const Codes& codes, const NoiseRule* noise
   float average[kStretch], root[kStretch];
   const float average_scale = *codes.exp_avg_scale, root_scale = *codes.exp_avg_sq_scale;
   Wide wide;
-  widen(codes.exp_avg, codes.exp_avg_sq, wide, count);
-  decode_and_step(
+  resize(codes.exp_avg, wide.average, count);
+  resize(codes.exp_avg_sq, wide.root, count);
+  const Largest largest = decode_and_step(
       rule, wide, [=](int64_t) { return average_scale; }, [=](int64_t) { return root_scale; },
       projected, direction, average, root, count);
-  const float largest_average = largest(average, count), largest_root = largest(root, count);
-  encode(
-      average, root, [=](int64_t) { return largest_average; },
-      [=](int64_t) { return largest_root; }, noise, draws, wide, count);
-  narrow(wide, codes.exp_avg, codes.exp_avg_sq, count);
-  *codes.exp_avg_scale = largest_average;
-  *codes.exp_avg_sq_scale = largest_root;
+  with_bits(noise, draws, [&](const auto& bits) LOWRANK_INLINE {
+    encode(
+        average, root, [=](int64_t) { return largest.average; },
+        [=](int64_t) { return largest.root; }, bits, wide, count);
+  });
+  resize(wide.average, codes.exp_avg, count);
+  resize(wide.root, codes.exp_avg_sq, count);
+  *codes.exp_avg_scale = largest.average;
+  *codes.exp_avg_sq_scale = largest.root;
 }
 
 // Of a row whose elements have a scale each, the first pass.
@@ -162,7 +162,8 @@ void step_row(const AdamRule& rule, const Codes& codes, float* projected, float*
               float* average, float* root, int64_t count) {
   const float *average_scale = codes.exp_avg_scale, *root_scale = codes.exp_avg_sq_scale;
   Wide wide;
-  widen(codes.exp_avg, codes.exp_avg_sq, wide, count);
+  resize(codes.exp_avg, wide.average, count);
+  resize(codes.exp_avg_sq, wide.root, count);
   decode_and_step(
       rule, wide, [=](int64_t i) { return average_scale[i]; },
       [=](int64_t i) { return root_scale[i]; }, projected, direction, average, root, count);
@@ -174,10 +175,13 @@ void encode_row(const float* average, const float* root, const NoiseRule* noise,
                 const Codes& codes, int64_t count) {
   const float *average_scale = codes.exp_avg_scale, *root_scale = codes.exp_avg_sq_scale;
   Wide wide;
-  encode(
-      average, root, [=](int64_t i) { return average_scale[i]; },
-      [=](int64_t i) { return root_scale[i]; }, noise, draws, wide, count);
-  narrow(wide, codes.exp_avg, codes.exp_avg_sq, count);
+  with_bits(noise, draws, [&](const auto& bits) LOWRANK_INLINE {
+    encode(
+        average, root, [=](int64_t i) { return average_scale[i]; },
+        [=](int64_t i) { return root_scale[i]; }, bits, wide, count);
+  });
+  resize(wide.average, codes.exp_avg, count);
+  resize(wide.root, codes.exp_avg_sq, count);
 }
 
 LOWRANK_CLONES

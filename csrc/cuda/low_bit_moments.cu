@@ -74,8 +74,8 @@ __device__ __forceinline__ void store(const Batch& batch, int matrix, int64_t of
         static_cast<uint8_t>(encode_root(moments.second, code_divisor(scales.second), bits));
   } else {
     reinterpret_cast<uint16_t*>(batch.exp_avg[matrix])[offset] = to_bfloat16(moments.average);
-    reinterpret_cast<uint16_t*>(batch.exp_avg_sq[matrix])[offset] =
-        batch.has_noise ? to_bfloat16(moments.second, random) : to_bfloat16(moments.second);
+    reinterpret_cast<uint16_t*>(batch.exp_avg_sq[matrix])[offset] = static_cast<uint16_t>(
+        batch.has_noise ? wide_bfloat16(moments.second, random) : wide_bfloat16(moments.second));
   }
 }
 

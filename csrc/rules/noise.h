@@ -14,11 +14,24 @@ LOWRANK_HOST_DEVICE uint32_t mix(uint32_t value) {
 }
 
 // `random` is below 2^16; Inf and NaN stay.
-LOWRANK_HOST_DEVICE uint16_t to_bfloat16(float value, uint32_t random) {
+LOWRANK_HOST_DEVICE uint32_t wide_bfloat16(float value, uint32_t random) {
   const uint32_t bits = bits_of(value);
   const bool finite = (bits & kFloatInf) != kFloatInf;
-  return finite ? static_cast<uint16_t>((bits + random) >> 16) : to_bfloat16(value);
+  return finite ? (bits + random) >> 16 : wide_bfloat16(value);
 }
+
+// Of a channel, which many elements have in common.
+class ChannelNoise {
+ public:
+  LOWRANK_HOST_DEVICE explicit ChannelNoise(uint32_t key) : key_(key) {}
+
+  LOWRANK_HOST_DEVICE uint32_t operator()(uint32_t place) const {
+    return mix(key_ + place) & 0xffff;
+  }
+
+ private:
+  uint32_t key_;
+};
 
 // One matrix at one step; channels and places wrap at 2^32 as the definition's counters do.
 class NoiseRule {
@@ -28,11 +41,15 @@ class NoiseRule {
 
   // 16 random bits.
   LOWRANK_HOST_DEVICE uint32_t operator()(uint32_t channel, uint32_t place) const {
-    return mix(mix(key_ + channel) + place) & 0xffff;
+    return of_channel(channel)(place);
+  }
+
+  LOWRANK_HOST_DEVICE ChannelNoise of_channel(uint32_t channel) const {
+    return ChannelNoise(mix(key_ + channel));
   }
 
   LOWRANK_HOST_DEVICE uint16_t round(float value, uint32_t channel, uint32_t place) const {
-    return to_bfloat16(value, (*this)(channel, place));
+    return static_cast<uint16_t>(wide_bfloat16(value, (*this)(channel, place)));
   }
 
  private:
