@@ -55,7 +55,8 @@ def stepped(
     projected: Tensor, stored: Stored, groups: Groups, bits: Tensor | None, adam: dict[str, float]
 ) -> tuple[Stored, Tensor, Tensor]:
     """New moments, N and R, by numpy: its root is rounded correctly."""
-    f32 = np.float32
+    f32, projected = np.float32, projected.cpu()
+    stored = Stored(*(None if tensor is None else tensor.cpu().clone() for tensor in stored))
     exp_avg, exp_avg_sq = (moment.numpy() for moment in loaded(stored, groups))
     beta1, beta2, eps, correction1, correction2 = adam.values()
     with np.errstate(all="ignore"):
@@ -65,9 +66,8 @@ def stepped(
         v = np.where(usable, f32(beta2) * exp_avg_sq + f32(1 - beta2) * (r * r), exp_avg_sq)
         n = (m * f32(1 / correction1)) / (np.sqrt(v * f32(1 / correction2)) + f32(eps))
     n = np.where(usable, n, f32(0))
-    new = Stored(*(None if tensor is None else tensor.clone() for tensor in stored))
-    store(new, torch.from_numpy(m), torch.from_numpy(v), groups, bits)
-    return new, torch.from_numpy(n), torch.from_numpy(r)
+    store(stored, torch.from_numpy(m), torch.from_numpy(v), groups, bits)
+    return stored, torch.from_numpy(n), torch.from_numpy(r)
 
 
 @dataclass
@@ -78,8 +78,9 @@ class Fenced:
     view: Tensor
 
     @classmethod
-    def around(cls, tensor: Tensor) -> "Fenced":
-        storage = torch.full((tensor.numel() + 2 * ZONE,), SENTINEL, dtype=tensor.dtype)
+    def around(cls, tensor: Tensor, device: str = "cpu") -> "Fenced":
+        size = tensor.numel() + 2 * ZONE
+        storage = torch.full((size,), SENTINEL, dtype=tensor.dtype, device=device)
         view = storage[ZONE : storage.numel() - ZONE].view(tensor.shape)
         view.copy_(tensor)
         return cls(storage, view)
@@ -96,9 +97,9 @@ class Fenced:
 class FencedMoments:
     """M and V of one parameter as a pass takes them."""
 
-    def __init__(self, stored: Stored) -> None:
+    def __init__(self, stored: Stored, device: str = "cpu") -> None:
         self.fences = {
-            name: Fenced.around(tensor)
+            name: Fenced.around(tensor, device)
             for name, tensor in stored._asdict().items()
             if tensor is not None
         }
@@ -129,4 +130,5 @@ def assert_same(actual: Tensor, expected: Tensor, name: str = ""):
     """Bit for bit."""
     integers = {4: torch.int32, 2: torch.int16, 1: torch.int8}
     integer = integers[expected.dtype.itemsize]
+    actual = actual.cpu()
     assert torch.equal(actual.contiguous().view(integer), expected.contiguous().view(integer)), name

@@ -15,7 +15,7 @@ from formats import (
     random_moments,
     stepped,
 )
-from guarded import SIDES
+from guarded import DEVICES, SIDES, place
 
 from lowrank_kernels import _native
 from lowrank_kernels.ops.codes import channel_groups, channel_noise
@@ -34,15 +34,16 @@ def side_of(rows_are_channels):
 class Problem:
     """One matrix with moments in a format, each array between sentinels."""
 
-    def __init__(self, shape, rows_are_channels, dtype, seed=0):
+    def __init__(self, shape, rows_are_channels, dtype, seed=0, device="cpu"):
+        self.device = device
         self.rng = torch.Generator().manual_seed(seed)
         self.shape, self.right, self.side = shape, rows_are_channels, side_of(rows_are_channels)
         self.groups = channel_groups(self.side)
-        self.moments = FencedMoments(random_moments(shape, dtype, self.groups, self.rng))
-        self.projected = Fenced.around(random_gradient(shape, self.rng))
-        self.direction = Fenced.around(torch.zeros(shape))
+        self.moments = FencedMoments(random_moments(shape, dtype, self.groups, self.rng), device)
+        self.projected = Fenced.around(random_gradient(shape, self.rng), device)
+        self.direction = Fenced.around(torch.zeros(shape), device)
         channels = shape[0 if rows_are_channels else 1]
-        self.sums = [Fenced.around(torch.zeros(channels)) for _ in range(2)]
+        self.sums = [Fenced.around(torch.zeros(channels), device) for _ in range(2)]
 
     def arguments(self, salt=SALT, **overrides):
         return {
@@ -56,7 +57,7 @@ class Problem:
             "channels_are_rows": self.right,
             **ADAM,
             **self.moments.arguments(salt, STEP),
-            "threads": 1,
+            **place(self.device),
             **overrides,
         }
 
@@ -64,7 +65,7 @@ class Problem:
         """New moments, N and R, before `run`."""
         stored, bits = self.moments.stored, None
         if salt is not None:
-            bits = channel_noise(stored.exp_avg_sq, self.side, salt, STEP)
+            bits = channel_noise(stored.exp_avg_sq.cpu(), self.side, salt, STEP)
         return stepped(self.projected.view, stored, self.groups, bits, ADAM)
 
     def run(self, salt=SALT, **overrides):
@@ -77,17 +78,25 @@ class Problem:
         return [*written, *(fence.view for fence in fences)]
 
 
+@DEVICES
 @FORMATS
 @SIDES
 @pytest.mark.parametrize("salt", [SALT, None], ids=["noise", "nearest"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_a_step_has_the_bits_of_torch(shape, salt, rows_are_channels, dtype):
-    problem = Problem(shape, rows_are_channels, dtype)
+def test_a_step_has_the_bits_of_torch(shape, salt, rows_are_channels, dtype, device):
+    problem = Problem(shape, rows_are_channels, dtype, device=device)
     stored, direction, projected = problem.expected(salt)
     problem.run(salt)
     assert_same_moments(problem.moments.stored, stored)
     assert_same(problem.direction.view, direction)
     assert_same(problem.projected.view, projected)
+    axis = 1 if rows_are_channels else 0
+    for total, terms in zip(problem.sums, (direction, projected), strict=True):
+        exact = terms.double().square().sum(axis)
+        # A rounding of each square and of each sum; squares may be subnormal.
+        error = (shape[axis] + 1) * (2**-24 * exact + 2**-149)
+        finite = exact <= torch.finfo(torch.float32).max
+        assert ((total.view.cpu().double() - exact).abs() <= error)[finite].all()
 
 
 @SIDES
