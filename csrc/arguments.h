@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "rules/adam.h"
+#include "rules/codes.h"
 #include "rules/noise.h"
 #include "rules/update.h"
 
@@ -39,14 +40,41 @@ struct Group {
   int64_t elements() const { return rows * cols; }
 };
 
+// How M and V are stored.
+enum class Format : int { kFloat32 = 0, kBFloat16 = 1, kCodes = 2 };
+
+inline int64_t size_of(Format format) {
+  return format == Format::kFloat32 ? 4 : format == Format::kBFloat16 ? 2 : 1;
+}
+
+// M and V of each matrix, dense, and of codes the scales, a group of channels after the other on
+// the right, a direction after the other on the left. V that is not float32 is rounded by noise, or
+// to the nearest where there is none.
+struct Moments {
+  Format format;
+  std::vector<char*> exp_avg, exp_avg_sq;
+  Arrays exp_avg_scale, exp_avg_sq_scale;
+  std::vector<NoiseRule> noise;
+};
+
 // The product R arrives in any dtype and stride and leaves as `projected`, which may be the same
 // memory. All arrays are dense. Without a residual nobody asks for the sums, and they are empty.
 struct AdamMoments {
   Group group;
   Matrices product;
-  Arrays projected, exp_avg, exp_avg_sq, direction;
+  Arrays projected, direction;
+  Moments moments;
   Arrays direction_sq, projected_sq;
   AdamRule rule;
+};
+
+// Whole parameters, each a dense row.
+struct AdamW {
+  Group group;
+  Matrices param, grad;
+  Moments moments;
+  AdamRule adam;
+  StepRule rule;
 };
 
 // Squared norms of the channels of `matrix`, less `share` of those in `projected_sq` if there are.

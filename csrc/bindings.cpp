@@ -60,15 +60,8 @@ void run(const char* name, const Pass& pass, const Place& place, const Halves<Pa
     throw std::runtime_error(std::string(name) + " on CUDA " + device + ": " + error);
 }
 
-void adam_moments(const MatrixArguments& product, const Addresses& projected,
-                  const Addresses& exp_avg, const Addresses& exp_avg_sq, const Addresses& direction,
-                  const std::optional<Addresses>& direction_sq,
-                  const std::optional<Addresses>& projected_sq, int64_t rows, int64_t cols,
-                  bool channels_are_rows, double beta1, double beta2, double eps,
-                  double bias_correction1, double bias_correction2, int threads, int device,
-                  std::uintptr_t stream) {
-  require(direction_sq.has_value() == projected_sq.has_value(),
-          "direction_sq and projected_sq go together");
+AdamRule checked_adam(double beta1, double beta2, double eps, double bias_correction1,
+                      double bias_correction2) {
   require(beta1 >= 0.0 && beta1 < 1.0, "beta1 must be in [0, 1), got ", beta1);
   require(beta2 >= 0.0 && beta2 < 1.0, "beta2 must be in [0, 1), got ", beta2);
   require(eps >= 0.0 && std::isfinite(eps), "eps must be finite and not negative, got ", eps);
@@ -76,24 +69,80 @@ void adam_moments(const MatrixArguments& product, const Addresses& projected,
           "bias_correction1 must be in (0, 1], got ", bias_correction1);
   require(bias_correction2 > 0.0 && bias_correction2 <= 1.0,
           "bias_correction2 must be in (0, 1], got ", bias_correction2);
+  return AdamRule(beta1, beta2, eps, bias_correction1, bias_correction2);
+}
+
+std::vector<NoiseRule> checked_noise(const char* name, const std::vector<uint32_t>& salts,
+                                     std::size_t count, uint32_t step) {
+  require(salts.size() == count, name, " must have ", count, " values, got ", salts.size());
+  std::vector<NoiseRule> noise;
+  for (const uint32_t salt : salts) noise.emplace_back(salt, step);
+  return noise;
+}
+
+// Addresses of M and V, a code of Format, of their scales, and what rounds V.
+struct MomentArguments {
+  const Addresses& exp_avg;
+  const Addresses& exp_avg_sq;
+  int format;
+  const std::optional<Addresses>& exp_avg_scale;
+  const std::optional<Addresses>& exp_avg_sq_scale;
+  const std::optional<std::vector<uint32_t>>& salts;
+  uint32_t step;
+};
+
+Moments checked_moments(const MomentArguments& arguments, const Group& group, int64_t scales,
+                        ArrayChecks& checks) {
+  const auto& [exp_avg, exp_avg_sq, code, exp_avg_scale, exp_avg_sq_scale, salts, step] = arguments;
+  require(code >= 0 && code <= 2, "format must be 0, 1 or 2, got ", code);
+  const auto format = static_cast<Format>(code);
+  const bool coded = format == Format::kCodes;
+  require(exp_avg_scale.has_value() == coded && exp_avg_sq_scale.has_value() == coded,
+          "exp_avg_scale and exp_avg_sq_scale go with codes");
+  require(!salts || format != Format::kFloat32, "moment_salts are for fewer than 32 bits");
+  return {
+      format,
+      checks.dense("exp_avg", exp_avg, group.elements(), size_of(format), true),
+      checks.dense("exp_avg_sq", exp_avg_sq, group.elements(), size_of(format), true),
+      coded ? checks.dense("exp_avg_scale", *exp_avg_scale, scales, true) : Arrays{},
+      coded ? checks.dense("exp_avg_sq_scale", *exp_avg_sq_scale, scales, true) : Arrays{},
+      salts ? checked_noise("moment_salts", *salts, group.count, step) : std::vector<NoiseRule>{}};
+}
+
+void adam_moments(const MatrixArguments& product, const Addresses& projected,
+                  const Addresses& exp_avg, const Addresses& exp_avg_sq, const Addresses& direction,
+                  const std::optional<Addresses>& direction_sq,
+                  const std::optional<Addresses>& projected_sq, int64_t rows, int64_t cols,
+                  bool channels_are_rows, double beta1, double beta2, double eps,
+                  double bias_correction1, double bias_correction2, int format,
+                  const std::optional<Addresses>& exp_avg_scale,
+                  const std::optional<Addresses>& exp_avg_sq_scale,
+                  const std::optional<std::vector<uint32_t>>& moment_salts, uint32_t step,
+                  int threads, int device, std::uintptr_t stream) {
+  require(direction_sq.has_value() == projected_sq.has_value(),
+          "direction_sq and projected_sq go together");
+  const AdamRule rule = checked_adam(beta1, beta2, eps, bias_correction1, bias_correction2);
   const Place place(threads, device, stream);
   const Group group = checked_group(projected.size(), rows, cols, channels_are_rows);
+  const int64_t scales = channels_are_rows ? groups_of(rows, kChannelsAScale) * cols
+                                           : rows * groups_of(cols, kChannelsAScale);
   ArrayChecks checks(group);
   const auto& [products, code, stride] = product;
   // The product may be converted in place, which for float32 is no conversion at all.
   const bool in_place = products == projected && code == 0 && stride == cols;
   Matrices read = in_place ? ArrayChecks(group).matrices("product", product, false)
                            : checks.matrices("product", product, false);
+  const MomentArguments moments{exp_avg,          exp_avg_sq,   format, exp_avg_scale,
+                                exp_avg_sq_scale, moment_salts, step};
   const AdamMoments pass{
       group,
       std::move(read),
       checks.elements("projected", projected, true),
-      checks.elements("exp_avg", exp_avg, true),
-      checks.elements("exp_avg_sq", exp_avg_sq, true),
       checks.elements("direction", direction, true),
+      checked_moments(moments, group, scales, checks),
       direction_sq ? checks.channels("direction_sq", *direction_sq, true) : Arrays{},
       projected_sq ? checks.channels("projected_sq", *projected_sq, true) : Arrays{},
-      AdamRule(beta1, beta2, eps, bias_correction1, bias_correction2)};
+      rule};
   checks.no_overlap();
   run("adam_moments", pass, place, {&cpu::adam_moments, LOWRANK_ON_CUDA(adam_moments)});
 }
@@ -178,10 +227,34 @@ void update(const MatrixArguments& param, const MatrixArguments& product,
   checks.no_overlap();
   if (salts) {
     require(pass.param.dtype == DType::kBFloat16, "salts are for a bfloat16 param only");
-    require(salts->size() == count, "salts must have ", count, " values, got ", salts->size());
-    for (const uint32_t salt : *salts) pass.noise.emplace_back(salt, step);
+    pass.noise = checked_noise("salts", *salts, count, step);
   }
   run("update", pass, place, {&cpu::update, LOWRANK_ON_CUDA(update)});
+}
+
+void adamw(const MatrixArguments& param, const MatrixArguments& grad, const Addresses& exp_avg,
+           const Addresses& exp_avg_sq, int64_t elements, double step_size, double decay,
+           double beta1, double beta2, double eps, double bias_correction1, double bias_correction2,
+           int format, const std::optional<Addresses>& exp_avg_scale,
+           const std::optional<Addresses>& exp_avg_sq_scale,
+           const std::optional<std::vector<uint32_t>>& moment_salts, uint32_t step, int threads) {
+  require_finite("step_size", step_size);
+  require_finite("decay", decay);
+  require(elements >= 0, "elements must not be negative, got ", elements);
+  const AdamRule adam = checked_adam(beta1, beta2, eps, bias_correction1, bias_correction2);
+  const Place place(threads, -1, 0);
+  const Group group = checked_group(std::get<0>(param).size(), 1, elements, true);
+  ArrayChecks checks(group);
+  const MomentArguments moments{exp_avg,          exp_avg_sq,   format, exp_avg_scale,
+                                exp_avg_sq_scale, moment_salts, step};
+  const AdamW pass{group,
+                   checks.matrices("param", param, true),
+                   checks.matrices("grad", grad, false),
+                   checked_moments(moments, group, groups_of(elements, kElementsAScale), checks),
+                   adam,
+                   StepRule(step_size, decay)};
+  checks.no_overlap();
+  run("adamw", pass, place, {&cpu::adamw, nullptr});
 }
 
 std::vector<std::string> words(const char* text) {
@@ -217,7 +290,9 @@ PYBIND11_MODULE(_native, module) {
   module.def("adam_moments", &lowrank::adam_moments, py::kw_only(), "product"_a, "projected"_a,
              "exp_avg"_a, "exp_avg_sq"_a, "direction"_a, "direction_sq"_a, "projected_sq"_a,
              "rows"_a, "cols"_a, "channels_are_rows"_a, "beta1"_a, "beta2"_a, "eps"_a,
-             "bias_correction1"_a, "bias_correction2"_a, "threads"_a, "device"_a = -1,
+             "bias_correction1"_a, "bias_correction2"_a, "format"_a = 0,
+             "exp_avg_scale"_a = py::none(), "exp_avg_sq_scale"_a = py::none(),
+             "moment_salts"_a = py::none(), "step"_a = 0, "threads"_a, "device"_a = -1,
              "stream"_a = 0);
   module.def("residual_sums", &lowrank::residual_sums, py::kw_only(), "matrix"_a, "residual_sq"_a,
              "projected_sq"_a, "rows"_a, "cols"_a, "channels_are_rows"_a, "kappa"_a, "threads"_a,
@@ -232,6 +307,11 @@ PYBIND11_MODULE(_native, module) {
              "factor"_a, "rows"_a, "cols"_a, "channels_are_rows"_a, "step_size"_a, "decay"_a,
              "rho"_a, "salts"_a, "step"_a, "first_row"_a, "first_col"_a, "threads"_a,
              "device"_a = -1, "stream"_a = 0);
+  module.def("adamw", &lowrank::adamw, py::kw_only(), "param"_a, "grad"_a, "exp_avg"_a,
+             "exp_avg_sq"_a, "elements"_a, "step_size"_a, "decay"_a, "beta1"_a, "beta2"_a, "eps"_a,
+             "bias_correction1"_a, "bias_correction2"_a, "format"_a = 0,
+             "exp_avg_scale"_a = py::none(), "exp_avg_sq_scale"_a = py::none(),
+             "moment_salts"_a = py::none(), "step"_a = 0, "threads"_a);
   module.def("build_info", &lowrank::build_info);
   using lowrank::TensorReader;
   py::class_<TensorReader>(module, "TensorReader")

@@ -57,11 +57,15 @@ class ArrayChecks {
   }
 
   Arrays dense(const char* name, const Addresses& addresses, int64_t size, bool written) {
-    check(name, addresses, size, size, DType::kFloat32, written);
-    Arrays arrays;
-    for (const std::uintptr_t address : addresses)
-      arrays.push_back(reinterpret_cast<float*>(address));
-    return arrays;
+    check(name, addresses, size, size, sizeof(float), written);
+    return pointers<float>(addresses);
+  }
+
+  // Dense arrays of another type.
+  std::vector<char*> dense(const char* name, const Addresses& addresses, int64_t size,
+                           int64_t bytes, bool written) {
+    check(name, addresses, size, size, bytes, written);
+    return pointers<char>(addresses);
   }
 
   Matrices matrices(const char* name, const MatrixArguments& arguments, bool written) {
@@ -75,11 +79,8 @@ class ArrayChecks {
             " has a stride that overflows: ", stride);
     const auto dtype = static_cast<DType>(code);
     const int64_t extent = group_.elements() == 0 ? 0 : gaps * stride + group_.cols;
-    check(name, addresses, group_.elements(), extent, dtype, written);
-    Matrices matrices{{}, dtype, stride};
-    for (const std::uintptr_t address : addresses)
-      matrices.data.push_back(reinterpret_cast<char*>(address));
-    return matrices;
+    check(name, addresses, group_.elements(), extent, size_of(dtype), written);
+    return {pointers<char>(addresses), dtype, stride};
   }
 
   void no_overlap() {
@@ -100,9 +101,15 @@ class ArrayChecks {
     bool written;
   };
 
+  template <typename T>
+  static std::vector<T*> pointers(const Addresses& addresses) {
+    std::vector<T*> result;
+    for (const std::uintptr_t address : addresses) result.push_back(reinterpret_cast<T*>(address));
+    return result;
+  }
+
   void check(const char* name, const Addresses& addresses, int64_t size, int64_t extent,
-             DType dtype, bool written) {
-    const int64_t bytes = size_of(dtype);
+             int64_t bytes, bool written) {
     require(addresses.size() == group_.count, name, " must have ", group_.count, " addresses, got ",
             addresses.size());
     for (const std::uintptr_t address : addresses) {

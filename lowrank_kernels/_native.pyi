@@ -4,6 +4,7 @@ from typing import Any
 Addresses = Sequence[int]
 # Addresses, a code (float32 0, bfloat16 1, float16 2), elements from row to row.
 Matrices = tuple[Addresses, int, int]
+# Moments come as float32 (format 0), bfloat16 (1) or codes with scales (2).
 
 def build_info() -> dict[str, Any]: ...
 def adam_moments(
@@ -23,6 +24,11 @@ def adam_moments(
     eps: float,
     bias_correction1: float,
     bias_correction2: float,
+    format: int = 0,
+    exp_avg_scale: Addresses | None = None,
+    exp_avg_sq_scale: Addresses | None = None,
+    moment_salts: Sequence[int] | None = None,
+    step: int = 0,
     threads: int,
     device: int = -1,
     stream: int = 0,
@@ -86,6 +92,27 @@ def update(
     threads: int,
     device: int = -1,
     stream: int = 0,
+) -> None: ...
+def adamw(
+    *,
+    param: Matrices,
+    grad: Matrices,
+    exp_avg: Addresses,
+    exp_avg_sq: Addresses,
+    elements: int,
+    step_size: float,
+    decay: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    bias_correction1: float,
+    bias_correction2: float,
+    format: int = 0,
+    exp_avg_scale: Addresses | None = None,
+    exp_avg_sq_scale: Addresses | None = None,
+    moment_salts: Sequence[int] | None = None,
+    step: int = 0,
+    threads: int,
 ) -> None: ...
 
 class TensorReader:

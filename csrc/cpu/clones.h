@@ -13,3 +13,6 @@
 #define LOWRANK_CLONES
 #define LOWRANK_NO_CLONES
 #endif
+
+// For lambdas that marked functions call: left on their own, they would be for the baseline.
+#define LOWRANK_INLINE __attribute__((always_inline))

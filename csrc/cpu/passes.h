@@ -10,6 +10,7 @@ void residual_sums(const ResidualSums& pass, int threads);
 void channel_scale(const ChannelScale& pass, int threads);
 void combine(const Combine& pass, int threads);
 void update(const Update& pass, int threads);
+void adamw(const AdamW& pass, int threads);
 
 // The instruction set that the loops run with on this machine.
 const char* cpu_capability();

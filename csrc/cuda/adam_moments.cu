@@ -144,18 +144,20 @@ void launch(const Batch& batch, unsigned count, const AdamMoments& pass, cudaStr
 
 const char* adam_moments(const AdamMoments& pass, int device, std::uintptr_t stream) {
   if (pass.group.channels() == 0) return nullptr;
+  const Moments& moments = pass.moments;
+  if (moments.format != Format::kFloat32) return low_bit_moments(pass, device, stream);
   const auto is_packed = [&](std::size_t i) {
     return pass.group.cols % kPack == 0 && has_packs(pass.product, i, kPack) &&
-           is_aligned(pass.projected[i]) && is_aligned(pass.exp_avg[i]) &&
-           is_aligned(pass.exp_avg_sq[i]) && is_aligned(pass.direction[i]);
+           is_aligned(pass.projected[i]) && is_aligned(moments.exp_avg[i]) &&
+           is_aligned(moments.exp_avg_sq[i]) && is_aligned(pass.direction[i]);
   };
   return on_device(device, [&] {
     in_batches(pass.group.count, is_packed, [&](const auto& matrices, bool packed) {
       Batch batch{};
       copy_addresses(batch.product, pass.product.data, matrices);
       copy_addresses(batch.projected, pass.projected, matrices);
-      copy_addresses(batch.exp_avg, pass.exp_avg, matrices);
-      copy_addresses(batch.exp_avg_sq, pass.exp_avg_sq, matrices);
+      copy_addresses(batch.exp_avg, moments.exp_avg, matrices);
+      copy_addresses(batch.exp_avg_sq, moments.exp_avg_sq, matrices);
       copy_addresses(batch.direction, pass.direction, matrices);
       if (!pass.direction_sq.empty()) {
         copy_addresses(batch.direction_sq, pass.direction_sq, matrices);

@@ -35,7 +35,8 @@ template <typename Pointer, typename Source>
 void copy_addresses(Pointer (&to)[kBatch], const std::vector<Source*>& from,
                     const std::vector<std::size_t>& matrices) {
   if (from.empty()) return;
-  for (std::size_t i = 0; i < matrices.size(); ++i) to[i] = from[matrices[i]];
+  for (std::size_t i = 0; i < matrices.size(); ++i)
+    to[i] = reinterpret_cast<Pointer>(from[matrices[i]]);
 }
 
 // Blocks for `size` things, `per_block` each. Kernels stride over the grid, so a limit costs

@@ -26,12 +26,17 @@ constexpr uint32_t kFloatInf = 0x7f800000;
 
 LOWRANK_HOST_DEVICE float from_bfloat16(uint16_t half) { return float_of(uint32_t{half} << 16); }
 
-// A carry out of the mantissa raises the exponent, up to Inf, which is what rounding asks for.
-LOWRANK_HOST_DEVICE uint16_t to_bfloat16(float value) {
+// A carry out of the mantissa raises the exponent, up to Inf, which is what rounding asks for. In
+// 32 bits for loops over such alone, whose vectors are the widest.
+LOWRANK_HOST_DEVICE uint32_t wide_bfloat16(float value) {
   const uint32_t bits = bits_of(value);
   const uint32_t rounded = bits + 0x7fff + (bits >> 16 & 1);
   const bool nan = (bits & 0x7fffffff) > kFloatInf;
-  return static_cast<uint16_t>((nan ? bits | 0x400000 : rounded) >> 16);
+  return (nan ? bits | 0x400000 : rounded) >> 16;
+}
+
+LOWRANK_HOST_DEVICE uint16_t to_bfloat16(float value) {
+  return static_cast<uint16_t>(wide_bfloat16(value));
 }
 
 // One unit in the last place of 0.5f is 2^-24, which is the unit of float16's subnormals: adding

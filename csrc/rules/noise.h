@@ -1,4 +1,4 @@
-// Stochastic rounding to bfloat16 from a counter; `Noise` in ops/contract.py defines it.
+// Random bits from a counter, and stochastic rounding to bfloat16 by them: ops/noise.py has both.
 #pragma once
 
 #include "rules/convert.h"
@@ -13,17 +13,43 @@ LOWRANK_HOST_DEVICE uint32_t mix(uint32_t value) {
   return value ^ value >> 16;
 }
 
+// `random` is below 2^16; Inf and NaN stay.
+LOWRANK_HOST_DEVICE uint32_t wide_bfloat16(float value, uint32_t random) {
+  const uint32_t bits = bits_of(value);
+  const bool finite = (bits & kFloatInf) != kFloatInf;
+  return finite ? (bits + random) >> 16 : wide_bfloat16(value);
+}
+
+// Of a channel, which many elements have in common.
+class ChannelNoise {
+ public:
+  LOWRANK_HOST_DEVICE explicit ChannelNoise(uint32_t key) : key_(key) {}
+
+  LOWRANK_HOST_DEVICE uint32_t operator()(uint32_t place) const {
+    return mix(key_ + place) & 0xffff;
+  }
+
+ private:
+  uint32_t key_;
+};
+
 // One matrix at one step; channels and places wrap at 2^32 as the definition's counters do.
 class NoiseRule {
  public:
   NoiseRule() = default;
   LOWRANK_HOST_DEVICE NoiseRule(uint32_t salt, uint32_t step) : key_(mix(salt + mix(step))) {}
 
+  // 16 random bits.
+  LOWRANK_HOST_DEVICE uint32_t operator()(uint32_t channel, uint32_t place) const {
+    return of_channel(channel)(place);
+  }
+
+  LOWRANK_HOST_DEVICE ChannelNoise of_channel(uint32_t channel) const {
+    return ChannelNoise(mix(key_ + channel));
+  }
+
   LOWRANK_HOST_DEVICE uint16_t round(float value, uint32_t channel, uint32_t place) const {
-    const uint32_t bits = bits_of(value);
-    const uint32_t random = mix(mix(key_ + channel) + place) & 0xffff;
-    const bool finite = (bits & kFloatInf) != kFloatInf;
-    return finite ? static_cast<uint16_t>((bits + random) >> 16) : to_bfloat16(value);
+    return static_cast<uint16_t>(wide_bfloat16(value, (*this)(channel, place)));
   }
 
  private:

@@ -1,4 +1,5 @@
-// The two elementwise halves of operation 3, before and after the product. GaLore is phi = 0.
+// What moves a weight: the two elementwise halves of operation 3, before and after the product, and
+// AdamW. GaLore is phi = 0.
 #pragma once
 
 #include "rules/host_device.h"
@@ -38,6 +39,21 @@ class UpdateRule {
   float step_size_;
   float keep_;
   float rho_;
+};
+
+// W <- (1 - decay) W - step_size N.
+class StepRule {
+ public:
+  StepRule(double step_size, double decay)
+      : step_size_(static_cast<float>(step_size)), keep_(static_cast<float>(1.0 - decay)) {}
+
+  LOWRANK_HOST_DEVICE float operator()(float weight, float direction) const {
+    return keep_ * weight - step_size_ * direction;
+  }
+
+ private:
+  float step_size_;
+  float keep_;
 };
 
 }  // namespace lowrank

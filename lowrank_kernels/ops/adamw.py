@@ -6,12 +6,15 @@
 As in operation 1, N is formed before M and V are rounded, and an element of G without a finite
 square is left out: its N is 0, and it keeps its moments as far as codes go.
 
+On a CPU it is one compiled pass, where that can be had.
+
 Source: Adam (arXiv 1412.6980), decoupled decay (arXiv 1711.05101).
 """
 
 import torch
 from torch import Tensor
 
+from . import native
 from .codes import ELEMENTS_A_SCALE, FLAT_GROUPS, Stored, flat_noise, loaded, store
 from .contract import AdamScalars, Scalars
 from .weights24 import joined, split
@@ -41,6 +44,9 @@ def adamw(
         salt: of the noise that rounds V.
         low_bits: of a bfloat16 W of 24 bits, int8, of W's shape; contiguous.
     """
+    if low_bits is None and native.serves_adamw(param, grad, stored, scalars):
+        native.adamw(param, grad, stored, scalars, salt)
+        return
     size = BLOCK_ELEMENTS.get(param.device.type, BLOCK_ELEMENTS_ELSEWHERE)
     for first in range(0, param.numel(), size):
         part = slice(first, first + size)

@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .contract import CHANNELS_A_SCALE, Side, rank_axis
+from .contract import CHANNELS_A_SCALE, Matrices, Side, rank_axis
 from .noise import MOMENTS_SALT, noise, rounded_to_bfloat16
 
 ELEMENTS_A_SCALE = 256
@@ -91,6 +91,14 @@ def new_stored(
     return Stored(*codes, *scales)
 
 
+def stored_of(matrices: Matrices) -> list[Stored]:
+    """Those of a batch."""
+    tensors: list[Sequence[Tensor]] = [matrices.exp_avgs, matrices.exp_avg_sqs]
+    if matrices.exp_avgs[0].dtype is torch.int8:
+        tensors += [matrices.exp_avg_scales, matrices.exp_avg_sq_scales]
+    return [Stored(*each) for each in zip(*tensors, strict=True)]
+
+
 def loaded(stored: Stored, groups: Groups) -> tuple[Tensor, Tensor]:
     """M and V in the dtype of arithmetic: copies, unless they are held in it."""
     if stored.exp_avg_scale is None or stored.exp_avg_sq_scale is None:
@@ -115,7 +123,7 @@ def store(
     """
     if stored.exp_avg_scale is not None and stored.exp_avg_sq_scale is not None:
         _encode(stored.exp_avg, stored.exp_avg_scale, exp_avg, groups, None)
-        _encode(stored.exp_avg_sq, stored.exp_avg_sq_scale, exp_avg_sq.sqrt(), groups, bits)
+        _encode(stored.exp_avg_sq, stored.exp_avg_sq_scale, _root(exp_avg_sq), groups, bits)
         return
     stored.exp_avg.copy_(exp_avg)
     if stored.exp_avg_sq.dtype is torch.bfloat16 and bits is not None:
@@ -136,11 +144,16 @@ def _encode(
     sizes = values.abs()
     scales.copy_(_largest_of_groups(sizes, groups))
     shares = sizes / _spread(scales.where(scales > 0, 1.0), values.shape, groups)
-    places = (shares.sqrt_() * float(_largest(codes) << _UNIT)).int()
+    places = (_root(shares) * float(_largest(codes) << _UNIT)).int()
     found = (places + (_NEAREST if bits is None else bits)) >> _UNIT
     if codes.dtype is torch.uint8:
         found = torch.where(values > 0, found.clamp_(min=1), 0)
     codes.copy_(torch.where(values < 0, -found, found))
+
+
+def _root(values: Tensor) -> Tensor:
+    """Correctly rounded: torch's root of float32 is not, on CPUs where it is MKL's."""
+    return values.double().sqrt_().float()
 
 
 def _largest(codes: Tensor) -> int:

@@ -4,10 +4,9 @@ encoded after it. What other backends do in registers is specified here.
 
 from collections.abc import Callable
 
-import torch
 from torch import Tensor
 
-from .codes import Stored, channel_groups, channel_noise, loaded, store
+from .codes import channel_groups, channel_noise, loaded, store, stored_of
 from .contract import AdamScalars, ChannelSums, Matrices, Operations, Projection, Scalars, scalar_of
 
 
@@ -27,7 +26,7 @@ class Decoded:
     ) -> Projection:
         wide, salts = self._wide(matrices), matrices.moment_salts
         projection = self._operations.project_moments(wide, adam)
-        moments = zip(_stored(matrices), wide.exp_avgs, wide.exp_avg_sqs, strict=True)
+        moments = zip(stored_of(matrices), wide.exp_avgs, wide.exp_avg_sqs, strict=True)
         for index, (stored, exp_avg, exp_avg_sq) in enumerate(moments):
             bits = None
             if salts is not None:
@@ -49,15 +48,8 @@ class Decoded:
         self._operations.back_project_update(matrices, projection, factor, scalars)
 
     def _wide(self, matrices: Matrices) -> Matrices:
-        pairs = [loaded(stored, self._groups) for stored in _stored(matrices)]
+        pairs = [loaded(stored, self._groups) for stored in stored_of(matrices)]
         exp_avgs, exp_avg_sqs = map(list, zip(*pairs, strict=True))
         return matrices._replace(
             exp_avgs=exp_avgs, exp_avg_sqs=exp_avg_sqs, exp_avg_scales=(), exp_avg_sq_scales=()
         )
-
-
-def _stored(matrices: Matrices) -> list[Stored]:
-    tensors = [matrices.exp_avgs, matrices.exp_avg_sqs]
-    if matrices.exp_avgs[0].dtype is torch.int8:
-        tensors += [list(matrices.exp_avg_scales), list(matrices.exp_avg_sq_scales)]
-    return [Stored(*each) for each in zip(*tensors, strict=True)]

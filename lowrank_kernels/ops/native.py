@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
+from .codes import Stored, stored_of
 from .contract import (
     MAX_KAPPA_HALF_PRECISION,
     AdamScalars,
@@ -28,6 +29,7 @@ from .contract import (
     rank_axis,
 )
 from .dry import device_type
+from .noise import MOMENTS_SALT
 from .products import (
     factors,
     fast_in_half,
@@ -49,7 +51,7 @@ except ImportError as error:
         import_error = "it was not built, as with LOWRANK_NATIVE=off"
 
 # Of moments that the operations take as they are stored.
-MOMENTS = (torch.float32, torch.float64)
+MOMENTS = (torch.float32, torch.float64, torch.bfloat16, torch.int8)
 
 # A batch on a CPU holds at most this many elements of W.
 BATCH_ELEMENTS = 2**20
@@ -69,6 +71,7 @@ ALIGNED_ELEMENTS = 32
 
 _TRANSPOSED = attrgetter("T")
 _CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
 
 
 def build_info() -> dict[str, Any]:
@@ -94,17 +97,18 @@ class Operations:
     """See `contract.Operations`.
 
     Raises:
-        TypeError: the moments are not float32.
+        TypeError: the moments are float64.
     """
 
     def __init__(self, matrices: Matrices) -> None:
         side, residual = matrices.side, matrices.residual
         param, grad, moment = matrices.params[0], matrices.grads[0], matrices.exp_avgs[0]
-        if moment.dtype is not torch.float32:
-            raise TypeError(f"the native backend keeps float32 state, exp_avg is {moment.dtype}")
+        if moment.dtype not in _FORMATS:
+            raise TypeError(f"the native backend has no float64, exp_avg is {moment.dtype}")
         self._passes: Any = _NoPasses() if param.is_meta else _native
         self._device, device = param.device, device_type(param)
         self._channels_are_rows = side is Side.RIGHT
+        self._has_format = moment.dtype is not torch.float32
         self._low_shape = (len(matrices.params), *moment.shape)
 
         dense = rows_or_columns_are_dense(grad)
@@ -149,7 +153,7 @@ class Operations:
         )
         residual = matrices.residual
         count, rows, cols = self._low_shape
-        projected = matrices.exp_avgs[0].new_empty(self._low_shape)
+        projected = torch.empty(self._low_shape, dtype=torch.float32, device=self._device)
         direction = torch.empty_like(projected)
         sums = None
         if residual is not None:
@@ -171,6 +175,11 @@ class Operations:
             eps=adam.eps,
             bias_correction1=correction1,
             bias_correction2=correction2,
+            **(
+                _format(stored_of(matrices), matrices.moment_salts, step)
+                if self._has_format
+                else {}
+            ),
             **self._place(),
         )
         if sums is not None and self._forms_residual_in_half:
@@ -409,6 +418,73 @@ class Operations:
         )
 
 
+def serves_adamw(param: Tensor, grad: Tensor, stored: Stored, scalars: Scalars) -> bool:
+    """Whether `adamw` does: on a CPU, by scalars that the host knows."""
+    adam = scalars.adam
+    numbers = (*scalars[1:], adam.bias_correction1, adam.bias_correction2)
+    return (
+        import_error is None
+        and param.device.type == "cpu"
+        and param.dtype in _CODES
+        and grad.dtype in _CODES
+        and stored.exp_avg.dtype in _FORMATS
+        and not any(isinstance(number, Tensor) for number in numbers)
+    )
+
+
+def adamw(param: Tensor, grad: Tensor, stored: Stored, scalars: Scalars, salt: int) -> None:
+    """See `adamw.adamw`, for tensors on a CPU.
+
+    Raises:
+        TypeError: a scalar is a tensor.
+    """
+    step_size, decay, correction1, correction2 = _numbers(
+        step_size=scalars.step_size,
+        decay=scalars.decay,
+        bias_correction1=scalars.adam.bias_correction1,
+        bias_correction2=scalars.adam.bias_correction2,
+    )
+    elements = param.numel()
+    _native.adamw(
+        param=([param.data_ptr()], _CODES[param.dtype], elements),
+        grad=([grad.data_ptr()], _CODES[grad.dtype], elements),
+        exp_avg=[stored.exp_avg.data_ptr()],
+        exp_avg_sq=[stored.exp_avg_sq.data_ptr()],
+        elements=elements,
+        step_size=step_size,
+        decay=decay,
+        beta1=scalars.adam.beta1,
+        beta2=scalars.adam.beta2,
+        eps=scalars.adam.eps,
+        bias_correction1=correction1,
+        bias_correction2=correction2,
+        **_format([stored], (salt,), scalars.step),
+        threads=torch.get_num_threads(),
+    )
+    if not param.is_inference():
+        increment_version(param)
+
+
+def _format(
+    moments: list[Stored], salts: tuple[int, ...] | None, step: int | Tensor
+) -> dict[str, Any]:
+    """How M and V are held, where their scales are, and what rounds V.
+
+    Raises:
+        TypeError: V draws by a step that is a tensor.
+    """
+    first = moments[0]
+    arguments: dict[str, Any] = {"format": _FORMATS[first.exp_avg.dtype]}
+    if first.exp_avg.dtype is torch.int8:
+        for name in ("exp_avg_scale", "exp_avg_sq_scale"):
+            arguments[name] = [getattr(stored, name).data_ptr() for stored in moments]
+    if salts is not None and first.exp_avg.dtype is not torch.float32:
+        (number,) = _numbers(step=step)
+        arguments["moment_salts"] = [(salt + MOMENTS_SALT) % 2**32 for salt in salts]
+        arguments["step"] = int(number) % 2**32
+    return arguments
+
+
 def _numbers(**scalars: Scalar) -> list[float]:
     """The scalars.
 
@@ -459,7 +535,8 @@ def _addresses(tensors: list[Tensor] | Tensor) -> list[int]:
     """Of each matrix; of stacked ones too, which to take apart costs microseconds a matrix."""
     if isinstance(tensors, list):
         return list(map(Tensor.data_ptr, tensors))
-    first, step = tensors.data_ptr(), tensors.stride(0) * tensors.itemsize or 1
+    # Empty ones may be no distance apart, which is no step of a range.
+    first, step = tensors.data_ptr(), max(1, tensors.stride(0)) * tensors.itemsize
     return list(range(first, first + step * len(tensors), step))
 
 

@@ -15,6 +15,14 @@ from importlib.util import module_from_spec, spec_from_loader
 
 ROWS, COLS = 37, 1100  # more than a chunk of 1024, and odd in the other direction
 FLOAT32, BFLOAT16 = 0, 1
+CODES = 2  # of moments, whose other formats are those
+ADAM = {
+    "beta1": 0.9,
+    "beta2": 0.999,
+    "eps": 1e-6,
+    "bias_correction1": 0.5,
+    "bias_correction2": 0.25,
+}
 
 
 def load(path):
@@ -58,11 +66,7 @@ def run(native, channels_are_rows):
         direction=at(direction),
         direction_sq=at(sums[0]),
         projected_sq=at(sums[1]),
-        beta1=0.9,
-        beta2=0.999,
-        eps=1e-6,
-        bias_correction1=0.5,
-        bias_correction2=0.25,
+        **ADAM,
         **whole,
     )
     written = [projected, exp_avg, exp_avg_sq, direction, *sums[:2]]
@@ -116,12 +120,68 @@ def run(native, channels_are_rows):
     return written
 
 
+def low_bit_moments(size, scales, format):
+    """M and V, and what a pass wants to know of them."""
+    if format == BFLOAT16:
+        exp_avg, exp_avg_sq = halves(size), halves(size)
+        for i, half in enumerate(exp_avg_sq):
+            exp_avg_sq[i] = half & 0x7FFF
+        arrays = {"exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
+    else:
+        arrays = {
+            "exp_avg": (ctypes.c_int8 * size)(*random.choices(range(-127, 128), k=size)),
+            "exp_avg_sq": (ctypes.c_uint8 * size)(*random.choices(range(256), k=size)),
+            "exp_avg_scale": squares(scales),
+            "exp_avg_sq_scale": squares(scales),
+        }
+    places = {name: at(array) for name, array in arrays.items()}
+    return list(arrays.values()), {**places, "format": format, "moment_salts": [7], "step": 3}
+
+
+def run_low_bit(native, channels_are_rows):
+    """Every array that the passes over moments in fewer bits wrote."""
+    size, written = ROWS * COLS, []
+    scales = -(-ROWS // 64) * COLS if channels_are_rows else ROWS * -(-COLS // 64)
+    for format in (BFLOAT16, CODES):
+        projected, direction = floats(size, 0.1), floats(size)
+        arrays, moments = low_bit_moments(size, scales, format)
+        native.adam_moments(
+            product=(at(projected), FLOAT32, COLS),
+            projected=at(projected),
+            direction=at(direction),
+            direction_sq=None,
+            projected_sq=None,
+            rows=ROWS,
+            cols=COLS,
+            channels_are_rows=channels_are_rows,
+            threads=1,
+            **ADAM,
+            **moments,
+        )
+        written += [direction, *arrays]
+        for dtype, make in ((FLOAT32, floats), (BFLOAT16, halves)):
+            param, grad = make(size), make(size)
+            arrays, moments = low_bit_moments(size, -(-size // 256), format)
+            native.adamw(
+                param=(at(param), dtype, size),
+                grad=(at(grad), dtype, size),
+                elements=size,
+                step_size=1e-2,
+                decay=1e-3,
+                threads=1,
+                **ADAM,
+                **moments,
+            )
+            written += [param, *arrays]
+    return written
+
+
 def main():
     native = load(sys.argv[1])
     random.seed(0)
     digest = hashlib.sha256()
     for channels_are_rows in (False, True):
-        for array in run(native, channels_are_rows):
+        for array in run(native, channels_are_rows) + run_low_bit(native, channels_are_rows):
             digest.update(bytes(array))
     print(native.build_info()["cpu_capability"], digest.hexdigest())
 
