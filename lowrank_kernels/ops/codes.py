@@ -115,7 +115,7 @@ def store(
     """
     if stored.exp_avg_scale is not None and stored.exp_avg_sq_scale is not None:
         _encode(stored.exp_avg, stored.exp_avg_scale, exp_avg, groups, None)
-        _encode(stored.exp_avg_sq, stored.exp_avg_sq_scale, exp_avg_sq.sqrt(), groups, bits)
+        _encode(stored.exp_avg_sq, stored.exp_avg_sq_scale, _root(exp_avg_sq), groups, bits)
         return
     stored.exp_avg.copy_(exp_avg)
     if stored.exp_avg_sq.dtype is torch.bfloat16 and bits is not None:
@@ -136,11 +136,16 @@ def _encode(
     sizes = values.abs()
     scales.copy_(_largest_of_groups(sizes, groups))
     shares = sizes / _spread(scales.where(scales > 0, 1.0), values.shape, groups)
-    places = (shares.sqrt_() * float(_largest(codes) << _UNIT)).int()
+    places = (_root(shares) * float(_largest(codes) << _UNIT)).int()
     found = (places + (_NEAREST if bits is None else bits)) >> _UNIT
     if codes.dtype is torch.uint8:
         found = torch.where(values > 0, found.clamp_(min=1), 0)
     codes.copy_(torch.where(values < 0, -found, found))
+
+
+def _root(values: Tensor) -> Tensor:
+    """Correctly rounded: torch's root of float32 is not, on CPUs where it is MKL's."""
+    return values.double().sqrt_().float()
 
 
 def _largest(codes: Tensor) -> int:
