@@ -6,6 +6,8 @@
 As in operation 1, N is formed before M and V are rounded, and an element of G without a finite
 square is left out: its N is 0, and it keeps its moments as far as codes go.
 
+On a GPU it is one launch, where Triton's kernels serve.
+
 Source: Adam (arXiv 1412.6980), decoupled decay (arXiv 1711.05101).
 """
 
@@ -14,6 +16,7 @@ from torch import Tensor
 
 from .codes import ELEMENTS_A_SCALE, FLAT_GROUPS, Stored, flat_noise, loaded, store
 from .contract import AdamScalars, Scalars
+from .dispatch import is_stepped_by_triton, load
 
 # Elements that are widened at a time: their copies stay in a cache, and an embedding's would be
 # hundreds of megabytes. The number for others than CPUs was not measured.
@@ -32,6 +35,9 @@ def adamw(param: Tensor, grad: Tensor, stored: Stored, scalars: Scalars, salt: i
         scalars: numbers, or tensors of one element each; `scale` is not used.
         salt: of the noise that rounds V.
     """
+    if is_stepped_by_triton(param, grad):
+        load("triton.plain").adamw(param, grad, stored, scalars, salt)
+        return
     size = BLOCK_ELEMENTS.get(param.device.type, BLOCK_ELEMENTS_ELSEWHERE)
     for first in range(0, param.numel(), size):
         part = slice(first, first + size)
