@@ -23,7 +23,13 @@ pytestmark = pytest.mark.timeout(0)
 ROOT = Path(__file__).parents[2]
 PRODUCTS = {80: "mma", 90: "wgmma", 100: "tcgen05"}
 PRODUCT_KERNELS = ("project_kernel", "update_kernel", "resident_update_kernel")
-KERNELS = (*PRODUCT_KERNELS, "pad_rows_kernel", "channel_scale_kernel", "combine_kernel")
+KERNELS = (
+    *PRODUCT_KERNELS,
+    "pad_rows_kernel",
+    "channel_scale_kernel",
+    "combine_kernel",
+    "adamw_kernel",
+)
 NARROW = {"bf16": ("ld 2", "st 2", "cp.async 4", "cp.async 8"), "fp32": ("cp.async 4",)}
 HALF = ("bf16", "fp16")
 
