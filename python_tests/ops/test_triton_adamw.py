@@ -221,6 +221,22 @@ def test_an_element_without_a_finite_square_is_only_decayed(bad):
     assert_right(whole, plain_torch, exact)
 
 
+def test_scalars_are_where_the_kernel_reads_them_and_in_one_dtype(monkeypatch):
+    """It reads any of them on a CPU; a binary is bound to the dtypes of its first launch."""
+    given = []
+    monkeypatch.setattr(plain.Launcher, "__call__", lambda *arguments: given.append(arguments[4]))
+    whole, meta = Whole((300,)), torch.device("meta")
+    parameter = (
+        whole.param.to(meta),
+        whole.grad.to(meta),
+        Stored(*(each.to(meta) for each in whole.stored)),
+    )
+    adamw(*parameter, on_device(SCALARS), SALT)
+    *rates, step = (each for each in given[0] if isinstance(each, torch.Tensor))
+    assert [(each.device, each.dtype) for each in rates] == [(meta, torch.float64)] * 4
+    assert (step.device, step.dtype) == (meta, torch.int32)
+
+
 def test_a_parameter_without_elements():
     Whole((0,)).step()
 

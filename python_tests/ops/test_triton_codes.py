@@ -279,9 +279,9 @@ def assert_bfloat16(coded, index, plain, exact):
     assert float((low < high).float().mean()) < 0.2
 
 
-def small_tiles(split=1):
-    """Two groups or more, several pieces and tiles of directions."""
-    return forced(project=Config(64, 16, 16, cuts=1, warps=4, stages=1, split=split))
+def small_tiles(split=1, groups=1):
+    """Several pieces and tiles of directions."""
+    return forced(project=Config(64 * groups, 16, 16, cuts=1, warps=4, stages=1, split=split))
 
 
 CHANNELS_DEPTH_RANK = [(1, 1, 1), (5, 37, 13), (64, 20, 16), (150, 61, 18), (200, 24, 24)]
@@ -359,11 +359,13 @@ def placed(coded, gap):
     ],
 )
 def test_a_batch_is_its_matrices_one_by_one(gap, unit, parts, side, form):
-    """Bit for bit, and no scale and no code outside of them is read or written."""
+    """Bit for bit, and no scale and no code outside of them is read or written, also where a tile
+    has a group that is not there.
+    """
     together, twice = (Coded(form, side, 150, 61, 18, count=3) for _ in "ab")
     buffers = placed(together, gap)
     assert {addresses.addresses_of(each).unit for each in together.matrices[5:7]} == {unit}
-    with small_tiles(parts):
+    with small_tiles(parts, groups=2):
         for coded in (together, twice):
             coded.project()
         for index in range(3):
@@ -472,6 +474,7 @@ def test_every_tile_of_codes_has_whole_groups_and_room_for_them(dtypes, gpu):
                 assert each.channels % 64 == 0
                 assert each.rank <= 128
                 assert each.split == 1 or each.channels * each.rank <= 64 * 128
+                assert each.registers > 128 or side is Side.RIGHT
 
 
 def test_fewer_bytes_of_moments_are_predicted_to_take_less_time():

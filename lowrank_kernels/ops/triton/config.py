@@ -92,14 +92,6 @@ _TILES = {
     ("update", 4): (16, (_Tile(128, 128, 8, 8), _Tile(64, 64, 8, 16))),
 }
 
-# Of operation 1 on codes of moments, which take registers beside the sums.
-_CODED_TILES = (
-    _Tile(128, 128, 8, 16),
-    _Tile(64, 128, 8, 16, registers=128, even=True),
-    _Tile(64, 128, 8, 16),
-    _Tile(64, 64, 4, 16),
-)
-
 # Of operation 1 with two dtypes: three TF32 products, which take registers.
 _MIXED_TILES = (_Tile(64, 128, 8, 16), _Tile(64, 64, 8, 16))
 
@@ -311,13 +303,15 @@ def _configs(operation: str, problem: Problem, gpu: Gpu) -> Iterator[Config]:
     wide, from_shared = problem.wide, gpu.capability >= 90
     if operation == "update" and size == 2 and not from_shared:
         step //= 2
-    if problem.dtypes[0] is not problem.dtypes[1]:
-        tiles = _MIXED_TILES
-    elif operation == "project" and problem.coded and size == 2:
-        tiles = _CODED_TILES
-    for tile in tiles:
+    mixed = problem.dtypes[0] is not problem.dtypes[1]
+    for tile in _MIXED_TILES if mixed else tiles:
         channels, width, registers = tile.channels, tile.width, tile.registers
         if operation == "project":
+            # Beside codes the sums of a larger tile spill; on the left, where neighbouring scales
+            # are far apart, half of the registers do.
+            halved = registers <= 128 and problem.side is Side.LEFT
+            if problem.coded and (width > 128 or halved):
+                continue
             narrow_fits = channels * width <= (64 if problem.coded else 128) * 128
             width = rank = _tile(problem.rank, width)
             depth = step // (1 if problem.wide else 2)

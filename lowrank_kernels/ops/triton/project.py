@@ -15,9 +15,9 @@ Adam is not linear, so it has to see complete sums. Where the reduction is split
 its sums and is counted; the part that arrives last adds all of them, its own too, in ascending
 order, and alone goes on to Adam. Which part that is changes no bit, nor does any atomic add floats.
 
-M and V are float32, bfloat16 or codes (see `ops.codes`), and nowhere but in registers anything
-else: 64 channels of a direction, whose codes share a scale, are in one tile. Bytes of an element of
-them in place of 16: 8, or 4.25.
+M and V are read and written as they are stored, and are float32 in registers only: in bfloat16
+they are 8 of the 24 bytes above in place of 16, in codes (see `ops.codes`) 4.25. The channels of a
+direction that share a scale are in one tile.
 
 Where REREAD, the squares have a load of G of their own: see `rereads_gradients`.
 """
@@ -28,28 +28,6 @@ import triton.language as tl
 from .codes import decoded_avg, decoded_avg_sq, encoded_avg, encoded_avg_sq
 from .device import arrives_last, first_of, locate, piece, scalar
 from .noise import noise, noise_key, rounded_to_bfloat16
-
-
-@triton.jit
-def _decoded(
-    avg_codes, avg_sq_codes, avg_scales, avg_sq_scales, GROUP: tl.constexpr, shape: tl.constexpr
-):
-    """M and V; scales are [channels / GROUP, directions] of [channels, directions]."""
-    groups: tl.constexpr = (shape[0] // GROUP, GROUP, shape[1])
-    exp_avg = decoded_avg(tl.reshape(avg_codes, groups), avg_scales)
-    exp_avg_sq = decoded_avg_sq(tl.reshape(avg_sq_codes, groups), avg_sq_scales)
-    return tl.reshape(exp_avg, shape), tl.reshape(exp_avg_sq, shape)
-
-
-@triton.jit
-def _encoded(exp_avg, exp_avg_sq, bits, GROUP: tl.constexpr, shape: tl.constexpr):
-    """Codes of M and V and their scales, as `_decoded` takes them."""
-    groups: tl.constexpr = (shape[0] // GROUP, GROUP, shape[1])
-    avg_codes, avg_scales = encoded_avg(tl.reshape(exp_avg, groups))
-    bits = tl.reshape(bits, groups)
-    avg_sq_codes, avg_sq_scales = encoded_avg_sq(tl.reshape(exp_avg_sq, groups), bits)
-    avg_codes, avg_sq_codes = tl.reshape(avg_codes, shape), tl.reshape(avg_sq_codes, shape)
-    return avg_codes, avg_sq_codes, avg_scales, avg_sq_scales
 
 
 @triton.jit(
@@ -197,6 +175,8 @@ def project_kernel(
         WIDTH: tl.constexpr = BR >> CUTS
         direction_sq = tl.zeros((BC, WIDTH), dtype=tl.float32)
         low_sq = tl.zeros((BC, WIDTH), dtype=tl.float32)
+        if GROUP:
+            GROUPS: tl.constexpr = (BC // GROUP, GROUP, WIDTH)  # a group's channels in axis 1
         for index in tl.static_range(1 << CUTS):
             low_piece = piece(low, index, CUTS, BC, BR)
             if index * WIDTH < direction_sizes[1] - first_k:
@@ -208,14 +188,12 @@ def project_kernel(
                 if GROUP:
                     scales = group[:, None] * scale_strides[0] + piece_k[None, :] * scale_strides[1]
                     inside_scales = inside_group & (piece_k < rank - first_k)[None, :]
-                    exp_avg, exp_avg_sq = _decoded(
-                        exp_avg,
-                        exp_avg_sq,
-                        tl.load(exp_avg_scale_ptr + scales, mask=inside_scales, other=0.0),
-                        tl.load(exp_avg_sq_scale_ptr + scales, mask=inside_scales, other=0.0),
-                        GROUP,
-                        (BC, WIDTH),
-                    )
+                    scale = tl.load(exp_avg_scale_ptr + scales, mask=inside_scales, other=0.0)
+                    exp_avg = decoded_avg(tl.reshape(exp_avg, GROUPS), scale)
+                    exp_avg = tl.reshape(exp_avg, (BC, WIDTH))
+                    scale = tl.load(exp_avg_sq_scale_ptr + scales, mask=inside_scales, other=0.0)
+                    exp_avg_sq = decoded_avg_sq(tl.reshape(exp_avg_sq, GROUPS), scale)
+                    exp_avg_sq = tl.reshape(exp_avg_sq, (BC, WIDTH))
                 exp_avg, exp_avg_sq = exp_avg.to(tl.float32), exp_avg_sq.to(tl.float32)
                 # An entry whose square is not finite keeps its moments and moves nothing.
                 finite = low_piece * low_piece < float("inf")
@@ -252,19 +230,21 @@ def project_kernel(
                     )
                 direction_sq += direction * direction
                 low_sq += new * new
-                # Last, for codes take registers.
+                # Last and one after the other, for codes take registers.
                 if GROUP:
+                    codes, scale = encoded_avg(tl.reshape(exp_avg, GROUPS))
+                    codes = tl.reshape(codes, (BC, WIDTH))
+                    tl.store(exp_avg_ptr + offsets, codes, mask=inside)
+                    tl.store(exp_avg_scale_ptr + scales, scale, mask=inside_scales)
                     bits = tl.full((BC, WIDTH), 0x8000, dtype=tl.uint32)
                     if NOISE:
                         key = noise_key(salts, noise_step, matrix, DEVICE_STEP)
                         bits = noise(key, first_c + c, first_k + piece_k)
-                    avg_codes, avg_sq_codes, avg_scales, avg_sq_scales = _encoded(
-                        exp_avg, exp_avg_sq, bits, GROUP, (BC, WIDTH)
-                    )
-                    tl.store(exp_avg_ptr + offsets, avg_codes, mask=inside)
-                    tl.store(exp_avg_sq_ptr + offsets, avg_sq_codes, mask=inside)
-                    tl.store(exp_avg_scale_ptr + scales, avg_scales, mask=inside_scales)
-                    tl.store(exp_avg_sq_scale_ptr + scales, avg_sq_scales, mask=inside_scales)
+                    bits = tl.reshape(bits, GROUPS)
+                    codes, scale = encoded_avg_sq(tl.reshape(exp_avg_sq, GROUPS), bits)
+                    codes = tl.reshape(codes, (BC, WIDTH))
+                    tl.store(exp_avg_sq_ptr + offsets, codes, mask=inside)
+                    tl.store(exp_avg_sq_scale_ptr + scales, scale, mask=inside_scales)
         if SUMS:
             slot = matrix.to(tl.int64) * tiles_k + tile_k
             slot_ptr = sums_ptr + slot * channels + first_c + c
