@@ -16,7 +16,7 @@ from torch import nn
 from ..ops import Choice, Side, Size, requested_backend
 from ..ops.dispatch import REQUESTS, Kind, choose_kind
 from ..optim import AdaRankGradAdamW, FiraAdamW, GaLoreAdamW, LowRankAdamW, param_groups
-from ..optim.formats import STATE_FORMATS
+from ..optim.formats import BASIS_FORMATS, STATE_FORMATS
 from .text import UserError, user_errors
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -81,6 +81,8 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--backend", choices=REQUESTS, default="auto", help="default: auto")
     forms = "in which moments are held; default: %(default)s"
     parser.add_argument("--state", choices=STATE_FORMATS, default="float32", help=forms)
+    forms = "in which bases are held; default: %(default)s"
+    parser.add_argument("--basis", choices=BASIS_FORMATS, default="weight", help=forms)
 
 
 def model_of(args: argparse.Namespace) -> Model:
@@ -114,7 +116,8 @@ def build_optimizer(name: str, model: Model, args: argparse.Namespace) -> LowRan
     """
     with user_errors():
         groups = param_groups(model.module, model.rank)
-        return OPTIMIZERS[name](groups, backend=args.backend, state=args.state)
+        formats = {"state": args.state, "basis": args.basis}
+        return OPTIMIZERS[name](groups, backend=args.backend, **formats)
 
 
 def backend_of(args: argparse.Namespace, row: dict[str, Any] | None = None) -> Choice:

@@ -149,6 +149,9 @@ class Matrices(NamedTuple):
         exp_avg_sq_scales: as `exp_avg_scales`.
         moment_salts: rounds V stochastically where it is held in fewer than 32 bits; None rounds
             to nearest.
+        orthonormal: whether the bases are, up to the rounding of their dtype. Of codes they are
+            not: then |S|^2 has to be formed literally where it is a small difference, see
+            `MAX_KAPPA_HALF_PRECISION`.
 
     Stochastic rounding draws from a counter, see `noise`: for element (c, d) of a matrix, c its
     channel and d its place in the channel. A bfloat16 weight is rounded away from zero if the 16
@@ -168,6 +171,7 @@ class Matrices(NamedTuple):
     exp_avg_scales: Sequence[Tensor] = ()
     exp_avg_sq_scales: Sequence[Tensor] = ()
     moment_salts: tuple[int, ...] | None = None
+    orthonormal: bool = True
 
     @property
     def dtype(self) -> torch.dtype:

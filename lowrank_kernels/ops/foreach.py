@@ -63,7 +63,8 @@ class Operations:
 
     def __init__(self, matrices: Matrices) -> None:
         param, grad, basis = matrices.params[0], matrices.grads[0], matrices.bases[0]
-        residual, half = matrices.residual, min(grad.itemsize, basis.itemsize) < 4
+        residual = matrices.residual
+        half = min(grad.itemsize, basis.itemsize) < 4 or not matrices.orthonormal
         forms_residual = half and residual is not None and residual.kappa > MAX_KAPPA_HALF_PRECISION
         self._forms_residual_in_half = forms_residual and fast_in_half(
             grad, basis, device_type(grad)

@@ -108,7 +108,7 @@ class Operations:
         self._low_shape = (len(matrices.params), *moment.shape)
 
         dense = rows_or_columns_are_dense(grad)
-        half = grad.dtype.itemsize < 4 or matrices.bases[0].dtype.itemsize < 4
+        half = min(grad.itemsize, matrices.bases[0].itemsize) < 4 or not matrices.orthonormal
         self._forms_residual = residual is not None and (
             not dense or (half and residual.kappa > MAX_KAPPA_HALF_PRECISION)
         )

@@ -9,16 +9,18 @@ import torch
 from torch import Tensor
 
 from ..ops.contract import moment_dtype
-from .formats import StateFormat, convert, format_for, format_of
+from .formats import convert, convert_basis, format_for, format_of
 from .groups import FORMAT, PROJECTION_DEFAULTS, Group, is_projected, named_params, unwrapped
+from .parts import Method
 from .state import State, check_counts, check_shapes, laid_like
 
 logger = logging.getLogger("lowrank_kernels")
 
 # The axis of length r of each is axis 1 of a basis and `rank_axis` of the moments' side.
 MOMENTS = ("exp_avg", "exp_avg_sq")
-SCALES = ("exp_avg_scale", "exp_avg_sq_scale")
-RANKED = (*MOMENTS, *SCALES, "first_direction", "basis")
+MOMENT_SCALES = ("exp_avg_scale", "exp_avg_sq_scale")
+BASIS = ("basis", "basis_scale")
+RANKED = (*MOMENTS, *MOMENT_SCALES, "first_direction", *BASIS)
 ON_THE_HOST = ("overlaps",)
 
 
@@ -84,9 +86,7 @@ def unpadded(states: State) -> State:
     }
 
 
-def restore(
-    states: Any, groups: list[Group], state_dict: State, capturable: bool, form: StateFormat
-) -> None:
+def restore(states: Any, groups: list[Group], state_dict: State, method: Method) -> None:
     """Puts the saved values back in their own dtypes, and moments into this optimizer's format.
 
     `Optimizer.load_state_dict` casts every floating-point tensor but `step` to the dtype of the
@@ -96,32 +96,34 @@ def restore(
         states: of the optimizer, by parameter, as torch loaded them.
         groups: of the optimizer.
         state_dict: what was loaded.
-        capturable: steps are counted beside the weights.
-        form: of the moments.
+        method: the optimizer's parts.
     """
-    converted: Counter[StateFormat] = Counter()
+    converted: Counter[str] = Counter()
     for _, param, projected, key in _saved_params(groups, state_dict["param_groups"]):
         saved = state_dict["state"].get(key, {})
         for entry, value in saved.items():
             if entry == "step":
                 # It may be a Python float in old files, and on a GPU after a mapped load.
-                device = param.device if capturable else torch.device("cpu")
+                device = param.device if method.capturable else torch.device("cpu")
                 value = torch.as_tensor(value, dtype=torch.float32, device=device).clone()
             elif isinstance(value, Tensor):
                 value = _placed(entry, value, param, projected)
             states[param][entry] = value
         if "exp_avg" in saved:
-            found, own = format_of(saved), format_for(param, projected, form)
+            found, own = format_of(saved), format_for(param, projected, method.state)
             if found != own:
                 convert(states[param], param, own)
-                converted[found] += 1
-    for found, count in converted.items():
+                converted[f"moments in {found}"] += 1
+            if projected and convert_basis(states[param], param, method.basis):
+                converted[f"bases in {saved['basis'].dtype}"] += 1
+    for what, count in converted.items():
         logger.warning(
-            "the state dict holds moments of %d parameters in %s: converted to state=%r, each to"
-            " the nearest",
+            "the state dict holds %s, of %d parameters: converted to state=%r, basis=%r, each value"
+            " to the nearest",
+            what,
             count,
-            found,
-            form,
+            method.state,
+            method.basis,
         )
 
 
@@ -134,7 +136,9 @@ def _placed(entry: str, value: Tensor, param: Tensor, projected: bool) -> Tensor
     dtype = moment_dtype(param.dtype)
     if entry == "basis":
         dtype = param.dtype
-    elif entry in SCALES or (entry in MOMENTS and value.dtype is torch.bfloat16):
+    elif entry in (*MOMENT_SCALES, "basis_scale") or (
+        entry in MOMENTS and value.dtype is torch.bfloat16
+    ):
         return value.to(param.device, copy=True).contiguous()
     if not projected and value.shape == param.shape:
         return laid_like(param, value.to(param.device, dtype, copy=True))
@@ -151,7 +155,7 @@ def _resized(state: State, rank: int, *, grow: bool) -> State:
     for key in RANKED:
         if key not in state:
             continue
-        value, axis = state[key], 1 if key == "basis" else int(state["side"])
+        value, axis = state[key], 1 if key in BASIS else int(state["side"])
         if grow:
             size = list(value.shape)
             size[axis] = rank - found
@@ -167,7 +171,8 @@ def _has_a_rank(state: object) -> bool:
 
 def _full_shape(state: State) -> tuple[int, int]:
     """Sizes of the weight: of the basis' long axis, and of the moments'."""
-    return state["basis"].shape[0], state["exp_avg"].shape[1 - int(state["side"])]
+    basis, codes_a_row = state["basis"], 2 if state["basis"].dtype is torch.uint8 else 1
+    return len(basis) * codes_a_row, state["exp_avg"].shape[1 - int(state["side"])]
 
 
 def _saved_params(

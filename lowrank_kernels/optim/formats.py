@@ -7,11 +7,15 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from ..ops.bases import basis_entries, loaded_basis
 from ..ops.codes import FLAT_GROUPS, Groups, Stored, channel_groups, loaded, new_stored, store
 from ..ops.contract import Side, moment_dtype
 
 StateFormat = Literal["float32", "bfloat16", "int8"]
+BasisFormat = Literal["weight", "int8", "int4"]
+MasterBits = Literal[24] | None
 STATE_FORMATS = ("float32", "bfloat16", "int8")
+BASIS_FORMATS = ("weight", "int8", "int4")
 _LOW: dict[str, torch.dtype] = {"bfloat16": torch.bfloat16, "int8": torch.int8}
 
 # With fewer elements, or one dimension, a parameter that is not projected keeps wide moments: norms
@@ -24,6 +28,37 @@ def format_for(param: Tensor, projected: bool, wanted: StateFormat) -> StateForm
     whole = type(param) in (Tensor, Parameter) and param.layout is torch.strided
     large = param.dim() > 1 and param.numel() >= SMALLEST_LOW
     return wanted if projected or (whole and large) else "float32"
+
+
+def has_low_bits(param: Tensor, master: MasterBits) -> bool:
+    """Whether a parameter is held in more bits than its dtype has."""
+    return master == 24 and param.dtype is torch.bfloat16
+
+
+def basis_dtype(rows: int, param: Tensor, wanted: BasisFormat) -> torch.dtype:
+    """What holds a basis of so many rows: int4, two codes in a byte of uint8, needs an even number
+    of them, and is int8 otherwise.
+    """
+    if wanted == "weight":
+        return param.dtype
+    return torch.int8 if wanted == "int8" or rows % 2 else torch.uint8
+
+
+def new_basis(shape: tuple[int, int], param: Tensor, wanted: BasisFormat) -> dict[str, Tensor]:
+    """The entries of P in a projected parameter's state, before its first basis."""
+    zeros = torch.zeros(shape, dtype=param.dtype, device=param.device)
+    return basis_entries(zeros, basis_dtype(shape[0], param, wanted))
+
+
+def convert_basis(state: dict[str, Any], param: Tensor, wanted: BasisFormat) -> bool:
+    """Brings P of a state into a format, each entry to the nearest; whether that changed it."""
+    held, basis = state["basis"].dtype, loaded_basis(state)
+    dtype = basis_dtype(len(basis), param, wanted)
+    if held is dtype or (held.is_floating_point and dtype.is_floating_point):
+        return False
+    state.pop("basis_scale", None)
+    state.update(basis_entries(basis, dtype))
+    return True
 
 
 def check_format(name: str, param: Tensor, wanted: StateFormat) -> None:

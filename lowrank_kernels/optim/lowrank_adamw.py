@@ -30,7 +30,18 @@ from .batches import (
 )
 from .checkpoints import check_loadable, padded, restore, unpadded
 from .checks import check_grad, check_matrix, check_memory, check_params, check_shared, is_dense
-from .formats import StateFormat, check_format, convert, format_for, format_of, moments_of
+from .formats import (
+    BasisFormat,
+    MasterBits,
+    StateFormat,
+    check_format,
+    convert,
+    convert_basis,
+    format_for,
+    format_of,
+    has_low_bits,
+    moments_of,
+)
 from .groups import (
     FORMAT,
     PROJECTION_DEFAULTS,
@@ -63,6 +74,8 @@ PART_NAMES = (
     "capturable",
     "monitor",
     "state_format",
+    "basis_format",
+    "master",
 )
 PARTS = attrgetter(*PART_NAMES)
 AUTOCAST_DEVICES = tuple(
@@ -137,6 +150,14 @@ class LowRankAdamW(Optimizer):
             direction, or for 256 elements of a parameter that is not projected. Vectors and other
             small parameters that are not projected stay float32. V is rounded stochastically, with
             noise that depends on the parameter's name and step only.
+        basis: in which format bases are held: in the "weight"'s dtype, in "int8" with a power of
+            two for each column, or in "int4" with a scale for 64 entries of a column (int8 for
+            bases of an odd number of rows), which keeps nine tenths of each direction. They are
+            decoded a batch at a time.
+        master: 24 holds bfloat16 weights to 24 bits: the upper 16 where the model finds them, 8 in
+            the state, so that no step is lost that is more than 2^-16 of its weight. In place of
+            float32 copies, which take 4 bytes a weight. What other code writes into a weight is
+            seen at the next step.
         monitor: counts non-finite gradients and steps held back by Fira's limiter for `stats`, at
             the cost of a few small launches a matrix.
 
@@ -173,6 +194,8 @@ class LowRankAdamW(Optimizer):
         rounding: Rounding = "nearest",
         capturable: bool = False,
         state: StateFormat = "float32",
+        basis: BasisFormat = "weight",
+        master: MasterBits = None,
         monitor: bool = False,
     ) -> None:
         self.subspace = Subspace.named(subspace, stagger=not capturable)
@@ -181,6 +204,8 @@ class LowRankAdamW(Optimizer):
         self.rounding, self.capturable, self.monitor = rounding, capturable, monitor
         # `state` is what torch calls the states themselves.
         self.state_format: StateFormat = state
+        self.basis_format: BasisFormat = basis
+        self.master: MasterBits = master
         self.method.check()
         ops.requested_backend(backend)
         self._begin_anew()
@@ -262,7 +287,12 @@ class LowRankAdamW(Optimizer):
             monitor.count(batch.states, matrices, before)
         if self.subspace.criterion is not None:
             batch.measure(projection, self.subspace, self._readback)
+        if not batch.room.weights:
+            operations.back_project_update(matrices, projection, factor, scalars)
+            return
+        batch.room.load_weights(batch.params, batch.states)
         operations.back_project_update(matrices, projection, factor, scalars)
+        batch.room.store_weights(batch.params, batch.states)
 
     def _params(self) -> Iterator[Tensor]:
         return (param for group in self.param_groups for param in group["params"])
@@ -381,7 +411,7 @@ class LowRankAdamW(Optimizer):
             return candidate
 
         def put_back(_: Optimizer) -> None:
-            restore(self.state, self.param_groups, incoming, self.capturable, self.state_format)
+            restore(self.state, self.param_groups, incoming, self.method)
             for group, own_names in zip(self.param_groups, names, strict=True):
                 group |= {"format": FORMAT, "method": self.method.described()}
                 if own_names is not None:
@@ -434,6 +464,8 @@ class LowRankAdamW(Optimizer):
             self.capturable,
             self.monitor,
             self.state_format,
+            self.basis_format,
+            self.master,
         )
 
     def _prepared(self) -> Prepared:
@@ -459,8 +491,14 @@ class LowRankAdamW(Optimizer):
 
     def _facts(self) -> tuple[object, ...]:
         """What has to be equal for batches to serve again."""
-        limited, coded = self.residual is not None, self.state_format == "int8"
-        facts = facts_of(self.param_groups, self.state, limited, coded)
+        facts = facts_of(
+            self.param_groups,
+            self.state,
+            limited=self.residual is not None,
+            coded=self.state_format == "int8",
+            coded_basis=self.basis_format != "weight",
+            low_bits=self.master is not None,
+        )
         never_equal = object()
         return *PARTS(self), os.environ.get(ENVIRONMENT_VARIABLE), facts or never_equal
 
@@ -523,7 +561,12 @@ class LowRankAdamW(Optimizer):
         form = format_for(param, is_projected(group), self.state_format)
         if format_of(state) != form:
             convert(state, param, form)
+        if not has_low_bits(param, self.master):
+            state.pop("low_bits", None)
+        elif "low_bits" not in state:
+            state["low_bits"] = torch.zeros_like(param, dtype=torch.int8)
         if is_projected(group):
+            convert_basis(state, param, self.basis_format)
             complete(state, salt, self.subspace, *self.method.counters)
         elif form != "float32":
             state.setdefault("salt", salt)

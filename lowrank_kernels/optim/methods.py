@@ -7,7 +7,7 @@ from torch.optim.optimizer import ParamsT
 from typing_extensions import Unpack
 
 from ..subspace import Subspace
-from .formats import StateFormat
+from .formats import BasisFormat, MasterBits, StateFormat
 from .lowrank_adamw import LowRankAdamW
 from .parts import ResidualForm, Rounding
 
@@ -20,6 +20,8 @@ class Options(TypedDict, total=False):
     rounding: Rounding
     monitor: bool
     state: StateFormat
+    basis: BasisFormat
+    master: MasterBits
 
 
 class SubspaceOptions(Options, total=False):

@@ -7,7 +7,8 @@ optimizer's state. Projected parameter:
     exp_avg       M, the shape of R: float32 (float64 for float64 weights), bfloat16, or int8 codes
     exp_avg_sq    V, as exp_avg; codes are uint8
     exp_avg_scale, exp_avg_sq_scale   float32, those of codes; see `ops.codes`
-    basis         P, in the dtype of the weight
+    basis         P, in the dtype of the weight, or int8 codes, or uint8 with two of int4
+    basis_scale   float32, those of codes, 1 x r or ceil(rows of P / 64) x r; see `ops.bases`
     side          int, a value of `ops.Side`
     rank          int, r; a saved state has M, V and P filled up to the group's rank with zeros
     salt          int, what its random numbers and its turn to refresh depend on
@@ -16,9 +17,11 @@ optimizer's state. Projected parameter:
     ints and floats that tell of its bases: see `subspace.refresh.new_record`
     what a criterion or lazy refreshes keep: see `subspace.when.new_measures`
     nonfinite, limited   0-d counters, with `monitor`
+    low_bits      int8, the shape of the weight, of a bfloat16 weight with master=24
+
 
 Other parameter: step, exp_avg, exp_avg_sq as torch.optim.AdamW, moments at least float32; matrices
-of some size also in bfloat16 or in codes, contiguous, and then with a salt.
+of some size also in bfloat16 or in codes, contiguous, and then with a salt; low_bits as above.
 """
 
 from typing import Any
@@ -26,12 +29,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..ops.bases import code_shapes
 from ..ops.codes import FLAT_GROUPS, channel_groups
 from ..ops.contract import Side, basis_shape, moment_dtype, projected_shape
 from ..ops.reference import NOTHING_STORED
 from ..subspace import Subspace, new_measures, new_record
 from .checks import is_unresolved
-from .formats import StateFormat, format_for, groups_of, new_moments
+from .formats import StateFormat, format_for, groups_of, has_low_bits, new_basis, new_moments
 from .groups import Group, cut_rank, is_projected, side_of
 from .parts import Method
 
@@ -53,25 +57,17 @@ def new_state(param: Tensor, group: Group, salt: int, method: Method) -> State:
     if is_projected(group):
         shape = (param.shape[0], param.shape[1])
         rank, side = cut_rank(group["rank"], *shape), side_of(group["proj_type"], *shape)
-        state = new_projected_state(
-            param, rank, side, salt, method.subspace, method.state, *method.counters
-        )
+        state = new_projected_state(param, rank, side, salt, method)
     else:
         state = new_plain_state(param, salt, method.state)
+    if has_low_bits(param, method.master):
+        state["low_bits"] = torch.zeros_like(param, dtype=torch.int8)
     if method.capturable:
         state["step"] = state["step"].to(param.device)
     return state
 
 
-def new_projected_state(
-    param: Tensor,
-    rank: int,
-    side: Side,
-    salt: int,
-    subspace: Subspace,
-    form: StateFormat = "float32",
-    *counted: str,
-) -> State:
+def new_projected_state(param: Tensor, rank: int, side: Side, salt: int, method: Method) -> State:
     """State before the first step; a zero basis projects to zero until it is computed.
 
     Args:
@@ -79,19 +75,16 @@ def new_projected_state(
         rank: r, at most min(rows, cols).
         side: of the basis.
         salt: of its random numbers.
-        subspace: what it keeps of its own.
-        form: of the moments.
-        counted: names of 0-d entries, see `complete`.
+        method: the optimizer's parts.
     """
-    shape = (param.shape[0], param.shape[1])
-    basis = basis_shape(shape, side, rank)
+    shape, groups = (param.shape[0], param.shape[1]), channel_groups(side)
     state = {
         "step": torch.zeros((), dtype=torch.float32, device="cpu"),
-        **new_moments(projected_shape(shape, side, rank), param, form, channel_groups(side)),
-        "basis": torch.zeros(basis, dtype=param.dtype, device=param.device),
+        **new_moments(projected_shape(shape, side, rank), param, method.state, groups),
+        **new_basis(basis_shape(shape, side, rank), param, method.basis),
         "side": int(side),
     }
-    complete(state, salt, subspace, *counted)
+    complete(state, salt, method.subspace, *method.counters)
     return state
 
 
@@ -169,7 +162,12 @@ def check_shapes(name: str, param: Tensor, state: State, projected: bool) -> Non
             rank = basis.shape[1] if isinstance(basis, Tensor) and basis.dim() == 2 else 0
             shape = param.shape[0], param.shape[1]
             expected = projected_shape(shape, Side(side), rank)
-            _check_shape(name, param, "basis", basis, basis_shape(shape, Side(side), rank))
+            shapes = {"basis": basis_shape(shape, Side(side), rank)}
+            if isinstance(basis, Tensor) and not basis.is_floating_point():
+                codes = code_shapes(shapes["basis"], basis.dtype)
+                shapes = dict(zip(("basis", "basis_scale"), codes, strict=True))
+            for key, wanted in shapes.items():
+                _check_shape(name, param, key, state.get(key), wanted)
             if "limiter_norm" in state:
                 _check_shape(name, param, "limiter_norm", state["limiter_norm"], ())
         elif "basis" in state:
@@ -181,6 +179,8 @@ def check_shapes(name: str, param: Tensor, state: State, projected: bool) -> Non
         ) from None
     _check_shape(name, param, "exp_avg", exp_avg, expected)
     _check_shape(name, param, "exp_avg_sq", exp_avg_sq, expected)
+    if "low_bits" in state:
+        _check_shape(name, param, "low_bits", state["low_bits"], tuple(param.shape))
     if exp_avg.dtype is torch.int8:
         scales = groups_of(state).scales(expected)
         for key in ("exp_avg_scale", "exp_avg_sq_scale"):
@@ -203,7 +203,11 @@ def check_counts(name: str, state: State, projected: bool) -> None:
 def check_storage(name: str, param: Tensor, state: State) -> None:
     """Raises ValueError if a weight was moved to another dtype or device than its state."""
     wide = moment_dtype(param.dtype)
-    dtypes = {"basis": param.dtype, "limiter_norm": wide, **_moment_dtypes(state, wide)}
+    dtypes = _moment_dtypes(state, wide) | {"low_bits": torch.int8}
+    if "basis" in state:
+        held = state["basis"].dtype
+        dtypes["basis"] = param.dtype if held.is_floating_point else held
+        dtypes |= {"basis_scale": torch.float32, "limiter_norm": wide}
     for key, dtype in dtypes.items():
         value = state.get(key)
         if value is None:

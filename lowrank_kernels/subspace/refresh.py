@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..ops import Side
+from ..ops.bases import basis_entries, loaded_basis
 from ..ops.codes import Stored, channel_groups, loaded, new_stored, store
 from ..ops.contract import moment_dtype
 from ..ops.dry import on_host
@@ -51,8 +52,7 @@ class Due(NamedTuple):
     @property
     def previous(self) -> Tensor | None:
         """The basis so far, None before the first one."""
-        basis: Tensor = self.state["basis"]
-        return basis if self.state["basis_step"] >= 0 else None
+        return loaded_basis(self.state) if self.state["basis_step"] >= 0 else None
 
 
 def new_record() -> State:
@@ -200,7 +200,8 @@ def _adopt(batch: list[Due], found: Found, subspace: Subspace, problems: Problem
         elif rank != state["basis"].shape[1]:
             # Before the first basis the moments are zero: this only gives them their shape.
             _transfer_moments(item, basis.new_zeros(rank, state["basis"].shape[1]), "keep")
-        _store(state, "basis", basis)
+        for name, value in basis_entries(basis, state["basis"].dtype).items():
+            _store(state, name, value)
         state["rank"] = rank
         state["basis_step"] = item.completed
         state["refreshes"] += 1
@@ -211,10 +212,12 @@ def _adopt(batch: list[Due], found: Found, subspace: Subspace, problems: Problem
 
 def _turned(item: Due, directions: Tensor, signed: bool) -> tuple[Tensor, Tensor | None]:
     """The basis in the dtype of the state's, turned to the old one, and C = P_new^T P_old."""
-    basis, overlap = directions.to(item.state["basis"].dtype), None
-    if item.previous is not None:
+    # As it will be held, since all that follows is computed with that.
+    basis = loaded_basis(basis_entries(directions, item.state["basis"].dtype))
+    overlap, previous = None, item.previous
+    if previous is not None:
         wide = moment_dtype(basis.dtype)
-        overlap = basis.to(wide).mT @ item.previous.to(wide)
+        overlap = basis.to(wide).mT @ previous.to(wide)
     if not signed:
         signs = _signs(basis, overlap)
         basis = basis.mul_(signs)

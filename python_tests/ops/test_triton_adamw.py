@@ -283,3 +283,13 @@ def test_adamw_is_handed_to_triton_where_that_steps_it(monkeypatch):
     adamw_of_torch(whole.param, whole.grad, whole.stored, SCALARS, SALT)
     assert [each[0] is whole.param for each in calls] == [True]
     assert torch.equal(whole.param, before)
+
+
+def test_weights_of_24_bits_are_left_to_torch(monkeypatch):
+    monkeypatch.setattr(plain, "adamw", None)
+    monkeypatch.setattr("lowrank_kernels.ops.adamw.is_stepped_by_triton", lambda *_: True)
+    whole = Whole((300,))
+    before = whole.param.bfloat16()
+    weight, low_bits = before.clone(), torch.zeros(300, dtype=torch.int8, device=DEVICE)
+    adamw_of_torch(weight, whole.grad, whole.stored, SCALARS, SALT, low_bits)
+    assert not torch.equal(weight, before)

@@ -346,6 +346,7 @@ class Operations:
         channel_sums = ChannelSums(*sums.unbind())
         # The kernel's difference is lost in what R and its basis were rounded to.
         rounded = precision == "tf32" or min(dtype.itemsize for dtype in problem.dtypes) < 4
+        rounded = rounded or not matrices.orthonormal
         if rounded and residual.kappa > MAX_KAPPA_HALF_PRECISION:
             _form_residuals(
                 matrices._replace(grads=grads), residual.kappa, projected, channel_sums.residual
