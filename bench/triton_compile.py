@@ -44,8 +44,9 @@ from bench.options import about
 from bench.pipelines import follow
 from lowrank_kernels.ops import AdamScalars, Matrices, Residual, Scalars, Side
 from lowrank_kernels.ops import triton as launchers
-from lowrank_kernels.ops.contract import basis_shape, projected_shape
-from lowrank_kernels.ops.triton import addresses, config, launch
+from lowrank_kernels.ops.codes import FLAT_GROUPS, FORMATS, channel_groups, new_stored
+from lowrank_kernels.ops.contract import basis_shape, projected_shape, rank_axis
+from lowrank_kernels.ops.triton import addresses, config, launch, plain
 
 RESULT = Path(__file__).parent / "results" / "triton-compile.json"
 TOOLS = Path(nvidia.__file__).parent / "bin"
@@ -92,11 +93,15 @@ DTYPES = {
 
 
 class Options(NamedTuple):
-    """What else a launch can be asked for; `scattered`: 16 does not divide the distances."""
+    """What else a launch can be asked for; `scattered`: 16 does not divide the distances.
+
+    `moments`: their format.
+    """
 
     capturable: bool = False
     stochastic: bool = False
     scattered: bool = False
+    moments: str = "float32"
 
 
 OPTIONS = {
@@ -105,6 +110,10 @@ OPTIONS = {
     "stochastic": Options(stochastic=True),
     "capturable, stochastic": Options(capturable=True, stochastic=True),
     "scattered": Options(scattered=True),
+    "codes": Options(moments="int8"),
+    "codes, capturable": Options(moments="int8", capturable=True),
+    "codes, scattered": Options(moments="int8", scattered=True),
+    "bf16 moments": Options(moments="bfloat16"),
 }
 
 FIRA = Residual(0.25, 1.0)
@@ -211,8 +220,10 @@ def cases() -> Iterator[Case]:
                 yield case._replace(options=options)
             if many:
                 yield case._replace(dtypes="fp32", options="scattered")
+                yield case._replace(dtypes="fp32", options="codes")
+                yield case._replace(matrices=1, options="codes")
     for shape, rank in DEGENERATE:
-        for dtypes, options in product(("bf16", "fp32"), ("", "capturable")):
+        for dtypes, options in product(("bf16", "fp32"), ("", "capturable", "codes, capturable")):
             yield Case("degenerate", shape, rank, 1, dtypes, options, FIRA)
 
 
@@ -230,14 +241,20 @@ def quick_cases(target: Target) -> Iterator[Case]:
         wide = Case("7b", (4096, 11008), 1024, 32, "bf16", "capturable, stochastic", FIRA)
         yield from (wide, wide._replace(shape=(11008, 4096)))
         yield Case("350m", (1024, 2736), 256, 24, "bf16", "", FIRA)
+    yield from (aligned._replace(options="codes"), split._replace(options="codes"))
     some = [odd._replace(dtypes=dtypes) for dtypes in DTYPES if dtypes not in ("bf16", "fp32")]
     some += [
         odd._replace(options=options) for options in OPTIONS if options not in ("", "scattered")
     ]
     some += [aligned._replace(dtypes="fp32"), aligned._replace(residual=None)]
+    some += [odd._replace(dtypes="fp32", options="codes")]
     some += [split._replace(options="capturable, stochastic"), small._replace(residual=None)]
     for shape, rank in DEGENERATE:
-        for dtypes, options in (("bf16", "capturable"), ("fp32", "")):
+        for dtypes, options in (
+            ("bf16", "capturable"),
+            ("fp32", ""),
+            ("bf16", "codes, capturable"),
+        ):
             some.append(Case("degenerate", shape, rank, 1, dtypes, options, FIRA))
     yield from some[TARGETS.index(target) :: len(TARGETS)]
 
@@ -298,16 +315,22 @@ def launches(target: Target, case: Case) -> list[tuple[JITFunction, tuple, dict]
     switches = SimpleNamespace(fp32_precision=dtypes.precision)
     side = _side(case)
     low = projected_shape(case.shape, side, case.rank)
+    moments, meta = FORMATS[options.moments], torch.device("meta")
+    stored = new_stored(low, moments, meta, channel_groups(side))
+    exp_avgs, exp_avg_sqs, *scales = [[each] * count for each in stored if each is not None]
     matrices = Matrices(
         side,
         case.residual,
         params=empty(case.shape, dtypes.weight),
         grads=empty(case.shape, dtypes.grad),
         bases=empty(basis_shape(case.shape, side, case.rank), dtypes.weight),
-        exp_avgs=empty(low),
-        exp_avg_sqs=empty(low),
+        exp_avgs=exp_avgs,
+        exp_avg_sqs=exp_avg_sqs,
         limiter_norms=empty(()),
         salts=tuple(range(count)) if options.stochastic else None,
+        exp_avg_scales=scales[0] if scales else (),
+        exp_avg_sq_scales=scales[1] if scales else (),
+        moment_salts=None if moments is torch.float32 else tuple(range(count)),
     )
     scalar, step = 0.5, 17
     if options.capturable:
@@ -324,12 +347,15 @@ def launches(target: Target, case: Case) -> list[tuple[JITFunction, tuple, dict]
         mock.patch.object(torch.backends.cuda, "matmul", switches),
     ):
         operations = launchers.Operations(matrices)
-        projection = operations.project_moments(matrices, adam)
+        projection = operations.project_moments(matrices, adam, step)
         factor = None
         if projection.sums is not None:
             factor = operations.channel_scale(matrices, projection.sums)
         scalars = Scalars(adam, 0.25, step_size=scalar, decay=scalar, step=step)
         operations.back_project_update(matrices, projection, factor, scalars)
+        if moments is not torch.float32:
+            whole = new_stored(case.shape, moments, meta, FLAT_GROUPS)
+            plain.adamw(matrices.params[0], matrices.grads[0], whole, scalars, salt=1)
     return recorded
 
 
@@ -383,7 +409,9 @@ def compile_variant(variant: Variant) -> Record:
     return Record(
         kernel=variant.kernel.__name__,
         target=target.capability,
-        tile=" x ".join(str(options[key]) for key in ("BC", "BR", "BD") if key in options),
+        tile=" x ".join(
+            str(options[key]) for key in ("BC", "BR", "BD", "GROUPS") if key in options
+        ),
         cuts=options.get("CUTS"),
         warps=options["num_warps"],
         stages=options.get("num_stages"),

@@ -6,7 +6,8 @@
 As in operation 1, N is formed before M and V are rounded, and an element of G without a finite
 square is left out: its N is 0, and it keeps its moments as far as codes go.
 
-On a CPU it is one compiled pass, where that can be had.
+It is one compiled pass on a CPU, and one launch on a GPU where Triton's kernels serve; for weights of
+24 bits it is neither.
 
 Source: Adam (arXiv 1412.6980), decoupled decay (arXiv 1711.05101).
 """
@@ -17,6 +18,7 @@ from torch import Tensor
 from . import native
 from .codes import ELEMENTS_A_SCALE, FLAT_GROUPS, Stored, flat_noise, loaded, store
 from .contract import AdamScalars, Scalars
+from .dispatch import is_stepped_by_triton, load
 from .weights24 import joined, split
 
 # Elements that are widened at a time: their copies stay in a cache, and an embedding's would be
@@ -46,6 +48,9 @@ def adamw(
     """
     if low_bits is None and native.serves_adamw(param, grad, stored, scalars):
         native.adamw(param, grad, stored, scalars, salt)
+        return
+    if low_bits is None and is_stepped_by_triton(param, grad):
+        load("triton.plain").adamw(param, grad, stored, scalars, salt)
         return
     size = BLOCK_ELEMENTS.get(param.device.type, BLOCK_ELEMENTS_ELSEWHERE)
     for first in range(0, param.numel(), size):

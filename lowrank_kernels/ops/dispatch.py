@@ -147,6 +147,14 @@ def choose_kind(request: str, kind: Kind) -> Choice:
         return choice
 
 
+def is_stepped_by_triton(param: Tensor, grad: Tensor) -> bool:
+    """Whether a parameter without a rank is: on a GPU where "auto" takes Triton's kernels."""
+    if not param.is_cuda or requested_backend("auto") not in ("auto", "triton"):
+        return False
+    kind = Kind(str(param.device), param.dtype, grad.dtype)
+    return choose_kind("auto", kind).backend == "triton"
+
+
 @functools.cache
 def _chosen(request: str, kind: Kind) -> Choice:
     """Remembered, and logged the first time; what raises is not."""
@@ -172,7 +180,7 @@ def _in_words(kind: Kind, choice: Choice) -> str:
 
 @functools.cache
 def load(backend: str) -> ModuleType:
-    """The module that holds the three operations of a backend; triton is imported here."""
+    """The module of a backend, or one in it; triton is imported here."""
     return importlib.import_module(f".{backend}", __package__)
 
 

@@ -687,7 +687,7 @@ def test_triton_does_not_compile_for_the_values_of_scalars():
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     command = [sys.executable, "-c", code]
     run = subprocess.run(command, capture_output=True, text=True, env=environment)
-    varying = kernels.project_kernel.arg_names[7:14], kernels.update_kernel.arg_names[6:10]
+    varying = kernels.project_kernel.arg_names[7:15], kernels.update_kernel.arg_names[6:10]
     assert run.stdout.split() == [*varying[0], *varying[1]], run.stderr
 
 

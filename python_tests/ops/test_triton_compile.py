@@ -33,7 +33,13 @@ pytestmark = pytest.mark.timeout(0)
 ROOT = Path(__file__).parents[2]
 PRODUCTS = {80: "mma", 90: "wgmma", 100: "tcgen05"}
 PRODUCT_KERNELS = ("project_kernel", "update_kernel", "resident_update_kernel")
-KERNELS = (*PRODUCT_KERNELS, "pad_rows_kernel", "channel_scale_kernel", "combine_kernel")
+KERNELS = (
+    *PRODUCT_KERNELS,
+    "pad_rows_kernel",
+    "channel_scale_kernel",
+    "combine_kernel",
+    "adamw_kernel",
+)
 NARROW = {"bf16": ("ld 2", "st 2", "cp.async 4", "cp.async 8"), "fp32": ("cp.async 4",)}
 HALF = ("bf16", "fp16")
 
@@ -173,16 +179,23 @@ def test_no_warp_takes_the_new_norm_of_the_limiter_for_the_previous_one():
 
 
 BOUND = """
-import torch
+import sys, torch
 from bench.no_launch import no_launch
 from lowrank_kernels.ops import AdamScalars, Matrices, Residual, Scalars, Side, prepare
+from lowrank_kernels.ops.codes import FLAT_GROUPS, FORMATS, channel_groups, new_stored
 from lowrank_kernels.ops.triton.launch import _numbers
+from lowrank_kernels.ops.triton.plain import adamw
 
 def tensors(*size):
     return [torch.zeros(size) for _ in "ab"]
 
+moments = FORMATS[sys.argv[1]], torch.device("cpu")
+stored = [new_stored((48, 16), *moments, channel_groups(Side.RIGHT)) for _ in "ab"]
+(*columns,) = (list(each) for each in zip(*stored) if each[0] is not None)
 matrices = Matrices(Side.RIGHT, Residual(0.25, 1.0), *(tensors(48, 32) for _ in "WG"),
-                    tensors(32, 16), *(tensors(48, 16) for _ in "MV"), tensors())
+                    tensors(32, 16), *columns[:2], tensors(), None,
+                    *(columns[2:] or ((), ())), (3, 4))
+whole = tensors(48, 16) + [new_stored((48, 16), *moments, FLAT_GROUPS)]
 scalars = Scalars(AdamScalars(0.9, 0.999, 1e-8), 0.25, step_size=0.01, decay=0.0, step=17)
 with no_launch() as launches:
     steps = []
@@ -190,10 +203,11 @@ with no_launch() as launches:
     operations = prepare(matrices, backend="triton")
     for _ in range(2):
         steps.append([])
-        projection = operations.project_moments(matrices, scalars.adam)
+        projection = operations.project_moments(matrices, scalars.adam, scalars.step)
         factor = operations.channel_scale(matrices, projection.sums)
         operations.back_project_update(matrices, projection, factor, scalars)
-assert list(map(len, steps)) == [3, 3]
+        adamw(*whole, scalars, 5)
+assert list(map(len, steps)) == [4, 4]
 for by_jit, bound in zip(*steps):
     assert by_jit[:6] == bound[:6]  # the grid, the stream, the function
     given, got = (each[-1] if isinstance(each[-1], tuple) else each for each in (by_jit, bound))
@@ -204,9 +218,40 @@ for by_jit, bound in zip(*steps):
 """
 
 
-def test_bound_launches_hand_over_what_tritons_jit_does():
+@pytest.mark.parametrize("moments", ["float32", "bfloat16", "int8"])
+def test_bound_launches_hand_over_what_tritons_jit_does(moments):
     """Up to the C function that launches."""
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    command = [sys.executable, "-c", BOUND]
+    command = [sys.executable, "-c", BOUND, moments]
     run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
+
+
+CODEC = """
+import sys, torch
+sys.path.insert(0, "python_tests")
+from bench.triton_compile import TARGETS, _activate
+from ops.test_triton_codes import SIZE, decode_kernel, encode_kernel
+
+def compiled(kernel, *dtypes, of_avg):
+    tensors = (torch.empty(SIZE, dtype=dtype, device="meta") for dtype in dtypes)
+    return kernel.run(*tensors, OF_AVG=of_avg, SIZE=SIZE, grid=(1,), warmup=True).asm["ptx"]
+
+for target in TARGETS:
+    _activate(target)
+    for of_avg, code in ((True, torch.int8), (False, torch.uint8)):
+        wide = torch.float32
+        print(compiled(decode_kernel, code, wide, wide, of_avg=of_avg))
+        print(compiled(encode_kernel, wide, torch.int32, code, wide, of_avg=of_avg))
+"""
+
+
+def test_codes_are_of_correctly_rounded_operations_and_nothing_is_contracted():
+    """The interpreter knows no others."""
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    command = [sys.executable, "-c", CODEC]
+    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    found = set(re.findall(r"\b((?:sqrt|div|fma|mad|rcp|ex2)\.[\w.]*f32)", run.stdout))
+    assert found == {"sqrt.rn.f32", "div.rn.f32"}
+    assert "cvt.rzi.s32.f32" in run.stdout

@@ -5,6 +5,7 @@ In the channel coordinates of `project`, both sides are the same kernels with st
 """
 
 import logging
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -13,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..contract import (
+    CHANNELS_A_SCALE,
     MAX_KAPPA_HALF_PRECISION,
     AdamScalars,
     ChannelSums,
@@ -24,6 +26,7 @@ from ..contract import (
     rank_axis,
 )
 from ..foreach import channels_of_block, residual_sq_in
+from ..noise import MOMENTS_SALT
 from ..notices import notice_once
 from ..products import matrices_in_workspace
 from ..reference import LIMITER_GROWTH, NORM_EPS, NOTHING_STORED, STORABLE_SHARE
@@ -119,6 +122,12 @@ def rereads_gradients(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
 
 
+def _scales(matrices: Matrices) -> tuple[Sequence[Tensor], ...]:
+    """Of M and of V, where those are codes."""
+    coded = matrices.exp_avgs[0].dtype is torch.int8
+    return (matrices.exp_avg_scales, matrices.exp_avg_sq_scales) if coded else ()
+
+
 class _Rows(NamedTuple):
     """Of gradients, the lines along which they are contiguous, and of their copies."""
 
@@ -179,10 +188,18 @@ class Operations:
             matrices=len(matrices.params),
             dtypes=(grad.dtype, basis.dtype),
             residual=matrices.residual is not None,
+            moments=moment.dtype,
         )
         rows, cols = moment.shape
         self._low = _low(len(matrices.params), rows, cols, matrices.side)
-        self._empty = torch.empty(0, dtype=moment.dtype, device=param.device).new_empty
+        self._coded = moment.dtype is torch.int8
+        # Along groups of channels and along the directions.
+        groups = triton.cdiv(self._problem.channels, CHANNELS_A_SCALE)
+        self._scale_strides = (1, groups) if matrices.side is Side.LEFT else (cols, 1)
+        self._moment_salts: tuple[int, ...] | None = None
+        if matrices.moment_salts is not None and moment.dtype is not torch.float32:
+            self._moment_salts = tuple(salt + MOMENTS_SALT for salt in matrices.moment_salts)
+        self._empty = torch.empty(0, dtype=matrices.dtype, device=param.device).new_empty
         # What operation 3 multiplies by a basis in half precision: rows at multiples of 16 bytes.
         self._padded = _low(len(matrices.params), rows, -(-cols // 16) * 16, matrices.side)
         self._empty_half = torch.empty(0, dtype=basis.dtype, device=param.device).new_empty
@@ -216,7 +233,7 @@ class Operations:
     def _cut(self, matrices: Matrices, wide: bool) -> _Tiles:
         """The tiles for gradients that are wide (see `Addresses`) or not."""
 
-        def all_wide(*roles: list[Tensor]) -> bool:
+        def all_wide(*roles: Sequence[Tensor]) -> bool:
             return wide and all(addresses_of(tensors).wide for tensors in (matrices.bases, *roles))
 
         problem, gpu = self._problem, gpu_of(self._device)
@@ -226,7 +243,7 @@ class Operations:
 
         grads, params = max(self._grad_strides), max(self._param_strides)
         one = problem._replace(
-            wide=all_wide(matrices.exp_avgs, matrices.exp_avg_sqs),
+            wide=all_wide(matrices.exp_avgs, matrices.exp_avg_sqs, *_scales(matrices)),
             even=even(grads, self._low.shape[-1]),
         )
         three = problem._replace(
@@ -266,6 +283,8 @@ class Operations:
         tiles = self._tiles[located.wide]
         config, (programs, split, _) = tiles.project, tiles.project_grid
         precision = _precision(*problem.dtypes)
+        salts = self._moment_salts
+        noise_step = None if salts is None else step
         projected = self._empty(*self._low.shape)
         # GaLore's N goes into operation 3's product as it is.
         rounds = self._half and residual is None
@@ -288,14 +307,19 @@ class Operations:
                 grad_dtype.itemsize < 4 or precision == "tf32"
             )
             reread = residual is not None and as_copied and rereads_gradients(self._device)
+            moments = matrices.exp_avgs, matrices.exp_avg_sqs
+            scales = _scales(matrices) or (None, None)
             arguments = (
                 self._counters(stream),
                 unit,
-                *map(addresses_of, (matrices.bases, matrices.exp_avgs, matrices.exp_avg_sqs)),
+                *map(addresses_of, (matrices.bases, *moments)),
+                *(each and addresses_of(each) for each in scales),
+                salts and device_table(salts, self._device),
                 self._grad_strides,
                 self._grad_sizes,
                 matrices.bases[0].stride(),
                 self._low.strides[1:],
+                self._scale_strides if self._coded else None,
                 placed.strides,
                 placed.sizes,
                 problem.channels,
@@ -311,6 +335,9 @@ class Operations:
                 "SPLIT": split > 1,
                 "REREAD": reread,
                 "DEVICE_SCALARS": isinstance(adam.bias_correction1, Tensor),
+                "GROUP": CHANNELS_A_SCALE if self._coded else 0,
+                "NOISE": salts is not None,
+                "DEVICE_STEP": isinstance(noise_step, Tensor),
             }
             return Rest(tiles.project_grid, arguments, options | config.options())
 
@@ -321,7 +348,7 @@ class Operations:
                 (precision, unit),
                 stream,
                 (direction, projected, sums, parts, parts_sq, base, offsets),
-                (*betas, adam.eps, adam.bias_correction1, adam.bias_correction2),
+                (*betas, adam.eps, adam.bias_correction1, adam.bias_correction2, noise_step),
                 rest,
             )
         if residual is None:

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 import triton
 
-from ..contract import Side
+from ..contract import CHANNELS_A_SCALE, Side
 from .model import RATES, Build, Rates, project_work, resident, resident_work, seconds, update_work
 
 # Of an H200 in float32, without tensor cores.
@@ -39,6 +39,10 @@ PAD_FROM = 2**20
 # Elements of B that a program forms, along its contiguous axis and the other.
 COMBINE_TILE = (128, 32)
 COMBINE_WARPS = 4
+
+# Groups of codes of a parameter without a rank that a program has: each warp two.
+ADAMW_GROUPS = 8
+ADAMW_WARPS = 4
 
 
 class _Tile(NamedTuple):
@@ -132,11 +136,22 @@ class Problem(NamedTuple):
     residual: bool = True
     wide: bool = True  # whether every matrix begins at a multiple of 16 bytes
     even: bool = True  # whether every row of a matrix does, as its first
+    moments: torch.dtype = torch.float32  # as they are stored
 
     @property
     def itemsize(self) -> int:
         """Bytes of an operand on its way into the product."""
         return max(dtype.itemsize for dtype in self.dtypes)
+
+    @property
+    def coded(self) -> bool:
+        """Whether moments are codes, with scales."""
+        return self.moments is torch.int8
+
+    @property
+    def moment_bytes(self) -> float:
+        """Of an element of M or of V, with its share of a scale."""
+        return self.moments.itemsize + (4 / CHANNELS_A_SCALE if self.coded else 0)
 
 
 class Gpu(NamedTuple):
@@ -201,7 +216,8 @@ def candidates(operation: str, problem: Problem, gpu: Gpu) -> list[Config]:
         config._replace(split=split, stages=stages)
         for config in _configs(operation, problem, gpu)
         for split in (1, 2, 4, 8, 16)
-        if split == 1 or (split * config.depth < problem.depth and _may_split(operation, config))
+        if split == 1
+        or (split * config.depth < problem.depth and _may_split(operation, problem, config))
         for stages in (2, 3, 4)
         if stages * _stage_bytes(operation, config, problem.itemsize) <= gpu.shared_bytes
     ]
@@ -260,17 +276,20 @@ def _splits(operation: str, problem: Problem, config: Config, gpu: Gpu) -> tuple
     if config.resident:
         most = triton.cdiv(problem.depth, config.depth)
         return tuple(max(1, min(times * places // max(tiles, 1), most)) for times in (1, 2, 4))
-    if not _may_split(operation, config):
+    if not _may_split(operation, problem, config):
         return (1,)
     tiles *= triton.cdiv(problem.rank, config.rank)
     return 1, max(1, min(places // max(tiles, 1), problem.depth // 512, 16))
 
 
-def _may_split(operation: str, config: Config) -> bool:
-    """Where sums fill half of the registers, adding partial sums to them spills."""
+def _may_split(operation: str, problem: Problem, config: Config) -> bool:
+    """Where sums fill half of the registers, adding partial sums to them spills; beside codes, a
+    quarter.
+    """
     if operation == "update":
         return config.resident
-    return config.channels * config.rank < 16 * config.warps * config.registers
+    sums = config.channels * config.rank * (2 if problem.coded else 1)
+    return sums < 16 * config.warps * config.registers
 
 
 def _configs(operation: str, problem: Problem, gpu: Gpu) -> Iterator[Config]:
@@ -289,7 +308,12 @@ def _configs(operation: str, problem: Problem, gpu: Gpu) -> Iterator[Config]:
     for tile in _MIXED_TILES if mixed else tiles:
         channels, width, registers = tile.channels, tile.width, tile.registers
         if operation == "project":
-            narrow_fits = width <= 128
+            # Beside codes the sums of a larger tile spill; on the left, where neighbouring scales
+            # are far apart, half of the registers do.
+            halved = registers <= 128 and problem.side is Side.LEFT
+            if problem.coded and (width > 128 or halved):
+                continue
+            narrow_fits = channels * width <= (64 if problem.coded else 128) * 128
             width = rank = _tile(problem.rank, width)
             depth = step // (1 if problem.wide else 2)
         else:

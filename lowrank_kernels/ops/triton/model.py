@@ -149,7 +149,7 @@ def project_work(problem: Problem, config: Config) -> Work:
     blocks = problem.matrices * tiles_c * tiles_k * split
     depth, sides = problem.depth / split, config.channels + config.rank
     # M and V are read and written, N is written, and R for Fira.
-    low = 24 if problem.residual else 20
+    low = 4 * problem.moment_bytes + (8 if problem.residual else 4)
     area = config.channels * config.rank
     partial = 8 * area if split > 1 else 0
     matrix = size * problem.depth * (problem.channels + problem.rank)

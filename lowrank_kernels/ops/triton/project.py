@@ -15,13 +15,19 @@ Adam is not linear, so it has to see complete sums. Where the reduction is split
 its sums and is counted; the part that arrives last adds all of them, its own too, in ascending
 order, and alone goes on to Adam. Which part that is changes no bit, nor does any atomic add floats.
 
+M and V are read and written as they are stored, and are float32 in registers only: in bfloat16
+they are 8 of the 24 bytes above in place of 16, in codes (see `ops.codes`) 4.25. The channels of a
+direction that share a scale are in one tile.
+
 Where REREAD, the squares have a load of G of their own: see `rereads_gradients`.
 """
 
 import triton
 import triton.language as tl
 
+from .codes import decoded_avg, decoded_avg_sq, encoded_avg, encoded_avg_sq
 from .device import arrives_last, first_of, locate, piece, scalar
+from .noise import noise, noise_key, rounded_to_bfloat16
 
 
 @triton.jit(
@@ -33,6 +39,7 @@ from .device import arrives_last, first_of, locate, piece, scalar
         "eps",
         "bias_correction1",
         "bias_correction2",
+        "noise_step",
     ]
 )
 def project_kernel(
@@ -50,15 +57,20 @@ def project_kernel(
     eps,
     bias_correction1,
     bias_correction2,
+    noise_step,  # if NOISE
     arrived_ptr,  # [tiles], if SPLIT; all from here on is equal in launches of a kind
     grads_unit,
     bases,
     exp_avgs,
     exp_avg_sqs,
+    exp_avg_scales,  # if GROUP
+    exp_avg_sq_scales,  # if GROUP
+    salts,  # [B], if NOISE
     grad_strides,  # of c and d
     grad_sizes,  # in c and d, with the padding
     basis_strides,  # of d and k
     low_strides,  # of c and k
+    scale_strides,  # of groups and k, if GROUP
     direction_strides,  # of matrices, c and k
     direction_sizes,  # in c and k, with the padding
     channels,
@@ -72,6 +84,9 @@ def project_kernel(
     SPLIT: tl.constexpr,
     REREAD: tl.constexpr,
     DEVICE_SCALARS: tl.constexpr,
+    GROUP: tl.constexpr,  # channels that share a scale; 0 where moments are no codes
+    NOISE: tl.constexpr,
+    DEVICE_STEP: tl.constexpr,
     BC: tl.constexpr,
     BR: tl.constexpr,
     BD: tl.constexpr,
@@ -142,6 +157,13 @@ def project_kernel(
         stacked_first = matrix.to(tl.int64) * channels * rank + low_first
         exp_avg_ptr = locate(exp_avgs, matrix) + low_first
         exp_avg_sq_ptr = locate(exp_avg_sqs, matrix) + low_first
+        if GROUP:
+            tl.static_assert(BC % GROUP == 0, "a group of channels is in one tile")
+            group = tl.arange(0, BC // GROUP)
+            scale_first = first_c // GROUP * scale_strides[0] + first_k * scale_strides[1]
+            exp_avg_scale_ptr = locate(exp_avg_scales, matrix) + scale_first
+            exp_avg_sq_scale_ptr = locate(exp_avg_sq_scales, matrix) + scale_first
+            inside_group = (group * GROUP < channels - first_c)[:, None]
         projected_ptr += stacked_first
         if SUMS:
             direction_ptr += stacked_first
@@ -153,6 +175,8 @@ def project_kernel(
         WIDTH: tl.constexpr = BR >> CUTS
         direction_sq = tl.zeros((BC, WIDTH), dtype=tl.float32)
         low_sq = tl.zeros((BC, WIDTH), dtype=tl.float32)
+        if GROUP:
+            GROUPS: tl.constexpr = (BC // GROUP, GROUP, WIDTH)  # a group's channels in axis 1
         for index in tl.static_range(1 << CUTS):
             low_piece = piece(low, index, CUTS, BC, BR)
             if index * WIDTH < direction_sizes[1] - first_k:
@@ -161,6 +185,16 @@ def project_kernel(
                 inside = inside_c & (piece_k < rank - first_k)[None, :]
                 exp_avg = tl.load(exp_avg_ptr + offsets, mask=inside, other=0.0)
                 exp_avg_sq = tl.load(exp_avg_sq_ptr + offsets, mask=inside, other=0.0)
+                if GROUP:
+                    scales = group[:, None] * scale_strides[0] + piece_k[None, :] * scale_strides[1]
+                    inside_scales = inside_group & (piece_k < rank - first_k)[None, :]
+                    scale = tl.load(exp_avg_scale_ptr + scales, mask=inside_scales, other=0.0)
+                    exp_avg = decoded_avg(tl.reshape(exp_avg, GROUPS), scale)
+                    exp_avg = tl.reshape(exp_avg, (BC, WIDTH))
+                    scale = tl.load(exp_avg_sq_scale_ptr + scales, mask=inside_scales, other=0.0)
+                    exp_avg_sq = decoded_avg_sq(tl.reshape(exp_avg_sq, GROUPS), scale)
+                    exp_avg_sq = tl.reshape(exp_avg_sq, (BC, WIDTH))
+                exp_avg, exp_avg_sq = exp_avg.to(tl.float32), exp_avg_sq.to(tl.float32)
                 # An entry whose square is not finite keeps its moments and moves nothing.
                 finite = low_piece * low_piece < float("inf")
                 new = tl.where(finite, low_piece, 0.0)
@@ -173,22 +207,44 @@ def project_kernel(
                 inverse2 = 1.0 / scalar(bias_correction2, matrix, DEVICE_SCALARS)
                 direction = exp_avg * inverse1 / (tl.sqrt(exp_avg_sq * inverse2) + eps)
                 direction = tl.where(finite & inside, direction, 0.0)
-                tl.store(exp_avg_ptr + offsets, exp_avg, mask=inside)
-                tl.store(exp_avg_sq_ptr + offsets, exp_avg_sq, mask=inside)
+                if not GROUP:
+                    if NOISE:
+                        # In here, as above.
+                        key = noise_key(salts, noise_step, matrix, DEVICE_STEP)
+                        bits = noise(key, first_c + c, first_k + piece_k)
+                        exp_avg_sq = rounded_to_bfloat16(exp_avg_sq, bits)
+                    moment: tl.constexpr = exp_avg_ptr.dtype.element_ty
+                    tl.store(exp_avg_ptr + offsets, exp_avg.to(moment), mask=inside)
+                    tl.store(exp_avg_sq_ptr + offsets, exp_avg_sq.to(moment), mask=inside)
                 tl.store(projected_ptr + offsets, new, mask=inside)
                 if SUMS:
                     tl.store(direction_ptr + offsets, direction, mask=inside)
                 else:
-                    offsets = c[:, None] * direction_strides[1]
-                    offsets += piece_k[None, :] * direction_strides[2]
-                    inside = (piece_k < direction_sizes[1] - first_k)[None, :]
+                    placed = c[:, None] * direction_strides[1]
+                    placed += piece_k[None, :] * direction_strides[2]
+                    with_padding = (piece_k < direction_sizes[1] - first_k)[None, :]
                     tl.store(
-                        direction_ptr + offsets,
+                        direction_ptr + placed,
                         direction.to(direction_ptr.dtype.element_ty),
-                        mask=direction_inside_c & inside,
+                        mask=direction_inside_c & with_padding,
                     )
                 direction_sq += direction * direction
                 low_sq += new * new
+                # Last and one after the other, for codes take registers.
+                if GROUP:
+                    codes, scale = encoded_avg(tl.reshape(exp_avg, GROUPS))
+                    codes = tl.reshape(codes, (BC, WIDTH))
+                    tl.store(exp_avg_ptr + offsets, codes, mask=inside)
+                    tl.store(exp_avg_scale_ptr + scales, scale, mask=inside_scales)
+                    bits = tl.full((BC, WIDTH), 0x8000, dtype=tl.uint32)
+                    if NOISE:
+                        key = noise_key(salts, noise_step, matrix, DEVICE_STEP)
+                        bits = noise(key, first_c + c, first_k + piece_k)
+                    bits = tl.reshape(bits, GROUPS)
+                    codes, scale = encoded_avg_sq(tl.reshape(exp_avg_sq, GROUPS), bits)
+                    codes = tl.reshape(codes, (BC, WIDTH))
+                    tl.store(exp_avg_sq_ptr + offsets, codes, mask=inside)
+                    tl.store(exp_avg_sq_scale_ptr + scales, scale, mask=inside_scales)
         if SUMS:
             slot = matrix.to(tl.int64) * tiles_k + tile_k
             slot_ptr = sums_ptr + slot * channels + first_c + c

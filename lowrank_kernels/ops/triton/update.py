@@ -19,32 +19,7 @@ import triton
 import triton.language as tl
 
 from .device import first_of, locate, piece, scalar
-
-
-@triton.jit
-def _mix(value):
-    """lowbias32, as in `reference`; unsigned."""
-    value = (value ^ (value >> 16)) * 0x7FEB352D
-    value = (value ^ (value >> 15)) * 0x846CA68B
-    return value ^ (value >> 16)
-
-
-@triton.jit
-def _noise_key(salts, noise_step, matrix, DEVICE_STEP: tl.constexpr):
-    if DEVICE_STEP:
-        noise_step = tl.load(noise_step + matrix)
-    salt = tl.load(salts + matrix).to(tl.uint32)
-    return _mix(salt + _mix(tl.cast(noise_step, tl.uint32)))
-
-
-@triton.jit
-def _rounded_at_random(weight, key, channel, d):
-    """float32 of which bfloat16 loses nothing: `reference.stochastically_rounded` bit for bit."""
-    row = _mix(key + channel.to(tl.uint32))
-    bits = _mix(row[:, None] + d.to(tl.uint32)[None, :])
-    raw = weight.to(tl.uint32, bitcast=True)
-    rounded = ((raw + (bits & 0xFFFF)) & 0xFFFF0000).to(tl.float32, bitcast=True)
-    return tl.where(tl.abs(weight) < float("inf"), rounded, weight)
+from .noise import noise, noise_key, rounded_to_bfloat16
 
 
 @triton.jit
@@ -71,7 +46,7 @@ def _stepped(
         update *= scale
     weight = keep * (weight.to(tl.float32) - step * update)
     if NOISE:
-        weight = _rounded_at_random(weight, key, channel, d)
+        weight = rounded_to_bfloat16(weight, noise(key, channel, d))
     return weight
 
 
@@ -176,7 +151,7 @@ def update_kernel(
     keep = 1.0 - scalar(decay, matrix, DEVICE_SCALARS)
     key = step
     if NOISE:
-        key = _noise_key(salts, noise_step, matrix, DEVICE_STEP)
+        key = noise_key(salts, noise_step, matrix, DEVICE_STEP)
     # A piece at a time: whole tiles of W and G would spill. Loads of the next piece stand before
     # the store of this one, which they could not pass: for the compiler they may overlap.
     WIDTH: tl.constexpr = BD >> CUTS
@@ -288,7 +263,7 @@ def resident_update_kernel(
     keep = 1.0 - scalar(decay, matrix, DEVICE_SCALARS)
     key = step
     if NOISE:
-        key = _noise_key(salts, noise_step, matrix, DEVICE_STEP)
+        key = noise_key(salts, noise_step, matrix, DEVICE_STEP)
     for block in tl.range(part, tl.cdiv(depth, BD), parts, num_stages=STAGES):
         first_d = tl.cast(block, tl.int64) * BD
         inside_d = d < depth - first_d
