@@ -170,11 +170,15 @@ METHODS = {
     "fira": Method(_fira, nano_lr=5e-3, lr=1e-2, variant=False),
     "adamw-foreach": Method(peers.adamw_foreach),
     "adamw-master": Method(peers.MasterAdamW),
+    "adamw-factored-8bit": Method(peers.factored_8bit),
     "hybrid-galore": Method(peers.hybrid_galore, train=False),
     "hybrid-fira": Method(peers.hybrid_fira, train=False),
     # galore-torch has an 8-bit optimizer beside this one, and imports both.
     "galore-torch": Method(
         peers.galore_torch, nano_lr=2e-2, lr=1e-2, packages=("galore_torch", "bitsandbytes")
+    ),
+    "galore-torch-8bit": Method(
+        peers.galore_torch_8bit, nano_lr=2e-2, lr=1e-2, packages=("galore_torch", "bitsandbytes")
     ),
     "fira-official": Method(peers.fira_official, nano_lr=5e-3, lr=1e-2, packages=("fira",)),
     "apollo-torch": Method(peers.apollo_torch, nano_lr=1e-2, lr=1e-2, packages=("apollo_torch",)),
