@@ -156,7 +156,7 @@ def draw_memory(record: dict, path: Path) -> None:
     """Bytes of weights, gradients and state, GaLore's in every format, at the model's own rank."""
     rows = [row for row in record["rows"] if row["optimizer"] in MEMORY_BARS]
     models = list(dict.fromkeys(row["model"] for row in rows))
-    figure = Figure(figsize=(5.0 * len(models), 5.2), layout="constrained")
+    figure = Figure(figsize=(4.6 * len(models), 6.2), layout="constrained")
     panels = figure.subplots(1, len(models), squeeze=False)[0]
     parts = {"weight_bytes": "weights", "gradient_bytes": "gradients", "state_bytes": "state"}
     shades = ("0.55", "0.8", "#0072B2")
@@ -175,7 +175,7 @@ def draw_memory(record: dict, path: Path) -> None:
         axes.set_title(f"LLaMA {model}, r {rank}, {chosen[0]['dtype']} weights")
         axes.set_ylabel("GB (1e9 bytes); the label is the state's")
         axes.margins(y=0.1)
-        axes.tick_params(axis="x", length=0, rotation=40)
+        axes.tick_params(axis="x", length=0, rotation=90)
         tidy(axes)
     panels[0].legend(frameon=False)
     figure.suptitle("What training holds besides activations, counted on shapes", fontweight="bold")
@@ -186,7 +186,7 @@ def _memory_label(row: dict) -> str:
     """An optimizer with the formats of its moments and of its bases, the default's left out."""
     named = (("state", "float32"), ("basis", "weight"))
     formats = [f"{key} {row[key]}" for key, usual in named if row[key] not in (None, usual)]
-    return "\n".join([row["optimizer"], *formats])
+    return ", ".join([row["optimizer"], *formats])
 
 
 # By the bench whose record of a device each draws.
