@@ -187,7 +187,11 @@ METHODS = {
     "flashoptim": Method(peers.flashoptim, packages=("flashoptim",), device="cuda"),
 }
 
-# Formats of the moments, of the methods that have a rate of their own.
+# What a method can be named with: formats of its moments, and what they are judged by.
+FORMATS = ("bf16", "8bit")
+ARMS = (*FORMATS, "8bit-nearest", "moved")
+
+# Of the methods that have a rate of their own.
 for _name, _build in {
     "adamw-split": _adamw_split,
     "galore": _galore,
