@@ -12,7 +12,7 @@ import statistics
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from bench.tables import less_text, share_text
+from bench.tables import difference_texts, less_text, share_text
 
 RESULTS = Path(__file__).parent / "results"
 NOT_MEASURED = "**not measured**"
@@ -351,6 +351,18 @@ RIVALS = {
     "adamw-8bit": "8-bit AdamW (bitsandbytes, torchao)",
     "adamw-factored-8bit": "AdamW with M in 8 bits and V factored",
 }
+
+
+@figure
+def format_losses(records: Records) -> str:
+    """What fewer bits cost in loss, paired by seed."""
+    if "formats" not in records:
+        return f"\n{NOT_MEASURED}\n"
+    record = records["formats"]
+    lines = [(row["arm"], f"{row['lr']:g}", *difference_texts(row)) for row in record["rows"]]
+    runs = "".join(f"; `{each['command']}`" for each in record["comparisons"])
+    headings = ("arm", "lr", "seeds", "mean", "standard error", "mean + 2 standard errors, sizes")
+    return table(headings, lines, source(records, "formats") + runs)
 
 
 @figure

@@ -42,6 +42,22 @@ def less_text(share: float) -> str:
     return f"{math.floor(1000 * share) / 10:.1f} %"
 
 
+def difference_texts(row: dict) -> tuple[str, ...]:
+    """Seeds, mean, standard error and bound of a row of `bench.formats`, in thousandths."""
+
+    def text(value: float | None, form: str = ".1f") -> str:
+        return "" if _unknown(value) else f"{1e3 * value:{form}}"
+
+    missing = sum(map(_unknown, row["differences"]))
+    mean = f"diverged: {missing}" if missing else text(row["mean"], "+.1f")
+    return str(len(row["seeds"])), mean, text(row["error"]), text(row["bound"])
+
+
+def _unknown(value: float | None) -> bool:
+    """A record has null for what is not finite."""
+    return value is None or not math.isfinite(value)
+
+
 def rates_text(rates: dict[str, dict[str, float]]) -> str:
     """What the device was measured to do."""
     copies = max(rate["bytes_per_second"] for rate in rates.values())
