@@ -55,9 +55,9 @@ def source(records: Records, name: str) -> str:
     """Device, date, command and the record itself."""
     record = records[name]
     place, commit = record["environment"], (record["environment"]["commit"] or "")[:7]
-    command = record["command"]
+    command, threads = record["command"], place["threads"]
     return (
-        f"{place['device']}, {place['threads']} threads, torch {place['versions']['torch']},"
+        f"{place['device']}, {threads} thread{'s' * (threads > 1)}, torch {place['versions']['torch']},"
         f" {record['date']}, commit {commit}, `{command}`:"
         f" [{name}.json](bench/results/{name}.json)"
     )
