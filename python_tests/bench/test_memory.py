@@ -9,6 +9,7 @@ import torch
 
 from bench import memory
 from bench.figures import RESULTS
+from bench.measure import tensor_bytes
 from bench.tables import less_text, share_text
 
 CASES = [("60m", 128), ("350m", 256), ("1b", 512), ("7b", 1024), ("7b", 64)]
@@ -63,6 +64,28 @@ def test_state_of_every_format_by_formula(name, model, rank):
     ):
         found = memory.ours(module, name, rank, state, basis)
         assert found == model_bytes(name, model, rank, state, basis, layers=1), (state, basis)
+
+
+@pytest.mark.parametrize("name", memory.OURS)
+@pytest.mark.parametrize("state", ["float32", "bfloat16", "int8"])
+@pytest.mark.parametrize("basis", ["weight", "int8", "int4"])
+def test_what_is_counted_is_what_a_step_leaves(name, state, basis):
+    """Odd sizes, both sides, an embedding of more than 4,096 elements and one of less."""
+    shapes = {"a": (100, 66), "b": (67, 131), "head": (301, 15), "small": (60, 60), "norm": (66,)}
+    values = {key: torch.randn(shape).bfloat16() for key, shape in shapes.items()}
+    params = {key: torch.nn.Parameter(value) for key, value in values.items()}
+    groups = [
+        {"params": [(key, params[key]) for key in ("a", "b")], "rank": 9},
+        {"params": [(key, params[key]) for key in ("head", "small", "norm")]},
+    ]
+    options = {"residual_energy": None} if name == "adarankgrad" else {}
+    optimizer = memory.OURS[name](groups, state=state, basis=basis, **options)
+    planned = {row["name"]: row["state_bytes"] for row in optimizer.plan()}
+    for param in params.values():
+        param.grad = torch.randn_like(param)
+    optimizer.step()
+    for key, param in params.items():
+        assert tensor_bytes(optimizer.state[param]) == planned[key], key
 
 
 @pytest.fixture(scope="module")
