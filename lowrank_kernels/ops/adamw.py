@@ -1,4 +1,4 @@
-"""AdamW of a whole parameter, whose moments a state holds in fewer than 32 bits.
+"""AdamW of a whole parameter, in any format of its moments and of itself.
 
     M <- b1 M + (1 - b1) G,   V <- b2 V + (1 - b2) G^2,   N = (M / c1) / (sqrt(V / c2) + eps)
     W <- (1 - decay) W - step_size N
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .codes import ELEMENTS_A_SCALE, FLAT_GROUPS, Stored, flat_noise, loaded, store
 from .contract import AdamScalars, Scalars
+from .weights24 import joined, split
 
 # Elements that are widened at a time: their copies stay in a cache, and an embedding's would be
 # hundreds of megabytes. The number for others than CPUs was not measured.
@@ -21,16 +22,24 @@ BLOCK_ELEMENTS = {"cpu": 2**18}
 BLOCK_ELEMENTS_ELSEWHERE = 2**23
 
 
-def adamw(param: Tensor, grad: Tensor, stored: Stored, scalars: Scalars, salt: int) -> None:
+def adamw(
+    param: Tensor,
+    grad: Tensor,
+    stored: Stored,
+    scalars: Scalars,
+    salt: int,
+    low_bits: Tensor | None = None,
+) -> None:
     """One step, in place.
 
     Args:
         param: W, float32 or half precision, contiguous.
         grad: G, of W's shape, floating point, contiguous.
-        stored: M and V of W's shape, in bfloat16 or in codes, with a scale for 256 elements in
-            row-major order; contiguous.
+        stored: M and V of W's shape, in float32, bfloat16 or codes, with a scale for 256 elements
+            in row-major order; contiguous.
         scalars: numbers, or tensors of one element each; `scale` is not used.
         salt: of the noise that rounds V.
+        low_bits: of a bfloat16 W of 24 bits, int8, of W's shape; contiguous.
     """
     size = BLOCK_ELEMENTS.get(param.device.type, BLOCK_ELEMENTS_ELSEWHERE)
     for first in range(0, param.numel(), size):
@@ -42,7 +51,13 @@ def adamw(param: Tensor, grad: Tensor, stored: Stored, scalars: Scalars, salt: i
         store(held, exp_avg, exp_avg_sq, FLAT_GROUPS, bits)
         weight = param.view(-1)[part]
         keep = 1 - scalars.decay
-        weight.copy_(weight.float() * keep - scalars.step_size * direction)
+        low = None if low_bits is None else low_bits.view(-1)[part]
+        wide = weight.float() if low is None else joined(weight, low)
+        wide = wide * keep - scalars.step_size * direction
+        if low is None:
+            weight.copy_(wide)
+        else:
+            split(wide, weight, low)
 
 
 def _flat_part(stored: Stored, part: slice) -> Stored:

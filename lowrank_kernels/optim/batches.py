@@ -13,14 +13,15 @@ from torch import Tensor
 
 from .. import ops
 from ..ops import AdamScalars, Matrices, Projection, Scalars, Side
-from ..ops.bases import decode_basis, loaded_basis
 from ..ops.contract import adam_of, scalar_of
+from ..ops.products import matrices_in_workspace
 from ..ops.tensors import READER
 from ..subspace import Due, Readback, Subspace, is_due, is_measured, measure, next_look
 from .checks import check_shared, extent, is_unresolved, overlap, resolved
 from .groups import OPTIONS, Group, is_projected
 from .parts import Method, residual_of
 from .plain import Plain
+from .room import Room
 from .state import State
 
 # Called by `map` over all matrices before each step, without a Python function a matrix.
@@ -29,6 +30,7 @@ _BASIS_STEP = itemgetter("basis_step")
 STEP = itemgetter("step")
 _MOMENTS = itemgetter("exp_avg", "exp_avg_sq")
 _SCALES = itemgetter("exp_avg_scale", "exp_avg_sq_scale")
+_LOW_BITS = itemgetter("low_bits")
 _NUMBERS = itemgetter("side", "salt", "moments_step", "gap_factor")
 
 
@@ -62,16 +64,10 @@ class Batch:
         group: the options.
         members: parameters that are equal in all that `batches_of` compares.
         method: the optimizer's parts.
-        room: for the bases, decoded, which batches of a group use in turn; None without codes.
+        room: for what is decoded.
     """
 
-    def __init__(
-        self,
-        group: Group,
-        members: list[Member],
-        method: Method,
-        room: list[Tensor] | None = None,
-    ) -> None:
+    def __init__(self, group: Group, members: list[Member], method: Method, room: Room) -> None:
         self.group, self.members = group, members
         self.params = [member.param for member in members]
         self.states = [member.state for member in members]
@@ -84,8 +80,8 @@ class Batch:
         low = self.states[0]["exp_avg"].dtype.itemsize < 4
         self.moment_salts = salts if low else None
         self._resolves = any(is_unresolved(grad) for grad in map(_GRAD, self.params))
-        self._tensors = _low_rank(self.residual is not None, self._coded, room is not None)
-        self._room = room
+        self._tensors = _low_rank(self.residual is not None, self._coded, bool(room.bases))
+        self.room = room
         self.operations = ops.prepare(self.matrices(), backend=members[0].backend)
         self.counts: list[int] = []  # steps that each matrix has taken, set before each step
         self._basis_steps: list[int] = []
@@ -102,13 +98,12 @@ class Batch:
         tensors = map(list, zip(*map(self._tensors, self.states), strict=True))
         bases, exp_avgs, exp_avg_sqs, *others = tensors
         scales: list[list[Tensor]] = [others.pop(0), others.pop(0)] if self._coded else [[], []]
-        if self._room is not None:
-            codes = zip(bases, others.pop(0), self._room, strict=False)
-            bases = [decode_basis(*of_one) for of_one in codes]
+        if self.room.bases:
+            bases = self.room.load_bases(bases, others.pop(0))
         return Matrices(
             self.side,
             self.residual,
-            self.params,
+            self.room.weights[: len(self.params)] or self.params,
             grads,
             bases,
             exp_avgs,
@@ -118,7 +113,7 @@ class Batch:
             scales[0],
             scales[1],
             self.moment_salts,
-            self._room is None,
+            not self.room.bases,
         )
 
     def is_looked_at(self, subspace: Subspace) -> bool:
@@ -229,11 +224,10 @@ def batches_of(group: Group, members: list[Member], method: Method) -> list[Batc
         _, param, state, _, backend = equal[0]
         assert param.grad is not None
         size = ops.batch_size(param, param.grad, state["basis"].shape[1], backend=backend)
+        if "low_bits" in state:
+            size = min(size, matrices_in_workspace(param.device, 4 * param.numel()))
         parts = [equal[start : start + size] for start in range(0, len(equal), size)]
-        room = None
-        if "basis_scale" in state:
-            basis = loaded_basis(state)
-            room = [torch.empty_like(basis, dtype=param.dtype) for _ in parts[0]]
+        room = Room.of([member.param for member in parts[0]], state)
         batches += [Batch(group, part, method, room) for part in parts]
     return batches
 
@@ -276,6 +270,7 @@ def facts_of(
     limited: bool,
     coded: bool,
     coded_basis: bool,
+    low_bits: bool,
 ) -> Facts | None:
     """The facts as they are; None where a state is not complete, or holds something else than
     tensors, or a gradient has no strides.
@@ -286,6 +281,7 @@ def facts_of(
         limited: whether Fira's limiter keeps a norm.
         coded: whether moments are codes.
         coded_basis: whether bases are.
+        low_bits: whether bits are held beside the weights.
     """
     low_rank = _low_rank(limited, coded, coded_basis)
     by_group: list[object] = []
@@ -310,6 +306,9 @@ def facts_of(
                 # Small ones have none.
                 scaled = filter(operator.methodcaller("__contains__", "exp_avg_scale"), found)
                 held += itertools.chain.from_iterable(map(_SCALES, scaled))
+            if low_bits:
+                longer = filter(operator.methodcaller("__contains__", "low_bits"), found)
+                held += map(_LOW_BITS, longer)
             numbers += map(_NUMBERS, found) if projected else ()
         except KeyError:
             return None

@@ -13,6 +13,7 @@ from ..ops.contract import Side, moment_dtype
 
 StateFormat = Literal["float32", "bfloat16", "int8"]
 BasisFormat = Literal["weight", "int8", "int4"]
+MasterBits = Literal[24] | None
 STATE_FORMATS = ("float32", "bfloat16", "int8")
 BASIS_FORMATS = ("weight", "int8", "int4")
 _LOW: dict[str, torch.dtype] = {"bfloat16": torch.bfloat16, "int8": torch.int8}
@@ -27,6 +28,11 @@ def format_for(param: Tensor, projected: bool, wanted: StateFormat) -> StateForm
     whole = type(param) in (Tensor, Parameter) and param.layout is torch.strided
     large = param.dim() > 1 and param.numel() >= SMALLEST_LOW
     return wanted if projected or (whole and large) else "float32"
+
+
+def has_low_bits(param: Tensor, master: MasterBits) -> bool:
+    """Whether a parameter is held in more bits than its dtype has."""
+    return master == 24 and param.dtype is torch.bfloat16
 
 
 def basis_dtype(rows: int, param: Tensor, wanted: BasisFormat) -> torch.dtype:

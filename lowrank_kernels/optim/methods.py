@@ -7,7 +7,7 @@ from torch.optim.optimizer import ParamsT
 from typing_extensions import Unpack
 
 from ..subspace import Subspace
-from .formats import BasisFormat, StateFormat
+from .formats import BasisFormat, MasterBits, StateFormat
 from .lowrank_adamw import LowRankAdamW
 from .parts import ResidualForm, Rounding
 
@@ -21,6 +21,7 @@ class Options(TypedDict, total=False):
     monitor: bool
     state: StateFormat
     basis: BasisFormat
+    master: MasterBits
 
 
 class SubspaceOptions(Options, total=False):

@@ -5,7 +5,7 @@ from typing import Literal, NamedTuple
 
 from ..ops import Residual
 from ..subspace import Subspace
-from .formats import BASIS_FORMATS, STATE_FORMATS, BasisFormat, StateFormat
+from .formats import BASIS_FORMATS, STATE_FORMATS, BasisFormat, MasterBits, StateFormat
 
 ResidualForm = Literal["official", "paper"]
 RESIDUAL_FORMS = ("official", "paper")
@@ -24,6 +24,7 @@ class Method(NamedTuple):
     monitor: bool
     state: StateFormat
     basis: BasisFormat
+    master: MasterBits
 
     @property
     def counters(self) -> tuple[str, ...]:
@@ -54,6 +55,13 @@ class Method(NamedTuple):
             raise ValueError(f"state must be one of {', '.join(STATE_FORMATS)}, got {self.state!r}")
         if self.basis not in BASIS_FORMATS:
             raise ValueError(f"basis must be one of {', '.join(BASIS_FORMATS)}, got {self.basis!r}")
+        if self.master not in (None, 24):
+            raise ValueError(f"master must be 24 or None, got {self.master!r}")
+        if self.master is not None and self.rounding == "stochastic":
+            raise ValueError(
+                "master=24 keeps what rounding drops, so that there is nothing to round"
+                " stochastically: choose one of the two"
+            )
         if residual is not None and not subspace.orthonormal:
             raise ValueError(
                 f"residual={residual!r} needs an orthonormal basis, which"

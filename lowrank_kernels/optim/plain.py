@@ -1,5 +1,5 @@
 """AdamW for the parameters that are not projected, by torch's own implementation; by ours where
-their moments are not wide.
+moments have fewer than 32 bits or weights more than their dtype.
 """
 
 from collections.abc import Iterator
@@ -79,7 +79,7 @@ class Plain:
         self._low: list[tuple[Tensor, State]] = []
         for pair in zip(params, states, strict=True):
             param, state = pair
-            if format_of(state) != "float32":
+            if format_of(state) != "float32" or "low_bits" in state:
                 state["step"] = state["step"].to(param.device if capturable else "cpu")
                 self._low.append(pair)
                 continue
@@ -114,12 +114,22 @@ class Plain:
         assert grad is not None
         grad = resolved(grad) if self._resolves else grad
         grad = -grad if self.group["maximize"] else grad
-        weight = param.contiguous()
         step = state["step"] if self.capturable else int(state["step"])
-        scalars = _scalars(self.group, step)
-        low_adamw(weight, grad.contiguous(), Stored.of(state), scalars, state["salt"])
-        if weight is not param:
-            param.copy_(weight)
+        kept = ("low_bits", *Stored._fields)
+        written = {"param": param} | {key: state[key] for key in kept if key in state}
+        dense = {key: tensor.contiguous() for key, tensor in written.items()}
+        low_adamw(
+            dense["param"],
+            grad.contiguous(),
+            Stored.of(dense),
+            _scalars(self.group, step),
+            # Moments in float32 draw no noise, and have no salt.
+            state.get("salt", 0),
+            dense.get("low_bits"),
+        )
+        for key, tensor in written.items():
+            if dense[key] is not tensor:
+                tensor.copy_(dense[key])
 
     def _works(self, pairs: list[tuple[Tensor, State]]) -> list[Work]:
         works = []

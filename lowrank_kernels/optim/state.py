@@ -17,9 +17,11 @@ optimizer's state. Projected parameter:
     ints and floats that tell of its bases: see `subspace.refresh.new_record`
     what a criterion or lazy refreshes keep: see `subspace.when.new_measures`
     nonfinite, limited   0-d counters, with `monitor`
+    low_bits      int8, the shape of the weight, of a bfloat16 weight with master=24
+
 
 Other parameter: step, exp_avg, exp_avg_sq as torch.optim.AdamW, moments at least float32; matrices
-of some size also in bfloat16 or in codes, contiguous, and then with a salt.
+of some size also in bfloat16 or in codes, contiguous, and then with a salt; low_bits as above.
 """
 
 from typing import Any
@@ -33,7 +35,7 @@ from ..ops.contract import Side, basis_shape, moment_dtype, projected_shape
 from ..ops.reference import NOTHING_STORED
 from ..subspace import Subspace, new_measures, new_record
 from .checks import is_unresolved
-from .formats import StateFormat, format_for, groups_of, new_basis, new_moments
+from .formats import StateFormat, format_for, groups_of, has_low_bits, new_basis, new_moments
 from .groups import Group, cut_rank, is_projected, side_of
 from .parts import Method
 
@@ -58,6 +60,8 @@ def new_state(param: Tensor, group: Group, salt: int, method: Method) -> State:
         state = new_projected_state(param, rank, side, salt, method)
     else:
         state = new_plain_state(param, salt, method.state)
+    if has_low_bits(param, method.master):
+        state["low_bits"] = torch.zeros_like(param, dtype=torch.int8)
     if method.capturable:
         state["step"] = state["step"].to(param.device)
     return state
@@ -175,6 +179,8 @@ def check_shapes(name: str, param: Tensor, state: State, projected: bool) -> Non
         ) from None
     _check_shape(name, param, "exp_avg", exp_avg, expected)
     _check_shape(name, param, "exp_avg_sq", exp_avg_sq, expected)
+    if "low_bits" in state:
+        _check_shape(name, param, "low_bits", state["low_bits"], tuple(param.shape))
     if exp_avg.dtype is torch.int8:
         scales = groups_of(state).scales(expected)
         for key in ("exp_avg_scale", "exp_avg_sq_scale"):
@@ -197,7 +203,7 @@ def check_counts(name: str, state: State, projected: bool) -> None:
 def check_storage(name: str, param: Tensor, state: State) -> None:
     """Raises ValueError if a weight was moved to another dtype or device than its state."""
     wide = moment_dtype(param.dtype)
-    dtypes = _moment_dtypes(state, wide)
+    dtypes = _moment_dtypes(state, wide) | {"low_bits": torch.int8}
     if "basis" in state:
         held = state["basis"].dtype
         dtypes["basis"] = param.dtype if held.is_floating_point else held

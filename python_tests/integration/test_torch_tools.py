@@ -73,7 +73,7 @@ def test_schedulers_set_what_they_set_for_adamw(make):
     assert len(seen) > 3
 
 
-@every_method
+@pytest.mark.parametrize("method", FORMS)
 @every_scheduler
 def test_a_scheduled_step_is_the_literal_step_at_those_values(make, method):
     """In float64, under the basis that the optimizer took."""

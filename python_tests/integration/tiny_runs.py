@@ -14,7 +14,9 @@ METHODS = {
     "galore": lambda groups, **options: GaLoreAdamW(groups, **options),
     "fira": lambda groups, **options: FiraAdamW(groups, **options),
     "fira-paper": lambda groups, **options: FiraAdamW(groups, residual="paper", **options),
+    "fira-8bit": lambda groups, **options: FiraAdamW(groups, state="int8", basis="int8", **options),
 }
+# Of those whose steps are the literal ones.
 FORMS = {"galore": None, "fira": "official", "fira-paper": "paper"}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 every_method = pytest.mark.parametrize("method", METHODS)
