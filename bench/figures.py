@@ -55,9 +55,10 @@ def source(records: Records, name: str) -> str:
     """Device, date, command and the record itself."""
     record = records[name]
     place, commit = record["environment"], (record["environment"]["commit"] or "")[:7]
-    command, threads = record["command"], place["threads"]
+    command, torch = record["command"], place["versions"]["torch"]
+    threads = f"{place['threads']} thread{'s' * (place['threads'] > 1)}"
     return (
-        f"{place['device']}, {threads} thread{'s' * (threads > 1)}, torch {place['versions']['torch']},"
+        f"{place['device']}, {threads}, torch {torch},"
         f" {record['date']}, commit {commit}, `{command}`:"
         f" [{name}.json](bench/results/{name}.json)"
     )
