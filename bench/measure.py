@@ -68,7 +68,10 @@ class PeakMemory:
 
 
 def tensor_bytes(value: object) -> int:
-    """Sums the bytes of all tensors in a nest of dicts, lists and tuples, as optimizers keep."""
+    """Sums the bytes of all tensors in a nest of dicts, lists, tuples and objects, as states are.
+
+    The official packages keep a basis in an object.
+    """
     if isinstance(value, torch.Tensor):
         # A quantized tensor shows the dtype that it stands for, not the one that it holds.
         parts = getattr(value, "__tensor_flatten__", None)
@@ -79,7 +82,7 @@ def tensor_bytes(value: object) -> int:
         return sum(tensor_bytes(entry) for entry in value.values())
     if isinstance(value, (list, tuple)):
         return sum(tensor_bytes(entry) for entry in value)
-    return 0
+    return tensor_bytes(getattr(value, "__dict__", ()))
 
 
 def weights_digest(model: torch.nn.Module) -> str:

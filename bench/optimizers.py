@@ -170,11 +170,15 @@ METHODS = {
     "fira": Method(_fira, nano_lr=5e-3, lr=1e-2, variant=False),
     "adamw-foreach": Method(peers.adamw_foreach),
     "adamw-master": Method(peers.MasterAdamW),
+    "adamw-factored-8bit": Method(peers.factored_8bit),
     "hybrid-galore": Method(peers.hybrid_galore, train=False),
     "hybrid-fira": Method(peers.hybrid_fira, train=False),
     # galore-torch has an 8-bit optimizer beside this one, and imports both.
     "galore-torch": Method(
         peers.galore_torch, nano_lr=2e-2, lr=1e-2, packages=("galore_torch", "bitsandbytes")
+    ),
+    "galore-torch-8bit": Method(
+        peers.galore_torch_8bit, nano_lr=2e-2, lr=1e-2, packages=("galore_torch", "bitsandbytes")
     ),
     "fira-official": Method(peers.fira_official, nano_lr=5e-3, lr=1e-2, packages=("fira",)),
     "apollo-torch": Method(peers.apollo_torch, nano_lr=1e-2, lr=1e-2, packages=("apollo_torch",)),
@@ -183,7 +187,11 @@ METHODS = {
     "flashoptim": Method(peers.flashoptim, packages=("flashoptim",), device="cuda"),
 }
 
-# Formats of the moments, of the methods that have a rate of their own.
+# What a method can be named with: formats of its moments, and what they are judged by.
+FORMATS = ("bf16", "8bit")
+ARMS = (*FORMATS, "8bit-nearest", "moved")
+
+# Of the methods that have a rate of their own.
 for _name, _build in {
     "adamw-split": _adamw_split,
     "galore": _galore,

@@ -1,17 +1,20 @@
 """The rivals, each in its best configuration; other people's packages are run as they come.
 
 `adamw-master` is how AdamW with float32 state trains bfloat16 weights: torch's fused kernel on
-float32 copies. The hybrids keep one random basis: they are here to be timed.
+float32 copies. `adamw-factored-8bit` is what takes least of what keeps a number for every weight.
+The hybrids keep one random basis: they are here to be timed.
 """
 
 from __future__ import annotations
 
+import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from bench.hybrid import HybridAdamW
@@ -103,6 +106,101 @@ class MasterAdamW:
             torch._foreach_copy_(self._masters, saved["masters"])
 
 
+# Elements of a momentum in codes that share a scale.
+BLOCK = 256
+
+
+class FactoredAdamW(torch.optim.Optimizer):
+    """AdamW with M in 8 bits and, of a matrix, the row and column means of V in place of V.
+
+    M = q scale of 256 elements, q to the nearest from -127 to 127; V of (i, j) is taken as
+    rows_i cols_j / mean(rows), which is Adafactor's (arXiv 1804.04235, section 3). beta2, the rate
+    and the decay are AdamW's, and what is not a matrix keeps both moments in float32.
+    """
+
+    def __init__(self, params: list[Tensor], lr: float, weight_decay: float):
+        defaults = {"lr": lr, "weight_decay": weight_decay, "betas": (0.9, 0.999), "eps": 1e-8}
+        super().__init__(params, defaults)
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for param in group["params"]:
+                if param.grad is not None:
+                    self._step(param, group)
+
+    def _step(self, param: Tensor, group: dict) -> None:
+        state = self.state[param] or self._new_state(param)
+        (beta1, beta2), lr, grad = group["betas"], group["lr"], param.grad.float()
+        state["step"] += 1
+        momentum = _momentum(state).lerp_(grad, 1 - beta1)
+        _keep_momentum(state, momentum)
+        # As in the paper, so that rows without a gradient are no division by zero.
+        squares = grad.square().add_(1e-30)
+        if "rows" in state:
+            state["rows"].lerp_(squares.mean(1), 1 - beta2)
+            state["cols"].lerp_(squares.mean(0), 1 - beta2)
+            second = torch.outer(state["rows"] / state["rows"].mean(), state["cols"])
+        else:
+            second = state["exp_avg_sq"].lerp_(squares, 1 - beta2)
+        root = (second / (1 - beta2 ** state["step"])).sqrt_().add_(group["eps"])
+        update = momentum.div_(root).mul_(lr / (1 - beta1 ** state["step"]))
+        param.copy_(param.float().mul_(1 - lr * group["weight_decay"]).sub_(update))
+
+    def _new_state(self, param: Tensor) -> dict[str, Any]:
+        state: dict[str, Any] = {"step": 0}
+        if param.dim() == 2:
+            state["exp_avg"] = torch.zeros_like(param, dtype=torch.int8)
+            sizes = {"scales": math.ceil(param.numel() / BLOCK)}
+            sizes |= zip(("rows", "cols"), param.shape, strict=True)
+            for name, size in sizes.items():
+                state[name] = torch.zeros(size, dtype=torch.float32, device=param.device)
+        else:
+            for name in ("exp_avg", "exp_avg_sq"):
+                state[name] = torch.zeros_like(param, dtype=torch.float32)
+        self.state[param] = state
+        return state
+
+    def load_state_dict(self, saved: dict[str, Any]) -> None:
+        super().load_state_dict(saved)
+        # Not in the weights' dtype, to which torch casts all states.
+        for index, param in enumerate(_all(self.param_groups)):
+            for name, value in saved["state"].get(index, {}).items():
+                kept = value if name == "step" else value.to(param.device, copy=True)
+                self.state[param][name] = kept
+
+
+def _momentum(state: dict[str, Any]) -> Tensor:
+    """M in float32, a copy."""
+    codes = state["exp_avg"]
+    if "scales" not in state:
+        return codes.clone()
+    scales = state["scales"].repeat_interleave(BLOCK)[: codes.numel()]
+    return codes.float().mul_(scales.view_as(codes))
+
+
+def _keep_momentum(state: dict[str, Any], momentum: Tensor) -> None:
+    if "scales" not in state:
+        state["exp_avg"].copy_(momentum)
+        return
+    padded = F.pad(momentum.flatten(), (0, -momentum.numel() % BLOCK)).view(-1, BLOCK)
+    torch.div(padded.abs().amax(1), 127, out=state["scales"])
+    codes = padded / state["scales"].where(state["scales"] > 0, 1.0).unsqueeze(1)
+    state["exp_avg"].copy_(codes.round_().flatten()[: momentum.numel()].view_as(momentum))
+
+
+def factored_bytes(shape: Sequence[int]) -> int:
+    """What `FactoredAdamW` keeps of a parameter."""
+    elements = math.prod(shape)
+    if len(shape) != 2:
+        return 8 * elements
+    return elements + 4 * (math.ceil(elements / BLOCK) + sum(shape))
+
+
+def factored_8bit(groups: list[dict], lr: float, recipe: Recipe) -> torch.optim.Optimizer:
+    return FactoredAdamW(_all(groups), lr, recipe.weight_decay)
+
+
 def hybrid_galore(groups: list[dict], lr: float, recipe: Recipe) -> torch.optim.Optimizer:
     return HybridAdamW(groups, lr, weight_decay=recipe.weight_decay)
 
@@ -118,6 +216,14 @@ def galore_torch(groups: list[dict], lr: float, recipe: Recipe) -> torch.optim.O
 
     options = {"lr": lr, "weight_decay": recipe.weight_decay, "no_deprecation_warning": True}
     return GaLoreAdamW(list(_stripped(groups)), **options)
+
+
+def galore_torch_8bit(groups: list[dict], lr: float, recipe: Recipe) -> torch.optim.Optimizer:
+    """As its authors meant it: see `bench.galore_8bit`."""
+    with _quietly():
+        from bench.galore_8bit import GaLore8bit
+
+    return GaLore8bit(list(_stripped(groups)), lr, recipe.weight_decay)
 
 
 def fira_official(groups: list[dict], lr: float, recipe: Recipe) -> torch.optim.Optimizer:

@@ -24,6 +24,8 @@ OPERATIONS = {
     "project_moments": "project + moments",
     "back_project_update": "back-project + update",
 }
+# Fira and AdaRankGrad take what GaLore takes, and a few bytes more.
+MEMORY_BARS = ("adamw", "adamw-8bit", "adamw-factored-8bit", "galore")
 MARKERS = {"project_moments": "o", "back_project_update": "s", "step": "D"}
 
 
@@ -151,16 +153,18 @@ def draw_sizes(record: dict, path: Path) -> None:
 
 
 def draw_memory(record: dict, path: Path) -> None:
-    """Bytes of weights, gradients and state: what a plan says, which needs no device."""
-    rows = record["rows"]
+    """Bytes of weights, gradients and state, GaLore's in every format, at the model's own rank."""
+    rows = [row for row in record["rows"] if row["optimizer"] in MEMORY_BARS]
     models = list(dict.fromkeys(row["model"] for row in rows))
-    figure = Figure(figsize=(5.2 * len(models), 4.8), layout="constrained")
+    figure = Figure(figsize=(4.6 * len(models), 6.2), layout="constrained")
     panels = figure.subplots(1, len(models), squeeze=False)[0]
     parts = {"weight_bytes": "weights", "gradient_bytes": "gradients", "state_bytes": "state"}
     shades = ("0.55", "0.8", "#0072B2")
     for axes, model in zip(panels, models, strict=True):
-        chosen = [row for row in rows if row["model"] == model]
-        names = [row["optimizer"] for row in chosen]
+        own = [row for row in rows if row["model"] == model]
+        rank = next(row["rank"] for row in own if row["rank"])
+        chosen = [row for row in own if row["rank"] in (None, rank)]
+        names = [_memory_label(row) for row in chosen]
         bottom = np.zeros(len(chosen))
         for (key, label), shade in zip(parts.items(), shades, strict=True):
             sizes = np.array([row[key] / 1e9 for row in chosen])
@@ -168,15 +172,21 @@ def draw_memory(record: dict, path: Path) -> None:
             if key == "state_bytes":
                 axes.bar_label(bars, [f"{size:.2f}" for size in sizes], padding=2)
             bottom += sizes
-        rank = max(row["rank"] or 0 for row in chosen)
         axes.set_title(f"LLaMA {model}, r {rank}, {chosen[0]['dtype']} weights")
         axes.set_ylabel("GB (1e9 bytes); the label is the state's")
         axes.margins(y=0.1)
-        axes.tick_params(axis="x", length=0, rotation=20)
+        axes.tick_params(axis="x", length=0, rotation=90)
         tidy(axes)
     panels[0].legend(frameon=False)
     figure.suptitle("What training holds besides activations, counted on shapes", fontweight="bold")
     figure.savefig(path, dpi=130)
+
+
+def _memory_label(row: dict) -> str:
+    """An optimizer with the formats of its moments and of its bases, the default's left out."""
+    named = (("state", "float32"), ("basis", "weight"))
+    formats = [f"{key} {row[key]}" for key, usual in named if row[key] not in (None, usual)]
+    return ", ".join([row["optimizer"], *formats])
 
 
 # By the bench whose record of a device each draws.

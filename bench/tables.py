@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Sequence
 
@@ -29,6 +30,32 @@ def show(table: Table, width: int = 150) -> None:
 
 def time_text(result: dict, digits: int = 2) -> str:
     return f"{result['ms']:.{digits}f} ± {100 * result['spread']:.0f} %"
+
+
+def share_text(share: float) -> str:
+    """In percent, rounded up: less is better, and nobody's share looks smaller than it is."""
+    return f"{math.ceil(1000 * share) / 10:.1f} %"
+
+
+def less_text(share: float) -> str:
+    """What is saved, in percent, rounded down."""
+    return f"{math.floor(1000 * share) / 10:.1f} %"
+
+
+def difference_texts(row: dict) -> tuple[str, ...]:
+    """Seeds, mean, standard error and bound of a row of `bench.formats`, in thousandths."""
+
+    def text(value: float | None, form: str = ".1f") -> str:
+        return "" if _unknown(value) else f"{1e3 * value:{form}}"
+
+    missing = sum(map(_unknown, row["differences"]))
+    mean = f"diverged: {missing}" if missing else text(row["mean"], "+.1f")
+    return str(len(row["seeds"])), mean, text(row["error"]), text(row["bound"])
+
+
+def _unknown(value: float | None) -> bool:
+    """A record has null for what is not finite."""
+    return value is None or not math.isfinite(value)
 
 
 def rates_text(rates: dict[str, dict[str, float]]) -> str:

@@ -45,7 +45,7 @@ from bench.pipelines import follow
 from lowrank_kernels.ops import AdamScalars, Matrices, Residual, Scalars, Side
 from lowrank_kernels.ops import triton as launchers
 from lowrank_kernels.ops.codes import FLAT_GROUPS, FORMATS, channel_groups, new_stored
-from lowrank_kernels.ops.contract import basis_shape, projected_shape, rank_axis
+from lowrank_kernels.ops.contract import basis_shape, projected_shape
 from lowrank_kernels.ops.triton import addresses, config, launch, plain
 
 RESULT = Path(__file__).parent / "results" / "triton-compile.json"

@@ -39,6 +39,30 @@ def test_every_optimizer_is_in_the_record_or_named_as_missing(tmp_path, capsys):
         1.5 * adamw["state_bytes"], rel=0.01
     )
     assert row["results"]["fira"]["state_bytes"] < adamw["state_bytes"] < parameters
+    sizes = [row["results"][f"fira{f}"]["state_bytes"] for f in ("", "-bf16", "-8bit")]
+    assert sizes == sorted(sizes, reverse=True)
+    assert {"galore-torch-8bit", "adamw-factored-8bit"} <= expected
+    assert not {"fira-moved", "fira-8bit-nearest", "adamw-split-8bit"} & expected
+
+
+def test_wrong_codes_are_reported_and_not_timed(monkeypatch, tmp_path):
+    """Scales of M that are off by a twentieth, in one of the two backends."""
+    right = model_step.started
+
+    def slightly_wrong(name, groups, backend):
+        optimizer = right(name, groups, backend)
+        for state in optimizer.state.values():
+            if backend == "native" and "exp_avg_scale" in state:
+                state["exp_avg_scale"].mul_(1.05)
+        return optimizer
+
+    monkeypatch.setattr(model_step, "started", slightly_wrong)
+    out = tmp_path / "r.json"
+    with pytest.raises(SystemExit, match="ours is not the reference's step"):
+        model_step.main([*QUICK, "--optimizers", "galore,galore-8bit", "--out", str(out)])
+    (row,) = json.loads(out.read_text())["rows"]
+    assert set(row["wrong"]) == {"galore-8bit"}
+    assert set(row["results"]) == {"galore"}
 
 
 def test_a_wrong_step_is_reported_and_not_timed(monkeypatch, capsys, tmp_path):

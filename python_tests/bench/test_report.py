@@ -63,10 +63,11 @@ def test_every_figure_tells_its_record(name):
         return
     places = re.findall(r"\]\((bench/results/[\w/-]+\.json)\)", text)
     assert all((ROOT / place).exists() for place in places)
-    assert places or name in ("gpu_goals", "accounting")
+    assert places or name in ("gpu_goals", "accounting", "format_losses")
 
 
 INLINE = ("rank_course", "captured", "cuda_compile", "published_bf16", "published_8bit")
+INLINE += ("saved_to_8bit", "saved_to_bf16")
 
 
 def test_what_no_gpu_has_run_is_said_so_and_what_one_has_is_shown(tmp_path):
