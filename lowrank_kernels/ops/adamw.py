@@ -6,8 +6,8 @@
 As in operation 1, N is formed before M and V are rounded, and an element of G without a finite
 square is left out: its N is 0, and it keeps its moments as far as codes go.
 
-On a CPU it is one compiled pass, on a GPU one launch where Triton serves; of weights of 24 bits it is
-neither.
+On a CPU it is one compiled pass, on a GPU one launch where Triton serves; of weights of 24 bits it
+is neither.
 
 Source: Adam (arXiv 1412.6980), decoupled decay (arXiv 1711.05101).
 """
