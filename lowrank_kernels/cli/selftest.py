@@ -12,12 +12,13 @@ import torch
 
 from ..ops import Side, backends, requested_backend
 from ..ops.dispatch import Kind, choose_kind
-from ..ops.selfcheck import METHODS, ODD, PIPELINED, Case, judge
+from ..ops.selfcheck import METHODS, ODD, PIPELINED, Case, Launch, judge
 from .text import table, user_errors
 
 SUMMARY = "take steps with every available backend and compare them with float64"
 
 DTYPES = (torch.float32, torch.bfloat16)
+MOMENTS = (torch.float32, torch.bfloat16, torch.int8)
 # How a case is launched is left to the backend.
 FIELDS = [field for field in Case._fields if field != "launch"]
 
@@ -48,7 +49,7 @@ def as_text(facts: dict[str, Any]) -> str:
         *case, error, bound, worst, repeats, passed = result.values()
         verdict = "ok" if passed else "WRONG" if repeats else "WRONG: two runs differ"
         rows.append((*case, f"{error:.1e}", f"{bound:.1e}", worst, verdict))
-    parts = [table((*FIELDS, "error", "bound", "of", ""), rows), ""]
+    parts = [table((*FIELDS, "moments", "error", "bound", "of", ""), rows), ""]
     parts += [f"{name}: not tried, {reason}" for name, reason in facts["unavailable"].items()]
     wrong = sum(not result["passed"] for result in facts["cases"])
     return "\n".join([*parts, f"{len(rows)} cases, {wrong} wrong"])
@@ -64,7 +65,8 @@ def _cases() -> Iterator[Case]:
             continue  # not served
         sizes = ODD if device == "cpu" else ODD + PIPELINED
         for method, (shape, rank), side in itertools.product(METHODS, sizes, Side):
-            yield Case(name, device, dtype, method, shape, rank, side)
+            for moments in MOMENTS:
+                yield Case(name, device, dtype, method, shape, rank, side, Launch(moments=moments))
 
 
 def _result(case: Case) -> dict[str, Any]:
@@ -73,6 +75,7 @@ def _result(case: Case) -> dict[str, Any]:
         **{field: getattr(case, field) for field in FIELDS},
         "dtype": str(case.dtype).removeprefix("torch."),
         "side": case.side.name.lower(),
+        "moments": str(case.launch.moments).removeprefix("torch."),
         **outcome._asdict(),
         "passed": outcome.passed,
     }

@@ -9,8 +9,6 @@ Shapes and notation are in `contract`, the mathematics in `reference`, the names
 `dispatch`.
 """
 
-from collections.abc import Callable
-
 from torch import Tensor
 
 from .contract import (
@@ -25,7 +23,7 @@ from .contract import (
     Side,
     check_matrices,
 )
-from .decoded import Decoded
+from .decoded import operations_of
 from .dispatch import BackendUnavailable, Choice, backends, choose, load, requested_backend
 from .times import Size
 
@@ -66,11 +64,7 @@ def prepare(matrices: Matrices, *, backend: str = "reference") -> Operations:
         TypeError: a dtype does not fit.
     """
     check_matrices(matrices)
-    module = load(backend)
-    operations: Callable[[Matrices], Operations] = module.Operations
-    if matrices.exp_avgs[0].dtype in module.MOMENTS:
-        return operations(matrices)
-    return Decoded(matrices, operations)
+    return operations_of(load(backend), matrices)
 
 
 def batch_size(param: Tensor, grad: Tensor, rank: int, *, backend: str = "reference") -> int:

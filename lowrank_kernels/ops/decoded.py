@@ -3,11 +3,20 @@ encoded after it. What other backends do in registers is specified here.
 """
 
 from collections.abc import Callable
+from types import ModuleType
 
 from torch import Tensor
 
 from .codes import channel_groups, channel_noise, loaded, store, stored_of
 from .contract import AdamScalars, ChannelSums, Matrices, Operations, Projection, Scalars, scalar_of
+
+
+def operations_of(backend: ModuleType, matrices: Matrices) -> Operations:
+    """A backend's operations, over moments in whatever format."""
+    prepare: Callable[[Matrices], Operations] = backend.Operations
+    if matrices.exp_avgs[0].dtype in backend.MOMENTS:
+        return prepare(matrices)
+    return Decoded(matrices, prepare)
 
 
 class Decoded:

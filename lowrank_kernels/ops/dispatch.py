@@ -87,6 +87,7 @@ class Kind(NamedTuple):
         capturable: step-dependent scalars are tensors on the device.
         strides: why the kernels cannot address the weight or its gradient, None if they can.
         size: of the weight and its basis; None where it does not matter.
+        moments: the dtype that holds M: wide, bfloat16, or int8 for codes.
     """
 
     device: str
@@ -95,6 +96,7 @@ class Kind(NamedTuple):
     capturable: bool = False
     strides: str | None = None
     size: Size | None = None
+    moments: torch.dtype = torch.float32
 
     @property
     def device_type(self) -> str:
@@ -109,6 +111,7 @@ def choose(
     *,
     capturable: bool = False,
     size: Size | None = None,
+    moments: torch.dtype = torch.float32,
 ) -> Choice:
     """The backend for a matrix; the answer for each kind of matrix is logged once.
 
@@ -120,6 +123,7 @@ def choose(
         grad: its gradient; without one, a gradient like the weight is meant.
         capturable: step-dependent scalars are tensors on the device.
         size: of the weight and its basis; None leaves the choice to the dtypes.
+        moments: the dtype that holds M.
 
     Raises:
         ValueError: a backend was asked for by name and does not serve these tensors.
@@ -129,14 +133,15 @@ def choose(
     strides = None
     if ask_triton and _triton_status()[0]:
         strides = load("triton").obstacle(param, grad)
-    kind = Kind(str(param.device), param.dtype, grad.dtype, capturable, strides, size)
+    dtypes = param.dtype, grad.dtype
+    kind = Kind(str(param.device), *dtypes, capturable, strides, size, moments)
     return choose_kind(request, kind)
 
 
 def choose_kind(request: str, kind: Kind) -> Choice:
     """As `choose`, for a kind of matrix."""
     if request != "auto" or kind.device_type != "cuda":
-        kind = kind._replace(size=None)
+        kind = kind._replace(size=None, moments=torch.float32)
     try:
         with _choosing:
             return _chosen(request, kind)

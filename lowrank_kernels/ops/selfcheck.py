@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
+from .codes import channel_groups, loaded, new_stored
 from .contract import (
     AdamScalars,
     Matrices,
@@ -30,6 +31,7 @@ from .contract import (
     moment_dtype,
     projected_shape,
 )
+from .decoded import operations_of
 from .dispatch import CapturedStream, Kind, load
 from .times import Size
 
@@ -60,12 +62,14 @@ class Launch(NamedTuple):
         grad: the dtype of gradients; None is that of the weights.
         capturable: step-dependent scalars are tensors.
         noise: bfloat16 weights are rounded stochastically.
+        moments: the dtype that holds M; float32 stands for wide moments.
         tiles: Triton's, of operations 1 and 3; None leaves them to the launcher.
     """
 
     grad: torch.dtype | None = None
     capturable: bool = False
     noise: bool = False
+    moments: torch.dtype = torch.float32
     tiles: tuple[Any, Any] | None = None
 
 
@@ -88,8 +92,10 @@ class Case(NamedTuple):
 
     def __str__(self) -> str:
         """As a fault tells it, without backend, device and dtypes."""
-        tiles = "".join(f", tiles {tuple(each)}" for each in self.launch.tiles or ())
-        return f"{self.method}, {self.shape[0]} x {self.shape[1]}, rank {self.rank}{tiles}"
+        more = "".join(f", tiles {tuple(each)}" for each in self.launch.tiles or ())
+        if self.launch.moments is not torch.float32:
+            more = f", moments in {str(self.launch.moments).removeprefix('torch.')}{more}"
+        return f"{self.method}, {self.shape[0]} x {self.shape[1]}, rank {self.rank}{more}"
 
 
 class KernelsFailed(RuntimeError):
@@ -149,7 +155,7 @@ def fault_of(backend: str, device: torch.device, kind: Kind) -> str | None:
 
 def cases_of(backend: str, device: torch.device, kind: Kind) -> Iterator[Case]:
     """What stands for a kind of matrix, the likely faults first."""
-    launch = Launch(kind.grad, kind.capturable)
+    launch = Launch(kind.grad, kind.capturable, moments=kind.moments)
     for method, residual in METHODS.items():
         of = backend, str(device), kind.param, method
         if backend == "triton" and kind.size is not None:
@@ -183,16 +189,19 @@ def _tiles(
 
     weight, grad = empty(shape, kind.param), empty(shape, kind.grad)
     basis = empty(basis_shape(shape, side, rank), kind.param)
-    moment = empty(projected_shape(shape, side, rank), moment_dtype(kind.param))
-    norm = empty((), moment.dtype)
+    low = projected_shape(shape, side, rank)
+    moments = new_stored(low, kind.moments, torch.device("meta"), channel_groups(side))
+    norm = empty((), moment_dtype(kind.param))
     found: dict[tuple[Any, Any], None] = {}
     # There the meta device stands for the GPU.
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
         for count in COUNTS:
-            params, grads, bases, moments, norms = (
-                [each] * count for each in (weight, grad, basis, moment, norm)
+            params, grads, bases, exp_avgs, exp_avg_sqs, norms = (
+                [each] * count for each in (weight, grad, basis, *moments[:2], norm)
             )
-            batch = Matrices(side, residual, params, grads, bases, moments, moments, norms)
+            scales = [[each] * count if each is not None else [] for each in moments[2:]]
+            tensors = (params, grads, bases, exp_avgs, exp_avg_sqs, norms)
+            batch = Matrices(side, residual, *tensors, None, scales[0], scales[1])
             found[load("triton").Operations(batch).tiles] = None
     return list(found)
 
@@ -292,9 +301,10 @@ def _steps(
     def placed(tensor: Tensor, dtype: torch.dtype) -> Tensor:
         return tensor.to(case.device, dtype, copy=True).contiguous()
 
-    def zeros(*shape: int) -> list[Tensor]:
-        dtype_of = moment_dtype(dtype)
-        return [torch.zeros(shape, dtype=dtype_of, device=case.device) for _ in starts]
+    moments = moment_dtype(dtype)
+    wide, device = moments, torch.device(case.device)
+    if wide is torch.float32:
+        moments = case.launch.moments
 
     def number(value: float, dtype: torch.dtype = torch.float64) -> Any:
         if case.launch.capturable and backend == case.backend:
@@ -302,17 +312,25 @@ def _steps(
         return value
 
     residual = METHODS[case.method]
-    low = projected_shape(case.shape, case.side, case.rank)
+    low, groups = projected_shape(case.shape, case.side, case.rank), channel_groups(case.side)
+    held = [new_stored(low, moments, device, groups) for _ in starts]
+    scales = [
+        [x for x in every if x is not None]
+        for every in zip(*(stored[2:] for stored in held), strict=True)
+    ]
     matrices = Matrices(
         case.side,
         residual,
         [placed(start.weight, dtype) for start in starts],
         [placed(start.grads[0], of_grads) for start in starts],
         [placed(start.basis, dtype) for start in starts],
-        zeros(*low),
-        zeros(*low),
-        [] if residual is None else zeros(),
+        [stored.exp_avg for stored in held],
+        [stored.exp_avg_sq for stored in held],
+        [] if residual is None else [torch.zeros((), dtype=wide, device=device) for _ in starts],
         tuple(range(count)) if case.launch.noise and dtype is torch.bfloat16 else None,
+        scales[0],
+        scales[1],
+        None if moments.itemsize == wide.itemsize else tuple(range(count)),
     )
     operations = _prepared(case, backend, matrices)
     beta1, beta2 = 0.9, 0.999
@@ -329,26 +347,23 @@ def _steps(
             number(0.1),
             number(step, torch.int32),
         )
-        projection = operations.project_moments(matrices, scalars.adam)
+        projection = operations.project_moments(matrices, scalars.adam, scalars.step)
         factor = None
         if projection.sums is not None:
             factor = operations.channel_scale(matrices, projection.sums)
         operations.back_project_update(matrices, projection, factor, scalars)
-    found = {
-        "weight": matrices.params,
-        "exp_avg": matrices.exp_avgs,
-        "exp_avg_sq": matrices.exp_avg_sqs,
-    }
-    return {name: torch.stack(tensors).double().cpu() for name, tensors in found.items()}
+    exp_avgs, exp_avg_sqs = zip(*(loaded(stored, groups) for stored in held), strict=True)
+    found = {"weight": matrices.params, "exp_avg": exp_avgs, "exp_avg_sq": exp_avg_sqs}
+    return {name: torch.stack(list(tensors)).double().cpu() for name, tensors in found.items()}
 
 
 def _prepared(case: Case, backend: str, matrices: Matrices) -> Any:
     """The backend's operations, with the tiles of the case if they are its own."""
     module, tiles = load(backend), case.launch.tiles
     if tiles is None or backend != case.backend:
-        return module.Operations(matrices)
+        return operations_of(module, matrices)
     with module.forced(project=tiles[0], update=tiles[1]):
-        return module.Operations(matrices)
+        return operations_of(module, matrices)
 
 
 def _distance(value: Tensor, exact: Tensor) -> float:

@@ -86,12 +86,16 @@ def moments_of(state: dict[str, Any]) -> tuple[Tensor, Tensor]:
     return loaded(Stored.of(state), groups_of(state))
 
 
+def moments_dtype(param: Tensor, form: StateFormat) -> torch.dtype:
+    """What holds M of a parameter in a format."""
+    return _LOW.get(form, moment_dtype(param.dtype))
+
+
 def new_moments(
     shape: Sequence[int], param: Tensor, form: StateFormat, groups: Groups
 ) -> dict[str, Tensor]:
     """The entries of M and V in a parameter's state, before its first step."""
-    dtype = _LOW.get(form, moment_dtype(param.dtype))
-    stored = new_stored(shape, dtype, param.device, groups)
+    stored = new_stored(shape, moments_dtype(param, form), param.device, groups)
     return {key: value for key, value in stored._asdict().items() if value is not None}
 
 

@@ -40,6 +40,7 @@ from .formats import (
     format_for,
     format_of,
     has_low_bits,
+    moments_dtype,
     moments_of,
 )
 from .groups import (
@@ -627,7 +628,10 @@ class LowRankAdamW(Optimizer):
     def choice(self, request: str, group: Group, param: Tensor) -> Choice:
         """Who computes a projected parameter's step, and why."""
         size, capturable = size_of(group, param), self.capturable
-        return ops.choose(request, param, param.grad, capturable=capturable, size=size)
+        dtype = moments_dtype(param, self.state_format)
+        return ops.choose(
+            request, param, param.grad, capturable=capturable, size=size, moments=dtype
+        )
 
 
 def _capturing() -> bool:
