@@ -138,7 +138,7 @@ def _moved(build: Build) -> Build:
 
 
 def _to_nearest(build: Build) -> Build:
-    """With every V rounded to the nearest, by torch's operations: half a code in place of the noise.
+    """With every V rounded to the nearest, by torch's operations: half a code, no noise.
 
     Only while it steps: others in its process go on with noise.
     """
