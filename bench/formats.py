@@ -8,7 +8,7 @@ Reads what `bench.pretrain` leaves, the record of a comparison or of single runs
 seed and a rate start from the same weights and see the same batches, so what counts is the
 difference of their last validation losses, an arm's less that of the optimizer that it is named
 after: X-8bit, X-bf16, X-8bit-nearest and X-moved against X. X-moved changes no format, only the
-order of sums, and so shows how far apart two runs end for no reason.
+rate by a millionth, and so shows how far apart two runs end for no reason.
 
 A loss of |mean| + 2 standard errors cannot be excluded, whatever the mean says. A run that
 diverged leaves its arm without a mean.

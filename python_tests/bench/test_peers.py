@@ -11,6 +11,8 @@ from bench.peers import Recipe, factored_bytes
 from bench.record import _clocks, _without_places
 from bench.timing import interleaved
 from lowrank_kernels import FiraAdamW, GaLoreAdamW
+from lowrank_kernels.ops import codes
+from lowrank_kernels.optim import formats
 from lowrank_kernels.optim.groups import side_of
 
 SHAPES = [(40, 24), (40, 24), (24, 56)]
@@ -167,6 +169,31 @@ def test_factored_adamw_trains_and_resumes_bit_for_bit():
     train(*other, 50)
     for own, again in zip(model.parameters(), other[0].parameters(), strict=True):
         assert torch.equal(own, again)
+
+
+def test_what_is_rounded_to_the_nearest_is_and_what_comes_after_is_not():
+    """V of a projected and of a plain parameter after a step, held against V in float32."""
+
+    def stepped(name):
+        rng = torch.Generator().manual_seed(0)
+        sizes = {"a.weight": (70, 40), "head": (90, 50)}
+        params = {k: torch.nn.Parameter(torch.randn(s, generator=rng)) for k, s in sizes.items()}
+        first, second = params.items()
+        groups = [{"params": [first], "rank": 8, "scale": 0.25}, {"params": [second]}]
+        optimizer = METHODS[name].build(groups, 1e-2, Recipe(backend="reference"))
+        for param in params.values():
+            param.grad = torch.randn(param.shape, generator=rng)
+        optimizer.step()
+        return [optimizer.state[param] for param in params.values()]
+
+    exact, nearest = stepped("galore"), stepped("galore-8bit-nearest")
+    noisy = stepped("galore-8bit")
+    for wide, coded, rounded in zip(exact, nearest, noisy, strict=True):
+        groups = formats.groups_of(coded)
+        expected = codes.new_stored(wide["exp_avg"].shape, torch.int8, torch.device("cpu"), groups)
+        codes.store(expected, wide["exp_avg"], wide["exp_avg_sq"], groups)
+        assert torch.equal(coded["exp_avg_sq"], expected.exp_avg_sq)
+        assert not torch.equal(rounded["exp_avg_sq"], expected.exp_avg_sq)
 
 
 def galore_groups(dtype=torch.float32):
