@@ -5,8 +5,8 @@
 namespace lowrank::cuda {
 namespace {
 
-// A thread keeps its rows of a group, new M and V and all, in registers until the largest are
-// known.
+// Moments are codes or else bfloat16. A thread keeps its rows of a group, new M and V and all, in
+// registers until the largest are known.
 constexpr int kRowWarps = 8;
 constexpr int kRowsAThread = kChannelsAScale / kRowWarps;
 constexpr int kColumnWarps = 16;
@@ -39,11 +39,11 @@ struct Pair {
 };
 
 // One element: R and N are stored, new M and V are returned.
-template <typename T, Format kFormat>
+template <typename T, bool kCoded>
 __device__ __forceinline__ Pair step(const AdamRule& rule, const Batch& batch, int matrix,
                                      const T* product, int64_t offset, Pair scales, Squares& sums) {
   float average, square;
-  if constexpr (kFormat == Format::kCodes) {
+  if constexpr (kCoded) {
     const auto* codes = reinterpret_cast<const int8_t*>(batch.exp_avg[matrix]);
     const auto* roots = reinterpret_cast<const uint8_t*>(batch.exp_avg_sq[matrix]);
     average = decode_average(codes[offset], scales.average);
@@ -58,15 +58,15 @@ __device__ __forceinline__ Pair step(const AdamRule& rule, const Batch& batch, i
   batch.direction[matrix][offset] = out.direction;
   sums.direction += out.direction * out.direction;
   sums.projected += out.projected * out.projected;
-  return {out.exp_avg, kFormat == Format::kCodes ? sqrtf(out.exp_avg_sq) : out.exp_avg_sq};
+  return {out.exp_avg, kCoded ? sqrtf(out.exp_avg_sq) : out.exp_avg_sq};
 }
 
-template <Format kFormat>
+template <bool kCoded>
 __device__ __forceinline__ void store(const Batch& batch, int matrix, int64_t offset, Pair moments,
                                       Pair scales, int64_t channel, int64_t place) {
   const uint32_t random =
       batch.noise[matrix](static_cast<uint32_t>(channel), static_cast<uint32_t>(place));
-  if constexpr (kFormat == Format::kCodes) {
+  if constexpr (kCoded) {
     const uint32_t bits = batch.has_noise ? random : kNearestCode;
     reinterpret_cast<int8_t*>(batch.exp_avg[matrix])[offset] =
         static_cast<int8_t>(encode_average(moments.average, code_divisor(scales.average)));
@@ -90,7 +90,7 @@ __device__ __forceinline__ void raise(Pair& largest, Pair values) {
 
 // A block takes 64 rows and walks along them, a warp's width of columns at a time. A column is a
 // group, of which each warp has an eighth.
-template <typename T, Format kFormat>
+template <typename T, bool kCoded>
 __global__ void __launch_bounds__(kWarp* kRowWarps)
     low_bit_rows_kernel(const __grid_constant__ Batch batch, AdamRule rule, int64_t rows,
                         int64_t cols, int64_t stride) {
@@ -105,7 +105,7 @@ __global__ void __launch_bounds__(kWarp* kRowWarps)
     for (int64_t first = int64_t{blockIdx.z} * kWarp; first < cols; first += col_step) {
       const int64_t col = first + lane;
       const int64_t scale = group * cols + col;
-      const bool has_scale = kFormat == Format::kCodes && col < cols;
+      const bool has_scale = kCoded && col < cols;
       const Pair scales = has_scale ? scales_at(batch, matrix, scale) : Pair{};
       Pair moments[kRowsAThread] = {};
       Pair largest = {};
@@ -113,12 +113,12 @@ __global__ void __launch_bounds__(kWarp* kRowWarps)
       for (int i = 0; i < kRowsAThread; ++i) {
         const int64_t row = first_row + i * kRowWarps;
         if (row < rows && col < cols) {
-          moments[i] = step<T, kFormat>(rule, batch, matrix, product + row * stride + col,
-                                        row * cols + col, scales, sums[i]);
+          moments[i] = step<T, kCoded>(rule, batch, matrix, product + row * stride + col,
+                                       row * cols + col, scales, sums[i]);
         }
         raise(largest, moments[i]);
       }
-      if constexpr (kFormat == Format::kCodes) {
+      if constexpr (kCoded) {
         shared[warp][lane] = largest;
         __syncthreads();
 #pragma unroll
@@ -133,7 +133,7 @@ __global__ void __launch_bounds__(kWarp* kRowWarps)
       for (int i = 0; i < kRowsAThread; ++i) {
         const int64_t row = first_row + i * kRowWarps;
         if (row < rows && col < cols)
-          store<kFormat>(batch, matrix, row * cols + col, moments[i], largest, row, col);
+          store<kCoded>(batch, matrix, row * cols + col, moments[i], largest, row, col);
       }
     }
 #pragma unroll
@@ -153,7 +153,7 @@ __global__ void __launch_bounds__(kWarp* kRowWarps)
 }
 
 // A block takes 64 columns and walks down them; a warp has a row of them, which is a group.
-template <typename T, Format kFormat>
+template <typename T, bool kCoded>
 __global__ void __launch_bounds__(kWarp* kColumnWarps, 2)
     low_bit_columns_kernel(const __grid_constant__ Batch batch, AdamRule rule, int64_t rows,
                            int64_t cols, int64_t stride) {
@@ -168,19 +168,19 @@ __global__ void __launch_bounds__(kWarp* kColumnWarps, 2)
     Squares sums[kColumnsAThread] = {};
     for (int64_t row = int64_t{blockIdx.z} * kColumnWarps + warp; row < rows; row += row_step) {
       const int64_t scale = row * groups + group;
-      const Pair scales = kFormat == Format::kCodes ? scales_at(batch, matrix, scale) : Pair{};
+      const Pair scales = kCoded ? scales_at(batch, matrix, scale) : Pair{};
       Pair moments[kColumnsAThread] = {};
       Pair largest = {};
 #pragma unroll
       for (int i = 0; i < kColumnsAThread; ++i) {
         const int64_t col = first_col + i * kWarp;
         if (col < cols) {
-          moments[i] = step<T, kFormat>(rule, batch, matrix, product + row * stride + col,
-                                        row * cols + col, scales, sums[i]);
+          moments[i] = step<T, kCoded>(rule, batch, matrix, product + row * stride + col,
+                                       row * cols + col, scales, sums[i]);
         }
         raise(largest, moments[i]);
       }
-      if constexpr (kFormat == Format::kCodes) {
+      if constexpr (kCoded) {
 #pragma unroll
         for (int mask = kWarp / 2; mask > 0; mask /= 2) {
           raise(largest, {__shfl_xor_sync(0xffffffff, largest.average, mask),
@@ -195,7 +195,7 @@ __global__ void __launch_bounds__(kWarp* kColumnWarps, 2)
       for (int i = 0; i < kColumnsAThread; ++i) {
         const int64_t col = first_col + i * kWarp;
         if (col < cols)
-          store<kFormat>(batch, matrix, row * cols + col, moments[i], largest, col, row);
+          store<kCoded>(batch, matrix, row * cols + col, moments[i], largest, col, row);
       }
     }
 #pragma unroll
@@ -225,18 +225,18 @@ __global__ void __launch_bounds__(kWarp* kColumnWarps, 2)
 }
 
 // Without sums nothing has to walk: then the whole matrix is cut.
-template <typename T, Format kFormat>
+template <typename T, bool kCoded>
 void launch(const Batch& batch, unsigned count, const AdamMoments& pass, cudaStream_t stream) {
   const auto& [_, rows, cols, channels_are_rows] = pass.group;
   const bool walks = !pass.direction_sq.empty();
   const unsigned groups = blocks(pass.group.channels(), kChannelsAScale);
   if (channels_are_rows) {
     const dim3 grid(groups, count, walks ? 1 : blocks(cols, kWarp, 65535));
-    low_bit_rows_kernel<T, kFormat><<<grid, dim3(kWarp, kRowWarps), 0, stream>>>(
+    low_bit_rows_kernel<T, kCoded><<<grid, dim3(kWarp, kRowWarps), 0, stream>>>(
         batch, pass.rule, rows, cols, pass.product.stride);
   } else {
     const dim3 grid(groups, count, walks ? 1 : blocks(rows, kColumnWarps, 65535));
-    low_bit_columns_kernel<T, kFormat><<<grid, dim3(kWarp, kColumnWarps), 0, stream>>>(
+    low_bit_columns_kernel<T, kCoded><<<grid, dim3(kWarp, kColumnWarps), 0, stream>>>(
         batch, pass.rule, rows, cols, pass.product.stride);
   }
 }
@@ -265,8 +265,8 @@ const char* low_bit_moments(const AdamMoments& pass, int device, std::uintptr_t 
             batch.noise[i] = moments.noise[matrices[i]];
           visit(pass.product.dtype, [&](auto element) {
             using T = decltype(element);
-            const auto start = moments.format == Format::kCodes ? launch<T, Format::kCodes>
-                                                                : launch<T, Format::kBFloat16>;
+            const auto start =
+                moments.format == Format::kCodes ? launch<T, true> : launch<T, false>;
             start(batch, size_of_batch(matrices), pass, reinterpret_cast<cudaStream_t>(stream));
           });
         });
