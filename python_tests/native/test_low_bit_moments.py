@@ -18,6 +18,7 @@ from formats import (
 from guarded import DEVICES, SIDES, place
 
 from lowrank_kernels import _native
+from lowrank_kernels.ops import AdamScalars, Matrices, Residual, prepare
 from lowrank_kernels.ops.codes import channel_groups, channel_noise
 from lowrank_kernels.ops.contract import Side
 
@@ -271,3 +272,33 @@ def test_overlapping_arrays_are_named(first, second):
     if first != second:
         with pytest.raises(ValueError, match=f"{first}.*{second}|{second}.*{first}"):
             problem.run(**{first: places[second]})
+
+
+@FORMATS
+@SIDES
+@pytest.mark.parametrize("channels", [0, 130])
+def test_the_backend_hands_over_scales_salts_and_step(channels, rows_are_channels, dtype, rng):
+    """A batch whose products are exact: by a basis of ones and zeros."""
+    shape, salts = (channels, 5) if rows_are_channels else (5, channels), (SALT, 7, 2**32 - 1)
+    side, groups = side_of(rows_are_channels), channel_groups(side_of(rows_are_channels))
+    moments = [random_moments(shape, dtype, groups, rng) for _ in salts]
+    gradients = [torch.randn(shape, generator=rng) for _ in salts]
+    lists = [list(tensors) for tensors in zip(*moments, strict=True)]
+    scales = lists[2:] if dtype is torch.int8 else ((), ())
+    params, bases = ([torch.zeros(shape) for _ in salts], [torch.eye(5) for _ in salts])
+    norms = [torch.zeros(()) for _ in salts]
+    residual = Residual(0.25, 1.0)
+    matrices = Matrices(
+        side, residual, params, gradients, bases, *lists[:2], norms, None, *scales, salts
+    )
+    expected = []
+    for stored, gradient, salt in zip(moments, gradients, salts, strict=True):
+        bits = channel_noise(stored.exp_avg_sq, side, salt, STEP)
+        expected.append(stepped(gradient, stored, groups, bits, ADAM))
+    operations = prepare(matrices, backend="native")
+    projection = operations.project_moments(matrices, AdamScalars(**ADAM), STEP)
+    assert projection.direction.dtype is projection.projected.dtype is torch.float32
+    for index, (stored, direction, projected) in enumerate(expected):
+        assert_same_moments(moments[index], stored)
+        assert_same(projection.direction[index], direction)
+        assert_same(projection.projected[index], projected)
