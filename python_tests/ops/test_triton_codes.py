@@ -152,6 +152,14 @@ def test_moments_are_encoded_to_the_bits_of_torch(rng, sigma):
     assert ((of_both[0].exp_avg_sq > 0) == (exp_avg_sq > 0)).all()
 
 
+def moments_of(matrices):
+    return [matrices.exp_avgs, matrices.exp_avg_sqs]
+
+
+def scales_of(matrices):
+    return [each for each in (matrices.exp_avg_scales, matrices.exp_avg_sq_scales) if each]
+
+
 class Coded:
     """Equal matrices whose moments are in a format, with one gradient each.
 
@@ -175,9 +183,8 @@ class Coded:
             [basis.to(DEVICE) for basis in bases],
             *columns[:2],
             [torch.zeros((), device=DEVICE) for _ in range(count)],
-            None,
-            *(columns[2:] or ((), ())),
-            SALTS[:count],
+            moment_salts=SALTS[:count],
+            **dict(zip(("exp_avg_scales", "exp_avg_sq_scales"), columns[2:], strict=False)),
         )
 
     def _one(self, shape, low, depth, rank, rng):
@@ -194,8 +201,7 @@ class Coded:
         return grad.float(), basis.float(), stored
 
     def stored(self, index=0):
-        tensors = [self.matrices.exp_avgs, self.matrices.exp_avg_sqs]
-        tensors += [each for each in self.matrices[-3:-1] if each]
+        tensors = moments_of(self.matrices) + scales_of(self.matrices)
         return Stored(*(each[index].cpu().clone() for each in tensors))
 
     def literal(self, index, dtype):
@@ -335,7 +341,7 @@ def test_an_entry_without_a_finite_square_keeps_its_moments(side, bad):
 def placed(coded, gap):
     """The moments and scales of a batch as views into one buffer a role; returns the buffers."""
     buffers = []
-    for tensors in (*coded.matrices[5:7], *coded.matrices[-3:-1]):
+    for tensors in (*moments_of(coded.matrices), *scales_of(coded.matrices)):
         size = tensors[0].numel()
         pitch = size + gap + (-size) % 16
         around = torch.nan if tensors[0].is_floating_point() else SENTINEL
@@ -364,7 +370,7 @@ def test_a_batch_is_its_matrices_one_by_one(gap, unit, parts, side, form):
     """
     together, twice = (Coded(form, side, 150, 61, 18, count=3) for _ in "ab")
     buffers = placed(together, gap)
-    assert {addresses.addresses_of(each).unit for each in together.matrices[5:7]} == {unit}
+    assert {addresses.addresses_of(each).unit for each in moments_of(together.matrices)} == {unit}
     with small_tiles(parts, groups=2):
         for coded in (together, twice):
             coded.project()

@@ -308,8 +308,8 @@ def _configs(operation: str, problem: Problem, gpu: Gpu) -> Iterator[Config]:
     for tile in _MIXED_TILES if mixed else tiles:
         channels, width, registers = tile.channels, tile.width, tile.registers
         if operation == "project":
-            # Beside codes the sums of a larger tile spill; on the left, where neighbouring scales
-            # are far apart, half of the registers do.
+            # Beside codes the sums of a larger tile leave no register; on the left, where
+            # neighbouring scales are far apart, half of the registers spill.
             halved = registers <= 128 and problem.side is Side.LEFT
             if problem.coded and (width > 128 or halved):
                 continue
