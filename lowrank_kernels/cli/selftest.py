@@ -58,15 +58,15 @@ def as_text(facts: dict[str, Any]) -> str:
 def _cases() -> Iterator[Case]:
     devices = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
     names = [name for name, (available, _) in backends().items() if available]
-    for name, device, dtype in itertools.product(names, devices, DTYPES):
+    for name, device, *dtypes in itertools.product(names, devices, DTYPES, MOMENTS):
+        dtype, moments = dtypes
         try:
-            choose_kind(name, Kind(torch.device(device).type, dtype, dtype))
+            choose_kind(name, Kind(torch.device(device).type, dtype, dtype, moments=moments))
         except ValueError:
             continue  # not served
         sizes = ODD if device == "cpu" else ODD + PIPELINED
         for method, (shape, rank), side in itertools.product(METHODS, sizes, Side):
-            for moments in MOMENTS:
-                yield Case(name, device, dtype, method, shape, rank, side, Launch(moments=moments))
+            yield Case(name, device, dtype, method, shape, rank, side, Launch(moments=moments))
 
 
 def _result(case: Case) -> dict[str, Any]:

@@ -141,7 +141,7 @@ def choose(
 def choose_kind(request: str, kind: Kind) -> Choice:
     """As `choose`, for a kind of matrix."""
     if request != "auto" or kind.device_type != "cuda":
-        kind = kind._replace(size=None, moments=torch.float32)
+        kind = kind._replace(size=None)
     try:
         with _choosing:
             return _chosen(request, kind)
@@ -302,8 +302,9 @@ def _triton_obstacle(kind: Kind) -> str | None:
 def _dtype_obstacle(
     backend: str, kind: Kind, dtypes: tuple[torch.dtype, ...] = _KERNEL_DTYPES
 ) -> str | None:
-    for dtype in (kind.param, kind.grad):
-        if dtype not in dtypes:
+    for dtype in (kind.param, kind.grad, kind.moments):
+        # Codes are integers, and every backend decodes them.
+        if dtype.is_floating_point and dtype not in dtypes:
             return f"the {backend} backend has no {_short(dtype)} here"
     return None
 

@@ -14,6 +14,7 @@ KEYS = {
     "weight_bytes",
     "gradient_bytes",
     "state_bytes",
+    "state",
     "lr",
     "backend",
     "reason",
