@@ -46,11 +46,11 @@ def adamw(
         salt: of the noise that rounds V.
         low_bits: of a bfloat16 W of 24 bits, int8, of W's shape; contiguous.
     """
-    if low_bits is None and native.serves_adamw(param, grad, stored, scalars):
-        native.adamw(param, grad, stored, scalars, salt)
-        return
     if low_bits is None and is_stepped_by_triton(param, grad):
         load("triton.plain").adamw(param, grad, stored, scalars, salt)
+        return
+    if low_bits is None and native.serves_adamw(param, grad, stored, scalars):
+        native.adamw(param, grad, stored, scalars, salt)
         return
     size = BLOCK_ELEMENTS.get(param.device.type, BLOCK_ELEMENTS_ELSEWHERE)
     for first in range(0, param.numel(), size):

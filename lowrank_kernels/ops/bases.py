@@ -30,6 +30,7 @@ class _Format(NamedTuple):
 
 
 _FORMATS = {torch.int8: _Format(127, 1, None), torch.uint8: _Format(7, 16, ENTRIES_A_SCALE)}
+BASIS_CODES = tuple(_FORMATS)
 # Added to a code of four bits, so that none is negative.
 _MIDDLE = 8
 

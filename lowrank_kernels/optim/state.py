@@ -29,7 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..ops.bases import code_shapes
+from ..ops.bases import BASIS_CODES, code_shapes
 from ..ops.codes import FLAT_GROUPS, channel_groups
 from ..ops.contract import Side, basis_shape, moment_dtype, projected_shape
 from ..ops.reference import NOTHING_STORED
@@ -163,7 +163,7 @@ def check_shapes(name: str, param: Tensor, state: State, projected: bool) -> Non
             shape = param.shape[0], param.shape[1]
             expected = projected_shape(shape, Side(side), rank)
             shapes = {"basis": basis_shape(shape, Side(side), rank)}
-            if isinstance(basis, Tensor) and not basis.is_floating_point():
+            if isinstance(basis, Tensor) and basis.dtype in BASIS_CODES:
                 codes = code_shapes(shapes["basis"], basis.dtype)
                 shapes = dict(zip(("basis", "basis_scale"), codes, strict=True))
             for key, wanted in shapes.items():
@@ -206,7 +206,7 @@ def check_storage(name: str, param: Tensor, state: State) -> None:
     dtypes = _moment_dtypes(state, wide) | {"low_bits": torch.int8}
     if "basis" in state:
         held = state["basis"].dtype
-        dtypes["basis"] = param.dtype if held.is_floating_point else held
+        dtypes["basis"] = held if held in BASIS_CODES else param.dtype
         dtypes |= {"basis_scale": torch.float32, "limiter_norm": wide}
     for key, dtype in dtypes.items():
         value = state.get(key)
