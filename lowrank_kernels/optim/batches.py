@@ -4,7 +4,7 @@ import functools
 import itertools
 import operator
 import zlib
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from operator import attrgetter, itemgetter
 from typing import Any, NamedTuple
 
@@ -14,7 +14,6 @@ from torch import Tensor
 from .. import ops
 from ..ops import AdamScalars, Matrices, Projection, Scalars, Side
 from ..ops.contract import adam_of, scalar_of
-from ..ops.products import matrices_in_workspace
 from ..ops.tensors import READER
 from ..subspace import Due, Readback, Subspace, is_due, is_measured, measure, next_look
 from .checks import check_shared, extent, is_unresolved, overlap, resolved
@@ -103,7 +102,7 @@ class Batch:
         return Matrices(
             self.side,
             self.residual,
-            self.room.weights[: len(self.params)] or self.params,
+            self.room.weights or self.params,
             grads,
             bases,
             exp_avgs,
@@ -219,17 +218,28 @@ def batches_of(group: Group, members: list[Member], method: Method) -> list[Batc
     alike: dict[Hashable, list[Member]] = {}
     for member in members:
         alike.setdefault(_kind(member, method), []).append(member)
-    batches = []
+    parts: list[list[Member]] = []
     for equal in alike.values():
         _, param, state, _, backend = equal[0]
         assert param.grad is not None
         size = ops.batch_size(param, param.grad, state["basis"].shape[1], backend=backend)
-        if "low_bits" in state:
-            size = min(size, matrices_in_workspace(param.device, 4 * param.numel()))
-        parts = [equal[start : start + size] for start in range(0, len(equal), size)]
-        room = Room.of([member.param for member in parts[0]], state)
-        batches += [Batch(group, part, method, room) for part in parts]
-    return batches
+        size = min(size, Room.matrices(param, state))
+        parts += [equal[start : start + size] for start in range(0, len(equal), size)]
+    memory = torch.empty(room_bytes(parts), dtype=torch.uint8, device=members[0].param.device)
+    return [
+        Batch(
+            group,
+            part,
+            method,
+            Room.within(memory, [member.param for member in part], part[0].state),
+        )
+        for part in parts
+    ]
+
+
+def room_bytes(parts: Sequence[Sequence[Member]]) -> int:
+    """Of the memory in which each of some batches, one at a time, decodes what it holds."""
+    return max(len(part) * Room.bytes_of(part[0].param, part[0].state) for part in parts)
 
 
 def _kind(member: Member, method: Method) -> Hashable:

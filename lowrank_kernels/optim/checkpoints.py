@@ -12,7 +12,7 @@ from ..ops.contract import moment_dtype
 from .formats import convert, convert_basis, format_for, format_of
 from .groups import FORMAT, PROJECTION_DEFAULTS, Group, is_projected, named_params, unwrapped
 from .parts import Method
-from .state import State, check_counts, check_shapes, laid_like
+from .state import State, check_codes, check_counts, check_shapes, laid_like
 
 logger = logging.getLogger("lowrank_kernels")
 
@@ -38,11 +38,14 @@ def check_loadable(groups: list[Group], state_dict: State) -> None:
                 f"group {index} is {kinds[is_projected(group)]} here and"
                 f" {kinds[is_projected(saved)]} in the state dict"
             )
+    told = {key: _formats_told(saved) for saved in saved_groups for key in saved["params"]}
     renamed = _renamed(groups, saved_groups)
     for name, param, projected, key in _saved_params(groups, saved_groups):
         if key in state_dict["state"]:
             check_shapes(name, param, state_dict["state"][key], projected)
             check_counts(name, state_dict["state"][key], projected)
+            check_codes(name, state_dict["state"][key])
+            _check_told(name, param, projected, state_dict["state"][key], told[key])
     if renamed:
         logger.warning(
             "parameters have other names than in the state dict, and go by their places: %s and %d"
@@ -52,6 +55,42 @@ def check_loadable(groups: list[Group], state_dict: State) -> None:
         )
     for index, (group, saved) in enumerate(zip(groups, saved_groups, strict=False)):
         _tell_differences(group, saved, index)
+
+
+def with_formats(groups: list[Group], states: State) -> list[Group]:
+    """A state dict's groups, whose `method` tells in which formats their states are."""
+    result = []
+    for group in groups:
+        own = [states[key] for key in group["params"] if "exp_avg" in states.get(key, ())]
+        forms = {format_of(state) for state in own} - {"float32"}
+        coded = any("basis_scale" in state for state in own)
+        told = f", state={min(forms, default='float32')}, basis={'codes' if coded else 'weight'}"
+        result.append({**group, "method": group["method"] + told})
+    return result
+
+
+def _formats_told(saved: Group) -> tuple[str, str]:
+    """Of moments and of bases, as `with_formats` wrote them; older files hold no codes."""
+    _, _, told = str(saved.get("method", "")).partition(", state=")
+    moments, _, bases = told.partition(", basis=")
+    return moments or "float32", bases or "weight"
+
+
+def _check_told(
+    name: str, param: Tensor, projected: bool, state: State, told: tuple[str, str]
+) -> None:
+    """Raises ValueError if codes have become numbers: `torch.distributed.checkpoint` copies them
+    into whatever tensors the optimizer has that it loads into.
+    """
+    moments, bases = told
+    coded = moments == "int8" and format_for(param, projected, "int8") == "int8"
+    wrong = coded and state["exp_avg"].is_floating_point()
+    if wrong or (projected and bases == "codes" and state["basis"].is_floating_point()):
+        raise ValueError(
+            f"the state of {name} was saved in codes and has been loaded as numbers: load it into"
+            " an optimizer made with the state= and basis= of the run, and set its state_format and"
+            " basis_format afterwards"
+        )
 
 
 def padded(states: State, groups: list[Group]) -> State:
@@ -132,13 +171,13 @@ def _placed(entry: str, value: Tensor, param: Tensor, projected: bool) -> Tensor
     if entry in ON_THE_HOST:
         return value.to("cpu", copy=True)
     if not value.is_floating_point():
-        return value.to(param.device, copy=True)
+        return value.to(param.device, copy=True).contiguous()
     dtype = moment_dtype(param.dtype)
     if entry == "basis":
         dtype = param.dtype
-    elif entry in (*MOMENT_SCALES, "basis_scale") or (
-        entry in MOMENTS and value.dtype is torch.bfloat16
-    ):
+    elif entry in (*MOMENT_SCALES, "basis_scale"):
+        dtype = torch.float32
+    elif entry in MOMENTS and value.dtype is torch.bfloat16:
         return value.to(param.device, copy=True).contiguous()
     if not projected and value.shape == param.shape:
         return laid_like(param, value.to(param.device, dtype, copy=True))
@@ -249,6 +288,7 @@ def _tell_differences(group: Group, saved: Group, index: int) -> None:
             ", ".join(differences),
         )
     theirs, ours = saved.get("method"), group["method"]
+    theirs = None if theirs is None else theirs.partition(", state=")[0]
     if theirs is not None and theirs != ours:
         parts = zip(theirs.split(", "), ours.split(", "), strict=False)
         changed = ", ".join(f"{was} (here {now})" for was, now in parts if was != now)

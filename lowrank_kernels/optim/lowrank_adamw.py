@@ -28,7 +28,7 @@ from .batches import (
     phase_of,
     scalars_of,
 )
-from .checkpoints import check_loadable, padded, restore, unpadded
+from .checkpoints import check_loadable, padded, restore, unpadded, with_formats
 from .checks import check_grad, check_matrix, check_memory, check_params, check_shared, is_dense
 from .formats import (
     BasisFormat,
@@ -381,7 +381,9 @@ class LowRankAdamW(Optimizer):
         """
 
         def fill(_: Optimizer, saved: State) -> State:
-            return {**saved, "state": padded(saved["state"], saved["param_groups"])}
+            states, groups = saved["state"], saved["param_groups"]
+            formats = {"param_groups": with_formats(groups, states)}
+            return {**saved, **formats, "state": padded(states, groups)}
 
         # Before the user's own hooks.
         handle = self.register_state_dict_post_hook(fill, prepend=True)

@@ -184,6 +184,7 @@ def _scalars(group: Group, step: int | Tensor) -> Scalars:
     lr, seen = group["lr"], step
     if isinstance(seen, Tensor):
         seen, step = seen.double(), seen.int()
+        lr = torch.as_tensor(lr, device=seen.device).reshape(()).float()
     else:
         lr = float(lr)
     adam = AdamScalars(beta1, beta2, float(group["eps"]), 1 - beta1**seen, 1 - beta2**seen)

@@ -98,7 +98,8 @@ def complete(state: State, salt: int, subspace: Subspace, *counted: str) -> None
         counted: names of 0-d entries: "limiter_norm", "nonfinite", "limited".
     """
     basis = state["basis"]
-    like = basis.new_empty(state["exp_avg"].shape, dtype=moment_dtype(basis.dtype))
+    exp_avg = state["exp_avg"]
+    like = basis.new_empty(exp_avg.shape, dtype=moment_dtype(exp_avg.dtype))
     expected = {
         "rank": basis.shape[1],
         "salt": salt,
@@ -198,6 +199,24 @@ def check_counts(name: str, state: State, projected: bool) -> None:
     if not fits:
         numbers = {key: value for key, value in state.items() if isinstance(value, (int, float))}
         raise ValueError(f"the state of {name} was not left by a run: step {step}, {numbers}")
+
+
+def check_codes(name: str, state: State) -> None:
+    """Raises ValueError if codes, or their scales, are none that a run has left."""
+    dtypes = {"exp_avg": (torch.int8,), "exp_avg_sq": (torch.uint8,), "basis": BASIS_CODES}
+    for key, codes in dtypes.items():
+        value = state.get(key)
+        if value is not None and not value.is_floating_point() and value.dtype not in codes:
+            raise ValueError(f"the state of {name} has {key} as {value.dtype}, which are no codes")
+    pair = state["exp_avg"], state["exp_avg_sq"]
+    if pair[0].is_floating_point() != pair[1].is_floating_point():
+        raise ValueError(
+            f"the state of {name} has exp_avg as {pair[0].dtype} and exp_avg_sq as {pair[1].dtype}"
+        )
+    for key in ("exp_avg_scale", "exp_avg_sq_scale", "basis_scale"):
+        scale = state.get(key)
+        if scale is not None and not bool(((scale >= 0) & (scale < float("inf"))).all()):
+            raise ValueError(f"the state of {name} has a {key} below 0, or not finite")
 
 
 def check_storage(name: str, param: Tensor, state: State) -> None:

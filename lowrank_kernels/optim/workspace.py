@@ -13,7 +13,7 @@ from ..ops.dispatch import Kind, choose_kind
 from ..ops.dry import meta_stands_for
 from ..subspace import Due, batch_size, refresh_bases
 from .allocations import Allocations
-from .batches import Member, batches_of, scalars_of
+from .batches import Batch, Member, batches_of, room_bytes, scalars_of
 from .groups import Group, is_projected, size_of
 from .parts import Method
 from .plain import Plain
@@ -48,6 +48,7 @@ def planned_workspace(
     """
     request = ops.requested_backend(optimizer.backend)
     step, refresh = [0], [0]
+    rooms: dict[int, int] = {}  # of groups, held from the first step on
     with meta_stands_for(device_type, memory_bytes):
         for group in optimizer.param_groups:
             trained = [param for param in group["params"] if param.requires_grad and param.numel()]
@@ -64,8 +65,13 @@ def planned_workspace(
                 alike.setdefault((kind, member.param.shape), []).append(member)
             for equal in alike.values():
                 refresh.append(_peak_of_refresh(optimizer, group, equal))
-                step.append(_peak_of_step(optimizer, group, equal))
-    return Workspace(max(step), max(refresh))
+                batches = batches_of(group, equal, optimizer.method)
+                step.append(_peak_of_step(optimizer, batches))
+                rooms[id(group)] = max(
+                    rooms.get(id(group), 0), room_bytes([batch.members for batch in batches])
+                )
+    held = sum(rooms.values())
+    return Workspace(max(step) + held, max(refresh) + held)
 
 
 def _member_on_meta(param: Tensor, group: Group, method: Method) -> Member:
@@ -91,9 +97,8 @@ def _peak_of_refresh(optimizer: LowRankAdamW, group: Group, members: list[Member
     return _peak(lambda: refresh_bases(due, optimizer.subspace))
 
 
-def _peak_of_step(optimizer: LowRankAdamW, group: Group, members: list[Member]) -> int:
+def _peak_of_step(optimizer: LowRankAdamW, batches: list[Batch]) -> int:
     """Of the first batch, which is the largest."""
-    batches = batches_of(group, members, optimizer.method)
     for batch in batches:
         batch.counts = [1] * len(batch.members)
 

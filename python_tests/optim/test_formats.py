@@ -26,6 +26,7 @@ from lowrank_kernels.ops.codes import (
 )
 from lowrank_kernels.ops.contract import AdamScalars
 from lowrank_kernels.ops.weights24 import joined
+from lowrank_kernels.optim.workspace import planned_workspace
 
 GAP, STOP, STEPS = 4, 7, 15
 METHODS = {
@@ -382,3 +383,86 @@ def test_weights_of_24_bits_begin_and_end_between_steps():
     optimizer.master = None
     train(module, optimizer, range(4, 6))
     assert not any("low_bits" in state for state in optimizer.state.values())
+
+
+def test_float64_weights_take_codes_of_their_bases():
+    weight = nn.Parameter(torch.randn(40, 24, dtype=torch.float64))
+    optimizer = FiraAdamW([{"params": [weight], "rank": 8}], lr=0.01, basis="int8")
+    for seed in range(3):
+        rng = torch.Generator().manual_seed(seed)
+        weight.grad = torch.randn(40, 24, generator=rng, dtype=torch.float64)
+        optimizer.step()
+    assert optimizer.state[weight]["limiter_norm"].dtype is torch.float64
+
+
+@pytest.mark.parametrize(
+    "lr", [torch.tensor(1e-2, dtype=torch.float64), torch.tensor([[1e-2]])], ids=str
+)
+@pytest.mark.parametrize("formats", [{"master": 24}, {"state": "int8"}], ids=str)
+def test_any_learning_rate_of_one_element_is_taken(lr, formats):
+    weights = [nn.Parameter(torch.randn(70, 70).bfloat16()) for _ in range(2)]
+    weights[1].data.copy_(weights[0].data)
+    for weight, rate in zip(weights, (lr, 1e-2), strict=True):
+        weight.grad = torch.ones_like(weight)
+        GaLoreAdamW([("w", weight)], lr=rate, capturable=True, **formats).step()
+    assert torch.equal(*weights)
+
+
+@pytest.mark.parametrize(
+    ("key", "change", "text"),
+    [
+        ("exp_avg", lambda x: x.to(torch.uint8), "exp_avg as torch.uint8, which are no codes"),
+        ("exp_avg_sq", lambda x: x.to(torch.int8), "exp_avg_sq as torch.int8, which are no codes"),
+        (
+            "exp_avg_sq",
+            lambda x: x.float(),
+            "exp_avg as torch.int8 and exp_avg_sq as torch.float32",
+        ),
+        ("exp_avg_scale", lambda x: -x, "exp_avg_scale below 0, or not finite"),
+        ("basis_scale", lambda x: x * float("nan"), "basis_scale below 0, or not finite"),
+    ],
+)
+def test_what_are_no_codes_is_refused_by_name(key, change, text):
+    module, optimizer = setup("fira", state="int8", basis="int8")
+    train(module, optimizer, range(2))
+    saved = copy.deepcopy(optimizer.state_dict())
+    saved["state"][0][key] = change(saved["state"][0][key])
+    with pytest.raises(ValueError, match=f"1.weight has (a )?{text}"):
+        setup("fira", state="int8", basis="int8")[1].load_state_dict(saved)
+
+
+@pytest.mark.parametrize("formats", [{"state": "int8"}, {"basis": "int8"}], ids=str)
+def test_codes_that_were_loaded_as_numbers_are_refused(formats):
+    """As torch.distributed.checkpoint does, which copies them into the tensors that it finds."""
+    module, optimizer = setup("fira", **formats)
+    train(module, optimizer, range(2))
+    twin, other = setup("fira")
+    train(twin, other, range(2))
+    saved, template = optimizer.state_dict(), copy.deepcopy(other.state_dict())
+    for key, state in template["state"].items():
+        for entry in ("exp_avg", "exp_avg_sq", "basis"):
+            if entry in state:
+                state[entry].copy_(saved["state"][key][entry])
+    template["param_groups"] = saved["param_groups"]
+    with pytest.raises(ValueError, match=r"1\.weight was saved in codes and has been loaded"):
+        other.load_state_dict(template)
+
+
+def test_rooms_are_one_for_all_and_in_the_plan():
+    """What is decoded for a batch is kept from step to step: no copy of the model."""
+    weights = [nn.Parameter(torch.randn(64, 48 + 16 * index).bfloat16()) for index in range(4)]
+    group = {"params": [(f"w{index}", w) for index, w in enumerate(weights)], "rank": 8}
+    formats = {"state": "int8", "basis": "int8", "master": 24}
+    optimizer = FiraAdamW([group], lr=0.01, **formats)
+    for weight in weights:
+        weight.grad = torch.randn_like(weight)
+    optimizer.step()
+    rooms = [batch.room for batch in optimizer._known.batches]
+    assert len(rooms) == 4
+    memories = {room.weights[0].untyped_storage().data_ptr() for room in rooms}
+    (memory,) = {room.weights[0].untyped_storage().nbytes() for room in rooms}
+    assert len(memories) == 1
+    assert memory <= 4 * 64 * 96 + 2 * 96 * 8 + 512
+    plain = FiraAdamW([group], lr=0.01, state="int8")
+    held = planned_workspace(optimizer, "cpu").refresh - planned_workspace(plain, "cpu").refresh
+    assert held >= memory
