@@ -8,15 +8,23 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from ..ops.bases import basis_entries, loaded_basis
-from ..ops.codes import FLAT_GROUPS, Groups, Stored, channel_groups, loaded, new_stored, store
-from ..ops.contract import Side, moment_dtype
+from ..ops.codes import (
+    FLAT_GROUPS,
+    FORMATS,
+    Groups,
+    Stored,
+    channel_groups,
+    loaded,
+    new_stored,
+    store,
+)
+from ..ops.contract import Side, basis_shape, moment_dtype
 
 StateFormat = Literal["float32", "bfloat16", "int8"]
 BasisFormat = Literal["weight", "int8", "int4"]
 MasterBits = Literal[24] | None
-STATE_FORMATS = ("float32", "bfloat16", "int8")
+STATE_FORMATS = tuple(FORMATS)
 BASIS_FORMATS = ("weight", "int8", "int4")
-_LOW: dict[str, torch.dtype] = {"bfloat16": torch.bfloat16, "int8": torch.int8}
 
 # With fewer elements, or one dimension, a parameter that is not projected keeps wide moments: norms
 # and biases are few numbers, and take hardly any memory.
@@ -52,12 +60,14 @@ def new_basis(shape: tuple[int, int], param: Tensor, wanted: BasisFormat) -> dic
 
 def convert_basis(state: dict[str, Any], param: Tensor, wanted: BasisFormat) -> bool:
     """Brings P of a state into a format, each entry to the nearest; whether that changed it."""
-    held, basis = state["basis"].dtype, loaded_basis(state)
-    dtype = basis_dtype(len(basis), param, wanted)
+    shape, held = (param.shape[0], param.shape[1]), state["basis"].dtype
+    rows, _ = basis_shape(shape, Side(state["side"]), state["basis"].shape[1])
+    dtype = basis_dtype(rows, param, wanted)
     if held is dtype or (held.is_floating_point and dtype.is_floating_point):
         return False
+    entries = basis_entries(loaded_basis(state), dtype)
     state.pop("basis_scale", None)
-    state.update(basis_entries(basis, dtype))
+    state.update(entries)
     return True
 
 
@@ -88,7 +98,7 @@ def moments_of(state: dict[str, Any]) -> tuple[Tensor, Tensor]:
 
 def moments_dtype(param: Tensor, form: StateFormat) -> torch.dtype:
     """What holds M of a parameter in a format."""
-    return _LOW.get(form, moment_dtype(param.dtype))
+    return moment_dtype(param.dtype) if form == "float32" else FORMATS[form]
 
 
 def new_moments(

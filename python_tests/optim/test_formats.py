@@ -6,6 +6,7 @@ import logging
 
 import pytest
 import torch
+from integration.tiny_runs import assert_same_bits
 from torch import nn
 
 from lowrank_kernels import (
@@ -68,16 +69,6 @@ def saved_and_loaded(value):
     torch.save(value, stream)
     stream.seek(0)
     return torch.load(stream, weights_only=True)
-
-
-def assert_same_bits(first, second):
-    for a, b in zip(first[0].parameters(), second[0].parameters(), strict=True):
-        assert torch.equal(a, b)
-        own, other = first[1].state[a], second[1].state[b]
-        assert own.keys() == other.keys()
-        for key, value in own.items():
-            same = torch.equal(value, other[key]) if torch.is_tensor(value) else value == other[key]
-            assert same, key
 
 
 @every_method
