@@ -7,8 +7,9 @@
 Reads what `bench.pretrain` leaves, the record of a comparison or of single runs. Arms that share a
 seed and a rate start from the same weights and see the same batches, so what counts is the
 difference of their last validation losses, an arm's less that of the optimizer that it is named
-after: X-8bit, X-bf16, X-8bit-nearest and X-moved against X. X-moved changes no format, only the
-rate by a millionth, and so shows how far apart two runs end for no reason.
+after: X-8bit, X-bf16, X-8bit-basis, X-8bit-nearest, X-reversed and X-moved against X. X-moved
+changes no format, only the rate by a millionth, and so shows how far apart two runs end for no
+reason. X-8bit-basis-reversed stands against X-8bit-basis: what the larger side costs.
 
 A loss of |mean| + 2 standard errors cannot be excluded, whatever the mean says. A run that
 diverged leaves its arm without a mean.
@@ -80,7 +81,7 @@ def base_of(name: str) -> str | None:
     """The optimizer that an arm is named after; None of what is no arm."""
     for arm in sorted(ARMS, key=len, reverse=True):
         if name.endswith(f"-{arm}"):
-            return name.removesuffix(f"-{arm}")
+            return name.removesuffix(f"-{arm}") + ARMS[arm]
     return None
 
 

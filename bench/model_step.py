@@ -313,7 +313,7 @@ NOT_HERE = tuple(
     name
     for name in METHODS
     if name.startswith(("adamw-split", "galore-svd", "galore-together"))
-    or name.endswith(("-moved", "-nearest"))
+    or name.endswith(("-moved", "-nearest", "-reversed"))
 )
 
 

@@ -57,10 +57,8 @@ def present(names: Iterable[str], device: str) -> tuple[list[str], dict[str, str
     return here, {name: reason for name, reason in reasons.items() if reason is not None}
 
 
-def _galore(
-    groups: list[dict], lr: float, recipe: Recipe, state: str = "float32"
-) -> torch.optim.Optimizer:
-    return _galore_in("randomized", groups, lr, recipe, state)
+def _galore(groups: list[dict], lr: float, recipe: Recipe, **formats: str) -> torch.optim.Optimizer:
+    return _galore_in("randomized", groups, lr, recipe, **formats)
 
 
 def _galore_svd(groups: list[dict], lr: float, recipe: Recipe) -> torch.optim.Optimizer:
@@ -80,32 +78,30 @@ def _galore_in(
     groups: list[dict],
     lr: float,
     recipe: Recipe,
-    state: str = "float32",
+    **formats: str,
 ) -> torch.optim.Optimizer:
     from lowrank_kernels import GaLoreAdamW
 
-    return GaLoreAdamW(groups, subspace=subspace, **_common(lr, recipe, state))
+    return GaLoreAdamW(groups, subspace=subspace, **_common(lr, recipe), **formats)
 
 
-def _fira(
-    groups: list[dict], lr: float, recipe: Recipe, state: str = "float32"
-) -> torch.optim.Optimizer:
+def _fira(groups: list[dict], lr: float, recipe: Recipe, **formats: str) -> torch.optim.Optimizer:
     from lowrank_kernels import FiraAdamW
 
-    return FiraAdamW(groups, residual=recipe.residual, **_common(lr, recipe, state))
+    return FiraAdamW(groups, residual=recipe.residual, **_common(lr, recipe), **formats)
 
 
 def _adarankgrad(
-    groups: list[dict], lr: float, recipe: Recipe, state: str = "float32"
+    groups: list[dict], lr: float, recipe: Recipe, **formats: str
 ) -> torch.optim.Optimizer:
     from lowrank_kernels import AdaRankGradAdamW
 
     share = recipe.residual_energy
-    return AdaRankGradAdamW(groups, residual_energy=share, **_common(lr, recipe, state))
+    return AdaRankGradAdamW(groups, residual_energy=share, **_common(lr, recipe), **formats)
 
 
 def _adamw_split(
-    groups: list[dict], lr: float, recipe: Recipe, state: str = "float32"
+    groups: list[dict], lr: float, recipe: Recipe, **formats: str
 ) -> torch.optim.Optimizer:
     """As `peers.adamw_split`, with nothing projected."""
     from lowrank_kernels import GaLoreAdamW
@@ -118,12 +114,11 @@ def _adamw_split(
         }
         for group in groups
     ]
-    return GaLoreAdamW(split, **_common(lr, recipe, state))
+    return GaLoreAdamW(split, **_common(lr, recipe), **formats)
 
 
-def _common(lr: float, recipe: Recipe, state: str) -> dict:
-    decay, backend = recipe.weight_decay, recipe.backend
-    return {"lr": lr, "weight_decay": decay, "backend": backend, "state": state}
+def _common(lr: float, recipe: Recipe) -> dict:
+    return {"lr": lr, "weight_decay": recipe.weight_decay, "backend": recipe.backend}
 
 
 def _moved(build: Build) -> Build:
@@ -133,6 +128,17 @@ def _moved(build: Build) -> Build:
 
     def built(groups: list[dict], lr: float, recipe: Recipe) -> torch.optim.Optimizer:
         return build(groups, lr * (1 + 1e-6), recipe)
+
+    return built
+
+
+def _reversed(build: Build) -> Build:
+    """With a basis for the smaller side, which compresses the larger one."""
+
+    def built(groups: list[dict], lr: float, recipe: Recipe) -> torch.optim.Optimizer:
+        turned = [group | ({"proj_type": "reverse_std"} if "rank" in group else {})
+                  for group in groups]  # fmt: skip
+        return build(turned, lr, recipe)
 
     return built
 
@@ -199,9 +205,16 @@ METHODS = {
     "flashoptim": Method(peers.flashoptim, packages=("flashoptim",), device="cuda"),
 }
 
-# What a method can be named with: formats of its moments, and what they are judged by.
-FORMATS = ("bf16", "8bit")
-ARMS = (*FORMATS, "8bit-nearest", "moved")
+# Formats that a method can be named with, and what such a name builds.
+FORMATS = {
+    "bf16": {"state": "bfloat16"},
+    "8bit": {"state": "int8"},
+    "8bit-basis": {"state": "int8", "basis": "int8"},
+}
+
+# What an arm of a method is judged by: the method itself, or its arm of this name.
+ARMS = dict.fromkeys((*FORMATS, "8bit-nearest", "moved", "reversed"), "")
+ARMS["8bit-basis-reversed"] = "-8bit-basis"
 
 # Of the methods that have a rate of their own.
 for _name, _build in {
@@ -210,10 +223,20 @@ for _name, _build in {
     "adarankgrad": _adarankgrad,
     "fira": _fira,
 }.items():
-    _rates = {"nano_lr": METHODS[_name].nano_lr, "lr": METHODS[_name].lr}
-    METHODS |= {
-        f"{_name}-moved": Method(_moved(_build), **_rates),
-        f"{_name}-bf16": Method(partial(_build, state="bfloat16"), **_rates),
-        f"{_name}-8bit": Method(partial(_build, state="int8"), **_rates),
-        f"{_name}-8bit-nearest": Method(_to_nearest(partial(_build, state="int8")), **_rates),
+    _in = {form: partial(_build, **options) for form, options in FORMATS.items()}
+    _arms = {
+        **_in,
+        "8bit-nearest": _to_nearest(_in["8bit"]),
+        "moved": _moved(_build),
+        "reversed": _reversed(_build),
+        "8bit-basis-reversed": _reversed(_in["8bit-basis"]),
     }
+    _rates = {"nano_lr": METHODS[_name].nano_lr, "lr": METHODS[_name].lr}
+    METHODS |= {f"{_name}-{arm}": Method(_arms[arm], **_rates) for arm in ARMS}
+
+# There is no basis in it, and no side.
+METHODS = {
+    name: method
+    for name, method in METHODS.items()
+    if not (name.startswith("adamw-split") and name.endswith(("-basis", "-reversed")))
+}

@@ -29,6 +29,8 @@ RUNS = [
     run("galore-moved", 2, math.nan),
     run("galore-bf16", 0, 1.4, lr=0.01),
     run("fira-8bit", 0, 1.4),
+    run("fira-8bit-basis", 0, 1.3),
+    run("fira-8bit-basis-reversed", 0, 1.45),
     run("adamw-split", 0, 1.6),
     run("adamw-split-bf16", 0, 1.61),
 ]
@@ -36,15 +38,20 @@ RUNS = [
 
 def test_differences_mean_standard_error_and_bound_by_hand():
     found = {arm.arm: arm for arm in formats.paired(RUNS)}
-    assert list(found) == ["galore-8bit", "galore-8bit-nearest", "galore-moved", "adamw-split-bf16"]
+    assert {name: arm.against for name, arm in found.items()} == {
+        "galore-8bit": "galore",
+        "galore-8bit-nearest": "galore",
+        "galore-moved": "galore",
+        "fira-8bit-basis-reversed": "fira-8bit-basis",
+        "adamw-split-bf16": "adamw-split",
+    }
     arm = found["galore-8bit"]
-    assert (arm.against, arm.seeds) == ("galore", [0, 1, 2])
+    assert arm.seeds == [0, 1, 2]
     assert arm.differences == pytest.approx([0.001, -0.002, 0.004])
     assert arm.mean == pytest.approx(0.001)
     # Deviations 0, -3, 3 thousandths: variance 9e-6 with two degrees of freedom.
     assert arm.error == pytest.approx(0.003 / math.sqrt(3))
     assert arm.bound == pytest.approx(0.001 + 2 * 0.003 / math.sqrt(3))
-    assert found["adamw-split-bf16"].against == "adamw-split"
 
 
 def test_one_seed_has_a_mean_and_no_error():
