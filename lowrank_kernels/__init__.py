@@ -2,6 +2,7 @@
 
 from importlib.metadata import version
 
+from .activations import recompute_activations, saved_bytes
 from .ops import BackendUnavailable, backends
 from .optim import (
     AdaRankGradAdamW,
@@ -25,4 +26,6 @@ __all__ = [
     "Subspace",
     "backends",
     "param_groups",
+    "recompute_activations",
+    "saved_bytes",
 ]
