@@ -2,6 +2,7 @@
 
 from importlib.metadata import version
 
+from .activations import project_linears, recompute_activations, saved_bytes
 from .ops import BackendUnavailable, backends
 from .optim import (
     AdaRankGradAdamW,
@@ -25,4 +26,7 @@ __all__ = [
     "Subspace",
     "backends",
     "param_groups",
+    "project_linears",
+    "recompute_activations",
+    "saved_bytes",
 ]
