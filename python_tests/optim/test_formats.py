@@ -293,6 +293,27 @@ def test_wide_weights_and_unknown_formats_are_refused():
         optimizer.moments(single)
 
 
+@pytest.mark.parametrize("rank", [None, 8])
+@pytest.mark.parametrize("backend", ["reference", "foreach", "native"])
+def test_v_in_bfloat16_stays_finite(backend, rank):
+    """Of the largest squares there are, where it is a thousandth of the way to Inf."""
+    weight = nn.Parameter(torch.zeros(130, 130))
+    group = {"params": [weight]} | ({"rank": rank} if rank else {})
+    optimizer = GaLoreAdamW([group], lr=0.01, state="bfloat16", backend=backend)
+    weight.grad = torch.zeros(130, 130)
+    # Of its basis, and then the largest that can be squared.
+    weight.grad[:, : rank or 1] = torch.eye(130)[:, : rank or 1]
+    optimizer.step()
+    state = optimizer.state[weight]
+    state["exp_avg_sq"].fill_(torch.finfo(torch.bfloat16).max)
+    if rank:
+        state["basis"].copy_(torch.eye(130, rank))
+    weight.grad.fill_(2.0**64 - 2.0**40)
+    for _ in range(20):
+        optimizer.step()
+    assert optimizer.moments(weight)[1].isfinite().all()
+
+
 def test_codes_without_their_scales_are_refused():
     module, optimizer = setup("fira", state="int8", basis="int8")
     train(module, optimizer, range(2))
