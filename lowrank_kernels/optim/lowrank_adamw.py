@@ -229,7 +229,9 @@ class LowRankAdamW(Optimizer):
         group = normalized(param_group, self.defaults, index)
         check_params(group, index)
         for name, param in named_params(group, index):
-            check_format(name, param, self.state_format)
+            # What is not trained needs no format.
+            if isinstance(param, Tensor) and param.requires_grad:
+                check_format(name, param, self.state_format)
         super().add_param_group(group)
 
     @_not_compiled

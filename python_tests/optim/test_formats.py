@@ -293,6 +293,51 @@ def test_wide_weights_and_unknown_formats_are_refused():
         optimizer.moments(single)
 
 
+@pytest.mark.parametrize("rank", [None, 4])
+def test_what_is_frozen_needs_no_format(rank):
+    """Until it is trained."""
+    weight = nn.Parameter(torch.randn(64, 80, dtype=torch.float64), requires_grad=False)
+    trained = nn.Parameter(torch.randn(64, 80))
+    group = {"params": [("weight", weight), ("trained", trained)]} | (
+        {"rank": rank} if rank else {}
+    )
+    optimizer = GaLoreAdamW([group], state="int8")
+    trained.grad = torch.randn(64, 80)
+    optimizer.step()
+    assert optimizer.plan()[0]["state_bytes"] == optimizer.explain()[0]["state_bytes"] == 0
+    weight.requires_grad_(True)
+    weight.grad = torch.randn(64, 80, dtype=torch.float64)
+    before = trained.detach().clone()
+    with pytest.raises(TypeError, match=r"weight.*float64.*state='int8'"):
+        optimizer.step()
+    assert torch.equal(trained, before)
+
+
+@pytest.mark.parametrize("backend", ["reference", "foreach", "native"])
+@pytest.mark.parametrize(
+    "entry", ["exp_avg", "exp_avg_sq", "exp_avg_scale", "exp_avg_sq_scale"], ids=str
+)
+def test_transposed_codes_are_refused_by_name(entry, backend):
+    torch.manual_seed(0)
+    weights = [nn.Parameter(torch.randn(140, 130)) for _ in range(2)]
+    group = {"params": list(zip(("first", "second"), weights, strict=True)), "rank": 8}
+    optimizer = FiraAdamW([group], state="int8", backend=backend)
+    for weight in weights:
+        weight.grad = torch.randn(140, 130)
+    optimizer.step()
+    state = optimizer.state[weights[1]]
+    state[entry] = state[entry].T.contiguous().T
+    before = copy.deepcopy([weights, dict(optimizer.state)])
+    optimizer.basis_format = "int8"
+    with pytest.raises(ValueError, match=rf"state of second has {entry} with strides \("):
+        optimizer.step()
+    for weight, old in zip(weights, before[0], strict=True):
+        assert torch.equal(weight, old)
+    assert optimizer.state[weights[0]]["basis"].dtype is torch.float32
+    state[entry] = state[entry].contiguous()
+    optimizer.step()
+
+
 @pytest.mark.parametrize("rank", [None, 8])
 @pytest.mark.parametrize("backend", ["reference", "foreach", "native"])
 def test_v_in_bfloat16_stays_finite(backend, rank):
@@ -382,8 +427,9 @@ def test_weights_of_24_bits_are_for_bfloat16():
     assert not any("low_bits" in state for state in optimizer.state.values())
     with pytest.raises(ValueError, match=r"master=24 .* stochastically"):
         setup("galore", master=24, rounding="stochastic")
-    with pytest.raises(ValueError, match="master must be 24 or None, got 16"):
-        setup("galore", master=16)
+    for master in (16, 24.0, True):
+        with pytest.raises(ValueError, match=f"master must be 24 or None, got {master}"):
+            setup("galore", master=master)
 
 
 def test_weights_of_24_bits_begin_and_end_between_steps():
