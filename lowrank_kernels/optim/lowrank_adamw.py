@@ -29,7 +29,15 @@ from .batches import (
     scalars_of,
 )
 from .checkpoints import check_loadable, padded, restore, unpadded, with_formats
-from .checks import check_grad, check_matrix, check_memory, check_params, check_shared, is_dense
+from .checks import (
+    check_addressable,
+    check_grad,
+    check_matrix,
+    check_memory,
+    check_params,
+    check_shared,
+    is_dense,
+)
 from .formats import (
     BasisFormat,
     MasterBits,
@@ -548,7 +556,7 @@ class LowRankAdamW(Optimizer):
         if is_projected(group):
             check_matrix(name, param)
             check_memory(name, param)
-            backend = self.choice(request, group, param).backend
+            backend = self.choice(request, group, name, param).backend
         if state := self.state.get(param):
             check_shapes(name, param, state, is_projected(group))
             check_storage(name, param, state)
@@ -629,13 +637,15 @@ class LowRankAdamW(Optimizer):
                 batch.counts = [self._counted[param] - 1 for param in batch.params]
         return True
 
-    def choice(self, request: str, group: Group, param: Tensor) -> Choice:
-        """Who computes a projected parameter's step, and why."""
+    def choice(self, request: str, group: Group, name: str, param: Tensor) -> Choice:
+        """Who computes a projected parameter's step, and why; ValueError if nobody can."""
         size, capturable = size_of(group, param), self.capturable
         dtype = moments_dtype(param, self.state_format)
-        return ops.choose(
+        choice = ops.choose(
             request, param, param.grad, capturable=capturable, size=size, moments=dtype
         )
+        check_addressable(name, param, choice.backend)
+        return choice
 
 
 def _capturing() -> bool:

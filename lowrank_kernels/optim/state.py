@@ -67,6 +67,16 @@ def new_state(param: Tensor, group: Group, salt: int, method: Method) -> State:
     return state
 
 
+def planned_state(param: Tensor, group: Group, method: Method) -> State:
+    """The state that a parameter is going to have, on the meta device; see `new_state`."""
+    twin = torch.empty(param.shape, dtype=param.dtype, device="meta")
+    forms = method._replace(
+        state=format_for(param, is_projected(group), method.state),
+        master=method.master if has_low_bits(param, method.master) else None,
+    )
+    return new_state(twin, group, 0, forms)
+
+
 def new_projected_state(param: Tensor, rank: int, side: Side, salt: int, method: Method) -> State:
     """State before the first step; a zero basis projects to zero until it is computed.
 

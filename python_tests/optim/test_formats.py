@@ -8,6 +8,7 @@ import pytest
 import torch
 from integration.tiny_runs import assert_same_bits
 from torch import nn
+from torch.utils._pytree import tree_map
 
 from lowrank_kernels import (
     AdaRankGradAdamW,
@@ -311,6 +312,104 @@ def test_what_is_frozen_needs_no_format(rank):
     with pytest.raises(TypeError, match=r"weight.*float64.*state='int8'"):
         optimizer.step()
     assert torch.equal(trained, before)
+
+
+class Named(nn.Parameter):
+    """A parameter that a library tells apart, and that is one."""
+
+
+class Wrapped(torch.Tensor):
+    """Another tensor in its place, as quantized and sharded weights are."""
+
+    @staticmethod
+    def __new__(cls, inner):
+        own = torch.Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype)
+        own.inner = inner
+        return own
+
+    def __tensor_flatten__(self):
+        return ["inner"], None
+
+    @classmethod
+    def __torch_dispatch__(cls, operator, types, args=(), kwargs=None):
+        if operator not in cls.KNOWN:
+            raise NotImplementedError(f"no {operator}")
+        args = tree_map(lambda x: x.inner if isinstance(x, cls) else x, args)
+        result = operator(*args, **(kwargs or {}))
+        return cls(result) if operator is torch.ops.aten.detach.default else result
+
+    KNOWN = (
+        torch.ops.aten.detach.default,
+        torch.ops.aten.zeros_like.default,
+        torch.ops.aten._to_copy.default,
+        torch.ops.aten.clone.default,
+        torch.ops.aten.copy_.default,
+        torch.ops.aten.mul_.Tensor,
+        torch.ops.aten.addcdiv_.default,
+    )
+
+
+every_choice = pytest.mark.parametrize(
+    "formats", [{}, {"state": "int8"}, {"state": "bfloat16", "master": 24}], ids=str
+)
+
+
+@every_choice
+@every_dtype
+def test_subclasses_of_parameters_are_parameters(formats, dtype):
+    start = torch.randn(64, 80, generator=torch.Generator().manual_seed(0)).to(dtype)
+    weights = [Named(start.clone()), nn.Parameter(start.clone())]
+    optimizers = [GaLoreAdamW([("w", weight)], lr=0.01, **formats) for weight in weights]
+    (planned,) = optimizers[0].plan()
+    for seed in range(3):
+        grad = torch.randn(64, 80, generator=torch.Generator().manual_seed(seed)).to(dtype)
+        for weight, optimizer in zip(weights, optimizers, strict=True):
+            weight.grad = grad.clone()
+            optimizer.step()
+    (row,), (other,) = (optimizer.explain() for optimizer in optimizers)
+    assert row == other
+    assert planned["state_bytes"] == row["state_bytes"]
+    assert planned["state"] == row["state"] == formats.get("state", "float32")
+    assert torch.equal(*weights)
+
+
+@every_choice
+@every_dtype
+def test_weights_without_memory_are_trained_in_wide_copies(formats, dtype):
+    """With torch's moments, whatever was asked for, which `explain` says."""
+    start = torch.randn(64, 80, generator=torch.Generator().manual_seed(0)).to(dtype)
+    weight, wide = nn.Parameter(Wrapped(start.clone())), nn.Parameter(start.float())
+    optimizer = GaLoreAdamW([("w", weight)], lr=0.01, weight_decay=0.1, **formats)
+    torchs = torch.optim.AdamW([wide], lr=0.01, weight_decay=0.1, eps=1e-6, foreach=False)
+    (planned,) = optimizer.plan()
+    for seed in range(3):
+        weight.grad = torch.randn(64, 80, generator=torch.Generator().manual_seed(seed)).to(dtype)
+        wide.grad = weight.grad.float()
+        optimizer.step()
+        torchs.step()
+        wide.data.copy_(wide.to(dtype))
+    (row,) = optimizer.explain()
+    assert planned["state_bytes"] == row["state_bytes"] == 2 * 4 * 64 * 80 + 4
+    assert planned["state"] == row["state"] == "float32"
+    assert ("; a Wrapped keeps its dtype, and moments in float32" in row["reason"]) == bool(formats)
+    assert torch.equal(weight.inner.float(), wide)
+
+
+@pytest.mark.parametrize("state", ["float32", "int8"])
+def test_a_projected_weight_without_memory_is_refused_by_name(state):
+    """Where kernels would look for it; before anything has changed."""
+    first, wrapped = nn.Parameter(torch.randn(40, 24)), nn.Parameter(Wrapped(torch.randn(40, 24)))
+    group = {"params": [("first", first), ("second", wrapped)], "rank": 4}
+    optimizer = FiraAdamW([group], backend="native", state=state)
+    for weight in (first, wrapped):
+        weight.grad = torch.randn(40, 24)
+    before = first.detach().clone()
+    with pytest.raises(ValueError, match=r"second is a Wrapped.*native.*reference"):
+        optimizer.step()
+    assert torch.equal(first, before)
+    assert not optimizer.state[first]
+    reasons = {row["name"]: row["reason"] for row in optimizer.explain()}
+    assert "second is a Wrapped" in reasons["second"]
 
 
 @pytest.mark.parametrize("backend", ["reference", "foreach", "native"])
