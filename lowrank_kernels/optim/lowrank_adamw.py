@@ -157,8 +157,9 @@ class LowRankAdamW(Optimizer):
         state: in which format moments are held: "float32" (float64 for float64 weights),
             "bfloat16", or "int8", codes of 8 bits with a float32 scale for 64 channels of a
             direction, or for 256 elements of a parameter that is not projected. Vectors and other
-            small parameters that are not projected stay float32. V is rounded stochastically, with
-            noise that depends on the parameter's name and step only.
+            small parameters that are not projected stay float32, as do shards and other subclasses
+            whose values lie in other tensors. V is rounded stochastically, with noise that depends
+            on the parameter's name and step only.
         basis: in which format bases are held: in the "weight"'s dtype, in "int8" with a power of
             two for each column, or in "int4" with a scale for 64 entries of a column (int8 for
             bases of an odd number of rows), which keeps nine tenths of each direction. They are
