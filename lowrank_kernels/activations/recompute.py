@@ -103,6 +103,11 @@ def input_of(x: Tensor) -> Input:
     return Input(partial(_shaped, source.recipe, x.shape), source.inputs)
 
 
+def is_recomputed(x: Tensor) -> bool:
+    """Whether `input_of` knows how x is made."""
+    return _source_of(x) is not None
+
+
 def _itself(tensors: Sequence[Tensor]) -> Tensor:
     (x,) = tensors
     return x
@@ -206,6 +211,12 @@ def _linear_forward(self: nn.Linear, input: Tensor) -> Tensor:
 
 for _forward in (_norm_forward, _gated_forward, _linear_forward):
     _forward.__name__ = "forward"
+
+
+def is_recomputing(linear: nn.Linear) -> bool:
+    """Whether its forward is the one that `recompute_activations` gives it."""
+    forward = linear.__dict__.get("forward")
+    return getattr(forward, "__func__", None) is _linear_forward
 
 
 def _own(module: nn.Module) -> Run:
