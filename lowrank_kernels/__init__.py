@@ -2,6 +2,7 @@
 
 from importlib.metadata import version
 
+from .activations import release_gradients
 from .ops import BackendUnavailable, backends
 from .optim import (
     AdaRankGradAdamW,
@@ -25,4 +26,5 @@ __all__ = [
     "Subspace",
     "backends",
     "param_groups",
+    "release_gradients",
 ]
