@@ -2,7 +2,12 @@
 
 from importlib.metadata import version
 
-from .activations import project_linears, recompute_activations, saved_bytes
+from .activations import (
+    project_linears,
+    recompute_activations,
+    release_gradients,
+    saved_bytes,
+)
 from .ops import BackendUnavailable, backends
 from .optim import (
     AdaRankGradAdamW,
@@ -28,5 +33,6 @@ __all__ = [
     "param_groups",
     "project_linears",
     "recompute_activations",
+    "release_gradients",
     "saved_bytes",
 ]

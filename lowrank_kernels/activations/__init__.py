@@ -2,6 +2,13 @@
 
 from .project import ProjectedLinears, project_linears
 from .recompute import recompute_activations
+from .release import release_gradients
 from .report import saved_bytes
 
-__all__ = ["ProjectedLinears", "project_linears", "recompute_activations", "saved_bytes"]
+__all__ = [
+    "ProjectedLinears",
+    "project_linears",
+    "recompute_activations",
+    "release_gradients",
+    "saved_bytes",
+]

@@ -103,7 +103,8 @@ def project_linears(
             gradients in the first step.
         share_bases: layers on the right side that have one input, as q, k and v or gate and up,
             share one basis, that of their gradients below each other, and x P. They are found in
-            the first forward pass of a new optimizer; with a `start` that is known then.
+            the first forward pass of a new optimizer; with a `start` that is known then. One that
+            is due without the others, as with `release_gradients`, has its own from then on.
 
     Returns:
         What was taken and why not; its `undo()` restores the layers.

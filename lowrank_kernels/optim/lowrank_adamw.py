@@ -25,6 +25,7 @@ from .batches import (
     Prepared,
     due_of,
     facts_of,
+    new_memory,
     options_of,
     phase_of,
     scalars_of,
@@ -59,11 +60,12 @@ from .groups import (
     FORMAT,
     PROJECTION_DEFAULTS,
     Group,
+    NamedGroups,
     check_options,
     is_projected,
+    named_groups,
     named_params,
     normalized,
-    salts,
     size_of,
 )
 from .parts import Method, ResidualForm, Rounding
@@ -183,6 +185,8 @@ class LowRankAdamW(Optimizer):
     Sources: GaLore (arXiv 2403.03507), Fira (arXiv 2410.01623).
     """
 
+    _room_memory = staticmethod(new_memory)
+
     def __new__(cls, *args: Any, **options: Any) -> "LowRankAdamW":
         """Says where the options of groups belong, which many try here first."""
         misplaced = sorted({"rank", "alpha", *PROJECTION_DEFAULTS} & options.keys())
@@ -267,30 +271,31 @@ class LowRankAdamW(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        with ExitStack() as stack:
-            for device_type in filter(torch.is_autocast_enabled, AUTOCAST_DEVICES):
-                stack.enter_context(torch.autocast(device_type, enabled=False))
-            self._step()
+        self._step()
         return loss
 
     def _step(self) -> None:
         """What changed? New bases where they are due; then each batch."""
-        prepared = self._prepared()
-        refreshed = False
-        for batches in prepared.by_group:
-            if due := due_of(batches, self.subspace, self._readback):
-                refresh_bases(due, self.subspace)
-                refreshed = True
-        if refreshed:
+        with ExitStack() as stack:
+            for device_type in filter(torch.is_autocast_enabled, AUTOCAST_DEVICES):
+                stack.enter_context(torch.autocast(device_type, enabled=False))
             prepared = self._prepared()
-        for batches in prepared.by_group:
-            READER.add_one([state["step"] for batch in batches for state in batch.states])
-            for batch, scalars in zip(batches, scalars_of(batches, prepared.method), strict=True):
-                self._step_batch(batch, scalars)
-        if prepared.empty:
-            READER.add_one(list(map(STEP, prepared.empty)))
-        for plain in prepared.plain:
-            plain.step()
+            refreshed = False
+            for batches in prepared.by_group:
+                if due := due_of(batches, self.subspace, self._readback):
+                    refresh_bases(due, self.subspace)
+                    refreshed = True
+            if refreshed:
+                prepared = self._prepared()
+            for batches in prepared.by_group:
+                READER.add_one([state["step"] for batch in batches for state in batch.states])
+                every = zip(batches, scalars_of(batches, prepared.method), strict=True)
+                for batch, scalars in every:
+                    self._step_batch(batch, scalars)
+            if prepared.empty:
+                READER.add_one(list(map(STEP, prepared.empty)))
+            for plain in prepared.plain:
+                plain.step()
 
     def _step_batch(self, batch: Batch, scalars: Scalars) -> None:
         """Project, scale, update."""
@@ -451,13 +456,10 @@ class LowRankAdamW(Optimizer):
 
     def _place_of(self, param: Tensor) -> tuple[str, Group, int]:
         """A parameter's name, group and salt."""
-        first = 0
-        for index, group in enumerate(self.param_groups):
-            named = zip(named_params(group, index), salts(group, first), strict=True)
-            for (name, other), salt in named:
+        for _, group, named in self._named_groups():
+            for name, other, salt in named:
                 if other is param:
                     return name, group, salt
-            first += len(group["params"])
         raise KeyError(f"a parameter of shape {tuple(param.shape)} is not in this optimizer")
 
     def _group_of(self, param: Tensor) -> Group:
@@ -574,7 +576,7 @@ class LowRankAdamW(Optimizer):
         """
         options = [self.capturable, *options_of(self.param_groups)]
         if options != self._options:
-            for index, group in enumerate(self.param_groups):
+            for index, group, _ in self._named_groups():
                 check_options(group, index, self.capturable)
             self._options = options
         capturing = _capturing()
@@ -612,17 +614,18 @@ class LowRankAdamW(Optimizer):
             for group, params in checked
         ]
         tie(member.state for _, own in members for member in own)
-        return Prepared(self._facts(), members, self.method)
+        return Prepared(self._facts(), members, self.method, self._room_memory)
+
+    def _named_groups(self) -> NamedGroups:
+        return named_groups(self.param_groups)
 
     def _checked(self) -> list[tuple[Group, list[tuple[str, Tensor, int, str]]]]:
         """Name, parameter, salt and backend of those that have a gradient, a list a group."""
-        request, first, checked = ops.requested_backend(self.backend), 0, []
-        for index, group in enumerate(self.param_groups):
-            named = zip(named_params(group, index), salts(group, first), strict=True)
-            first += len(group["params"])
+        request, checked = ops.requested_backend(self.backend), []
+        for _, group, named in self._named_groups():
             params = [
                 (name, param, salt, self._checked_backend(name, param, group, request))
-                for (name, param), salt in named
+                for name, param, salt in named
                 if param.grad is not None
             ]
             checked.append((group, params))

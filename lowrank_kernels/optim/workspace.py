@@ -90,7 +90,7 @@ def _peak_of_plain(group: Group, members: list[Member]) -> int:
 def _peak_of_refresh(optimizer: LowRankAdamW, group: Group, members: list[Member]) -> int:
     """Of one batch that changes its bases; the others are like it."""
     due = []
-    for name, param, state, *_ in members[: batch_size(members[0].param.numel())]:
+    for name, param, state, *_ in members[: batch_size(members[0].param)]:
         assert param.grad is not None
         state["basis_step"] = 0
         due.append(Due(name, param.grad, state, group["rank"], 1, 0, group["betas"]))

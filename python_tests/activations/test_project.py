@@ -14,7 +14,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from lowrank_kernels import AdaRankGradAdamW, FiraAdamW, GaLoreAdamW, Subspace, param_groups
-from lowrank_kernels.activations import project_linears, recompute_activations, saved_bytes
+from lowrank_kernels.activations import (
+    project_linears,
+    recompute_activations,
+    release_gradients,
+    saved_bytes,
+)
 from lowrank_kernels.ops.contract import Side, moment_dtype
 from lowrank_kernels.optim.projected_gradient import ProjectedGradient, held
 
@@ -598,3 +603,19 @@ def test_beside_recomputed_activations_less_is_saved_and_steps_are_the_same(firs
         assert not any("forward" in vars(module) for module in model.modules())
     assert distance(models[False], models[True]) <= 1e-12
     assert sizes[True] < 0.75 * sizes[False]
+
+
+@pytest.mark.parametrize("start", ["activations", "gradient"])
+def test_released_in_backward_r_takes_the_same_steps(start):
+    runs = []
+    for releases in (False, True):
+        model, optimizer = build(torch.float32, start, state="int8")
+        if releases:
+            release_gradients(model, optimizer)
+        kinds = set()
+        model.q.weight.register_hook(lambda grad, kinds=kinds: kinds.add(type(grad)))
+        train(model, optimizer, 30)
+        assert ProjectedGradient in kinds
+        runs.append(model)
+    for one, other in zip(*(model.parameters() for model in runs), strict=True):
+        assert torch.equal(one, other)
