@@ -23,7 +23,7 @@ WRAPPERS = {
     "DistributedDataParallel": "DistributedDataParallel averages gradients after they are released",
     "FullyShardedDataParallel": "FSDP1 hands flat gradients over",
 }
-WITHOUT_RANKS = "train without release_gradients, or shard the model by fully_shard"
+WAY_OUT = "train without release_gradients, or shard the model by fully_shard"
 
 _SECOND = (
     "a second gradient before optimizer.step(). With release_gradients every backward pass is a"
@@ -204,8 +204,11 @@ def release_gradients(
             scheduler.step()
             optimizer.zero_grad()                # nor here
 
-    Weights, states, checkpoints and resumed runs have the bits that they have without it, on
-    whatever batch of equal matrices a step is taken, and options of groups are read at each step.
+    On a CPU weights, states, checkpoints and resumed runs have the bits that they have without it.
+    On a GPU equal matrices have their bases computed together, and kernels are cut by how many
+    there are, so that last bits may differ; random numbers and the steps at which bases change do
+    not. Options of groups are read at each step.
+
     `optimizer.step()` after each backward pass tells one from the next; it also steps parameters
     that are not released: those that were frozen when this was called, or were added later.
 
@@ -249,7 +252,7 @@ def release_gradients(
         raise ValueError(f"clip must be a positive, finite number or None, got {clip!r}")
     for module in () if model is None else model.modules():
         if reason := WRAPPERS.get(type(module).__name__):
-            raise NotImplementedError(f"{reason}: {WITHOUT_RANKS}")
+            raise NotImplementedError(f"{reason}: {WAY_OUT}")
     for name, param, _ in _named_params(optimizer):
         hooks = getattr(param, "_post_accumulate_grad_hooks", None) or {}
         if any(isinstance(hook, _Hook) and hook.release() for hook in hooks.values()):
@@ -271,4 +274,4 @@ def _named_params(optimizer: LowRankAdamW) -> Iterator[tuple[str, Tensor, bool]]
 def _check_no_ranks(*_: object) -> None:
     """Before a forward pass of the model, which may have been wrapped since."""
     if DistributedDataParallel._active_ddp_module is not None:
-        raise NotImplementedError(f"{WRAPPERS['DistributedDataParallel']}: {WITHOUT_RANKS}")
+        raise NotImplementedError(f"{WRAPPERS['DistributedDataParallel']}: {WAY_OUT}")

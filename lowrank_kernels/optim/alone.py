@@ -1,6 +1,7 @@
 """The step of one parameter of an optimizer, by itself and prepared by itself."""
 
 from collections.abc import Iterable
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -8,7 +9,11 @@ from torch import Tensor
 
 from .batches import new_memory
 from .groups import Group, NamedGroups, named_groups
-from .lowrank_adamw import LowRankAdamW, not_compiled
+from .lowrank_adamw import PART_NAMES, LowRankAdamW, not_compiled
+
+# What a step goes by beside groups: the parts, the states, and what is known of the device.
+LENT_NAMES = (*PART_NAMES, "state", "_readback", "_counted")
+_LENT = attrgetter(*LENT_NAMES)
 
 
 class SharedMemory:
@@ -33,8 +38,8 @@ class SharedMemory:
 
 
 class Alone(LowRankAdamW):
-    """One parameter of an optimizer. Its state, its options, the parts and what is known of the
-    device are the optimizer's, and are looked up there.
+    """One parameter of an optimizer, which lends it all that a step goes by, as it is at each step,
+    but what is prepared for the parameter.
 
     Args:
         whole: the optimizer.
@@ -63,9 +68,6 @@ class Alone(LowRankAdamW):
         self._known, self._options = None, []
         self._judged = True
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._whole, name)
-
     @property
     def name(self) -> str:
         """Of the parameter."""
@@ -80,6 +82,7 @@ class Alone(LowRankAdamW):
             ValueError, RuntimeError, NotImplementedError: as the optimizer's step; nothing was
                 changed.
         """
+        vars(self).update(zip(LENT_NAMES, _LENT(self._whole), strict=True))
         # In its place, since what is prepared keeps it.
         (own,) = self.param_groups
         own.clear()

@@ -25,7 +25,7 @@ ZERO_GRADIENT = "the gradient is zero"
 
 # Of the gradients that are stacked for one batched factorization. It bounds the memory of a
 # refresh: about three matrices of the largest size, however many are due. A CPU takes one matrix at
-# a time: above 512 x 512 that is no slower there, and its batched products, and those of matrices
+# a time: from 512 x 512 on that is no slower there, and its batched products, and those of matrices
 # at odd addresses, have other bits, so that a basis would depend on who else is due.
 BATCH_ELEMENTS = 2**22
 
