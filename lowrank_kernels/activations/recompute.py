@@ -83,12 +83,13 @@ _sources = WeakTensorKeyDictionary()
 class Input(NamedTuple):
     """What a `torch.autograd.Function` keeps of an input: `tensors` to save, `load` for backward.
 
-    load, tensors = input_of(x)
-    ctx.load = load
-    ctx.save_for_backward(weight, *tensors)
-    ...
-    weight, *tensors = ctx.saved_tensors
-    x = ctx.load(tensors)
+    In its forward and in its backward, as `_Linear` does:
+
+        ctx.load, tensors = input_of(x)
+        ctx.save_for_backward(weight, *tensors)
+
+        weight, *tensors = ctx.saved_tensors
+        x = ctx.load(tensors)
     """
 
     load: Callable[[Sequence[Tensor]], Tensor]
@@ -121,7 +122,6 @@ def _source_of(x: Tensor) -> _Source | None:
     """Also of a view that has all elements in their order, unless x was changed since."""
     whole = x if x._base is None else x._base
     source: _Source | None = _sources.get(whole)  # type: ignore[no-untyped-call]
-
     if source is None or source.version != x._version or whole.numel() != x.numel():
         return None
     return source if x.is_contiguous() and whole.is_contiguous() else None
@@ -325,8 +325,9 @@ def recompute_activations(model: nn.Module) -> Recomputation:
     `forward` becomes an attribute of these modules: names, state dicts, hooks and optimizers stay.
     Works with frozen weights, LoRA, autocast, and with gradient checkpointing, inside of which it
     saves nothing. In a compiled model the modules keep their own forwards: the compiler decides
-    what it saves. Hooks on `act_fn` run again in backward. Second derivatives are an error, and so
-    is a change in place of a norm's input, of gate or of up. `nn.DataParallel` is not supported.
+    what it saves. Hooks on `act_fn` run again in backward. Second derivatives and torch.func's
+    transforms are an error, and so is a change in place of a norm's input, of gate or of up.
+    `nn.DataParallel` is not supported.
 
     Args:
         model: with its weights, before it is sharded. Its norms and gated modules are called with a
