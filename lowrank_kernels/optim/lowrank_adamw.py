@@ -69,7 +69,7 @@ from .groups import (
     size_of,
 )
 from .parts import Method, ResidualForm, Rounding
-from .projected_gradient import Projector, held
+from .projected_gradient import Projector, held, is_projected_gradient
 from .state import (
     State,
     check_shapes,
@@ -732,8 +732,15 @@ class LowRankAdamW(Optimizer):
         """Who computes a projected parameter's step, and why; ValueError if nobody can."""
         size, capturable = size_of(group, param), self.capturable
         dtype = moments_dtype(param, self.state_format)
-        grad = None if param.grad is None else held(param.grad)
-        choice = ops.choose(request, param, grad, capturable=capturable, size=size, moments=dtype)
+        choice = ops.choose(
+            request,
+            param,
+            None if param.grad is None else held(param.grad),
+            capturable=capturable,
+            size=size,
+            moments=dtype,
+            projected=is_projected_gradient(param.grad),
+        )
         check_addressable(name, param, choice.backend)
         return choice
 
