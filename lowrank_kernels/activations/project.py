@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops.contract import Side
+from ..optim.first_bases import begin, can_begin, share_first
 from ..optim.groups import is_projected, side_of
 from ..optim.lowrank_adamw import LowRankAdamW, not_compiled
 from ..optim.projected_gradient import Projector
@@ -272,7 +273,7 @@ class _Layer:
         use, projector = None, optimizer.wants(weight)
         if projector is not None:
             use = Use(projector)
-        elif self._start != "dense" and optimizer.can_begin(weight):
+        elif self._start != "dense" and can_begin(optimizer, weight):
             # The same on every rank, without a word between them.
             start = "random" if distributed else self._start
             use = self._first_use(start, x, weight, optimizer)
@@ -307,33 +308,27 @@ class _Layer:
         self, start: str, x: Tensor, weight: Tensor, optimizer: LowRankAdamW
     ) -> Use | None:
         def from_gradient(heads: Tensor, x: Tensor) -> Projector | None:
-            return optimizer.wants(weight) or optimizer.begin(weight, gradient=heads.mT @ x)
+            return optimizer.wants(weight) or begin(optimizer, weight, gradient=heads.mT @ x)
 
         def from_heads(heads: Tensor, x: Tensor) -> Projector | None:
-            return optimizer.wants(weight) or optimizer.begin(weight, like=heads.mT)
+            return optimizer.wants(weight) or begin(optimizer, weight, like=heads.mT)
 
         if start == "gradient":
             return Use(None, from_gradient)
         if start == "activations" and self._side is Side.LEFT:
             return Use(None, from_heads)
         like = x.detach().reshape(-1, x.shape[-1]) if start == "activations" else None
-        projector = optimizer.begin(weight, like=like)
+        projector = begin(optimizer, weight, like=like)
         if projector is None:
             return None
         if self._shares:
-            self._join(weight, optimizer)
+            self._join(optimizer)
         return Use(Projector.of(optimizer.state[weight]))
 
-    def _join(self, weight: Tensor, optimizer: LowRankAdamW) -> None:
+    def _join(self, optimizer: LowRankAdamW) -> None:
         """Takes the basis of the layer that the same input went to first, if that suits both."""
-        family = self._inputs.family()
-        others = [layer._module() for layer in family]
-        weights = [module.weight for module in others if module is not None]
-        states = [optimizer.state[each] for each in weights]
-        same_group = len({id(optimizer._group_of(each)) for each in weights}) == 1
-        ages = {(state["rank"], state["basis_step"], int(state["step"])) for state in states}
-        if len(weights) > 1 and same_group and ages == {(states[0]["rank"], 0, 0)}:
-            optimizer.share_basis(weights)
+        modules = [layer._module() for layer in self._inputs.family()]
+        share_first(optimizer, [module.weight for module in modules if module is not None])
 
 
 @not_compiled

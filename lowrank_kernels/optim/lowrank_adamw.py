@@ -2,7 +2,6 @@
 
 import logging
 import os
-import zlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from operator import attrgetter
@@ -16,7 +15,7 @@ from .. import ops
 from ..ops import Choice, Scalars
 from ..ops.dispatch import ENVIRONMENT_VARIABLE
 from ..ops.tensors import READER
-from ..subspace import Due, Readback, Subspace, is_due, next_look, refresh_bases
+from ..subspace import Readback, Subspace, is_due, next_look, refresh_bases
 from . import monitor, report
 from .batches import (
     STEP,
@@ -29,7 +28,6 @@ from .batches import (
     options_of,
     phase_of,
     scalars_of,
-    seed_of,
 )
 from .checkpoints import check_loadable, padded, restore, unpadded, with_formats
 from .checks import (
@@ -42,7 +40,7 @@ from .checks import (
     check_shared,
     is_dense,
 )
-from .families import share, tie
+from .families import tie
 from .formats import (
     BasisFormat,
     MasterBits,
@@ -276,9 +274,7 @@ class LowRankAdamW(Optimizer):
 
     def _step(self) -> None:
         """What changed? New bases where they are due; then each batch."""
-        with ExitStack() as stack:
-            for device_type in filter(torch.is_autocast_enabled, AUTOCAST_DEVICES):
-                stack.enter_context(torch.autocast(device_type, enabled=False))
+        with without_autocast():
             prepared = self._prepared()
             refreshed = False
             for batches in prepared.by_group:
@@ -407,60 +403,6 @@ class LowRankAdamW(Optimizer):
         phase = phase_of(state, gap, self.subspace)
         due = next_look(state, steps, gap, phase, self.subspace) <= steps
         return None if due else Projector.of(state)
-
-    def can_begin(self, param: Tensor) -> bool:
-        """Whether `begin` can give a parameter its first basis before it has a gradient."""
-        state = self.state.get(param)
-        return not state or (int(state["step"]) == 0 and state.get("basis_step", 0) < 0)
-
-    def begin(
-        self, param: Tensor, *, gradient: Tensor | None = None, like: Tensor | None = None
-    ) -> Projector | None:
-        """Gives a projected parameter that has taken no step its first basis.
-
-        Args:
-            param: the weight, rows x cols.
-            gradient: its own, rows x cols, as at any refresh.
-            like: instead, for the right side d x cols, for the left rows x d with any d: the basis
-                holds the leading directions of that. With neither, or with a d below the rank, they
-                are random and depend on the parameter's name alone.
-
-        Returns:
-            What projects its gradients from now on; None if there is no finite basis.
-        """
-        name, group, salt = self._place_of(param)
-        state = self.state[param]
-        if not state:
-            state.update(new_state(param, group, salt, self.method))
-        subspace, matrix = self.subspace, gradient
-        if matrix is None:
-            # All of its rank: those directions say nothing about how many a gradient has.
-            subspace, matrix = Subspace(), like
-        if matrix is None or min(matrix.shape) < state["basis"].shape[1]:
-            subspace, matrix = Subspace("random"), param.new_ones(()).expand(param.shape)
-        betas = (float(group["betas"][0]), float(group["betas"][1]))
-        seed = seed_of(state["salt"], 0)
-        refresh_bases([Due(name, matrix, state, group["rank"], 0, seed, betas)], subspace)
-        if gradient is None:
-            state["captured"] = 0.0  # of a gradient, which nobody has seen
-        return Projector.of(state) if state["basis_step"] >= 0 else None
-
-    def share_basis(self, params: list[Tensor]) -> None:
-        """Lets right-sided parameters of a group that have taken no step share one basis from now
-        on: that of the first, which has one.
-
-        Source: none; q, k and v lose no energy by it, see CONTRIBUTING.
-        """
-        name, _, _ = self._place_of(params[0])
-        share([self.state[param] for param in params], zlib.crc32(name.encode()))
-
-    def _place_of(self, param: Tensor) -> tuple[str, Group, int]:
-        """A parameter's name, group and salt."""
-        for _, group, named in self._named_groups():
-            for name, other, salt in named:
-                if other is param:
-                    return name, group, salt
-        raise KeyError(f"a parameter of shape {tuple(param.shape)} is not in this optimizer")
 
     def _group_of(self, param: Tensor) -> Group:
         """The group that a parameter is in."""
@@ -743,6 +685,14 @@ class LowRankAdamW(Optimizer):
         )
         check_addressable(name, param, choice.backend)
         return choice
+
+
+def without_autocast() -> ExitStack:
+    """A context in which no operation is cast."""
+    with ExitStack() as stack:
+        for device_type in filter(torch.is_autocast_enabled, AUTOCAST_DEVICES):
+            stack.enter_context(torch.autocast(device_type, enabled=False))
+        return stack.pop_all()
 
 
 def _capturing() -> bool:

@@ -619,3 +619,13 @@ def test_released_in_backward_r_takes_the_same_steps(start):
         runs.append(model)
     for one, other in zip(*(model.parameters() for model in runs), strict=True):
         assert torch.equal(one, other)
+
+
+def test_first_bases_are_not_computed_in_the_dtype_of_autocast():
+    model, optimizer = build(torch.float32, "activations")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = loss_of(model, batch(0))
+    loss.backward()
+    for weight in weights(model):
+        basis = optimizer.state[weight]["basis"]
+        assert (basis.mT @ basis - torch.eye(4)).abs().max() < 1e-5

@@ -1,0 +1,81 @@
+"""First bases of parameters that have no gradient yet, for layers that never form one."""
+
+import zlib
+
+import torch
+from torch import Tensor
+
+from ..subspace import Due, Subspace, refresh_bases
+from .batches import seed_of
+from .families import share
+from .groups import Group, named_groups
+from .lowrank_adamw import LowRankAdamW, without_autocast
+from .projected_gradient import Projector
+from .state import new_state
+
+
+def can_begin(optimizer: LowRankAdamW, param: Tensor) -> bool:
+    """Whether `begin` can give a parameter its first basis: it has none, and has taken no step."""
+    state = optimizer.state.get(param)
+    return not state or (int(state["step"]) == 0 and state.get("basis_step", 0) < 0)
+
+
+@torch.no_grad()
+def begin(
+    optimizer: LowRankAdamW,
+    param: Tensor,
+    *,
+    gradient: Tensor | None = None,
+    like: Tensor | None = None,
+) -> Projector | None:
+    """Gives a projected parameter its first basis, and a state to hold it.
+
+    Args:
+        optimizer: of the parameter.
+        param: the weight, rows x cols.
+        gradient: its own, rows x cols, as at any refresh.
+        like: instead, for the right side d x cols, for the left rows x d with any d: the basis
+            holds the leading directions of that. With neither, or with a d below the rank, they
+            are random and depend on the parameter's name alone.
+
+    Returns:
+        What projects its gradients from now on; None if there is no finite basis.
+    """
+    name, group, salt = _place_of(optimizer, param)
+    state = optimizer.state[param]
+    if not state:
+        state.update(new_state(param, group, salt, optimizer.method))
+    subspace, matrix = optimizer.subspace, gradient
+    if matrix is None:
+        # All of its rank: those directions say nothing about how many a gradient has.
+        subspace, matrix = Subspace(), like
+    if matrix is None or min(matrix.shape) < state["basis"].shape[1]:
+        subspace, matrix = Subspace("random"), param.new_ones(()).expand(param.shape)
+    betas = (float(group["betas"][0]), float(group["betas"][1]))
+    due = Due(name, matrix, state, group["rank"], 0, seed_of(state["salt"], 0), betas)
+    with without_autocast():
+        refresh_bases([due], subspace)
+    if gradient is None:
+        state["captured"] = 0.0  # of a gradient, which nobody has seen
+    return Projector.of(state) if state["basis_step"] >= 0 else None
+
+
+def share_first(optimizer: LowRankAdamW, params: list[Tensor]) -> None:
+    """Lets parameters on the right side share the first one's basis from now on, if they are alike:
+    in one group, of one rank, and with a first basis each.
+    """
+    places = [_place_of(optimizer, param) for param in params]
+    states = [optimizer.state[param] for param in params]
+    ages = {(state["rank"], state["basis_step"], int(state["step"])) for state in states}
+    groups = {id(group) for _, group, _ in places}
+    if len(params) > 1 and len(groups) == 1 and ages == {(states[0]["rank"], 0, 0)}:
+        share(states, zlib.crc32(places[0][0].encode()))
+
+
+def _place_of(optimizer: LowRankAdamW, param: Tensor) -> tuple[str, Group, int]:
+    """A parameter's name, group and salt."""
+    for _, group, named in named_groups(optimizer.param_groups):
+        for name, other, salt in named:
+            if other is param:
+                return name, group, salt
+    raise KeyError(f"a parameter of shape {tuple(param.shape)} is not in this optimizer")
