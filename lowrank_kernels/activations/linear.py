@@ -9,6 +9,7 @@ Both are exact: G = H^T x is never formed. Source: GaLore's R (arXiv 2403.03507)
 associativity; saving x P is CompAct's (arXiv 2410.15352).
 """
 
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +24,8 @@ from ..optim.projected_gradient import Projector, new_gradient
 
 # Gives what projects a gradient once H, t x m, and x, t x n, are known; None if it cannot.
 Begin = Callable[[Tensor, Tensor], Projector | None]
+# Kept alive by the graph alone.
+Products = dict[int, weakref.ref[Tensor]]
 
 
 @dataclass(frozen=True)
@@ -34,12 +37,14 @@ class Use:
         begin: how it is begun.
         keeps_input: x is saved and not x P.
         dtype: in which all is computed, that of autocast; None for the tensors' own.
+        products: x P of this x by the basis, for layers that share both; None if none do.
     """
 
     projector: Projector | None
     begin: Begin | None = None
     keeps_input: bool = False
     dtype: torch.dtype | None = None
+    products: Products | None = None
 
     @property
     def saves_product(self) -> bool:
@@ -49,6 +54,18 @@ class Use:
 
     def cast(self, tensor: Tensor) -> Tensor:
         return tensor if self.dtype is None else tensor.to(self.dtype)
+
+    def product(self, x: Tensor) -> Tensor:
+        """x P."""
+        assert self.projector is not None
+        key = id(self.projector.state["basis"])
+        known = None if self.products is None else self.products.get(key)
+        product = None if known is None else known()
+        if product is None:
+            product = x @ self.projector.basis().to(x.dtype)
+            if self.products is not None:
+                self.products[key] = weakref.ref(product)
+        return product
 
 
 class ProjectedLinear(torch.autograd.Function):
@@ -61,8 +78,7 @@ class ProjectedLinear(torch.autograd.Function):
         x = use.cast(x)
         saved = x
         if use.saves_product:
-            assert use.projector is not None
-            saved = x @ use.projector.basis().to(x.dtype)
+            saved = use.product(x)
         ctx.save_for_backward(saved, weight)
         return F.linear(x, use.cast(weight), None if bias is None else use.cast(bias))
 

@@ -16,11 +16,12 @@ from ..ops.contract import Side
 from ..optim.groups import is_projected, side_of
 from ..optim.lowrank_adamw import LowRankAdamW, not_compiled
 from ..optim.projected_gradient import Projector
-from .linear import ProjectedLinear, Use
+from .linear import Products, ProjectedLinear, Use
 from .reduction import Reduction
 
 Start = Literal["activations", "gradient", "random", "dense"]
 STARTS = ("activations", "gradient", "random", "dense")
+SHARED_STARTS = ("activations", "random")
 
 # What is patched, so that a copy of a model, which is not, computes as before.
 _PATCHED: weakref.WeakKeyDictionary[nn.Module, _Layer] = weakref.WeakKeyDictionary()
@@ -69,7 +70,11 @@ class ProjectedLinears:
 
 
 def project_linears(
-    model: nn.Module, optimizer: LowRankAdamW, *, start: Start = "activations"
+    model: nn.Module,
+    optimizer: LowRankAdamW,
+    *,
+    start: Start = "activations",
+    share_bases: bool = False,
 ) -> ProjectedLinears:
     """Lets the linear layers whose weights the optimizer projects compute R = G P or P^T G alone.
 
@@ -95,18 +100,26 @@ def project_linears(
             a matrix' own G, one at a time in the backward pass, as GaLore does it, where x is
             saved in the first step; of several micro-batches the first decides. "dense": all
             gradients in the first step.
+        share_bases: layers on the right side that have one input, as q, k and v or gate and up,
+            share one basis, that of their gradients below each other, and x P. They are found in
+            the first forward pass of a new optimizer; with a `start` that is known then.
 
     Returns:
         What was taken and why not; its `undo()` restores the layers.
 
     Raises:
-        ValueError: the optimizer needs whole gradients (Fira, `capturable`), no layer's weight is
-            projected, `start` is unknown, or the model is wrapped already.
+        ValueError: `share_bases` with another `start`, or with a criterion, which asks for bases
+            one by one; the optimizer needs whole gradients (Fira, `capturable`); no layer's weight
+            is projected; `start` is unknown; or the model is wrapped already.
 
     Source: GaLore (arXiv 2403.03507) by associativity; LoQT (2405.16528) and CompAct (2410.15352)
     save x P.
     """
     _check(model, optimizer, start)
+    if share_bases and (start not in SHARED_STARTS or optimizer.subspace.criterion is not None):
+        raise ValueError(
+            f"share_bases=True goes with start={' or '.join(SHARED_STARTS)} and without a criterion"
+        )
     projected = {
         param: group
         for group in optimizer.param_groups
@@ -133,7 +146,7 @@ def project_linears(
         )
     inputs, reduction = _LastInput(), Reduction(model, taken)
     layers = [
-        _Layer(module, optimizer, start, _side(module, projected), inputs, reduction)
+        _Layer(module, optimizer, start, _side(module, projected), inputs, reduction, share_bases)
         for module in taken.values()
     ]
     for layer in layers:
@@ -191,14 +204,20 @@ class _LastInput:
         self._x: weakref.ref[Tensor] | None = None
         self._version = -1
         self._users: list[_Layer] = []
+        self.products: Products = {}
 
     def goes_to(self, x: Tensor, layer: _Layer) -> None:
         """Called in the order of the forward pass."""
         if self._x is None or self._x() is not x or self._version != x._version:
             for user in self._users:
                 user.siblings = self._users
-            self._x, self._version, self._users = weakref.ref(x), x._version, []
+            self._x, self._version = weakref.ref(x), x._version
+            self._users, self.products = [], {}
         self._users.append(layer)
+
+    def family(self) -> list[_Layer]:
+        """The layers on the right side that it went to so far."""
+        return [user for user in dict.fromkeys(self._users) if user.is_on_the_right]
 
 
 class _Layer:
@@ -212,13 +231,18 @@ class _Layer:
         side: Side,
         inputs: _LastInput,
         reduction: Reduction,
+        shares: bool,
     ) -> None:
         self._module, self._optimizer = weakref.ref(module), weakref.ref(optimizer)
         self._start, self._side, self._inputs = start, side, inputs
-        self._reduction = reduction
+        self._reduction, self._shares = reduction, shares
         self.siblings = [self]
         # What is saved must not change between a forward pass and its recomputation.
         self._decided: tuple[int, bool] = -1, False
+
+    @property
+    def is_on_the_right(self) -> bool:
+        return self._side is Side.RIGHT
 
     def patch(self) -> None:
         module = self._module()
@@ -247,13 +271,17 @@ class _Layer:
             start = "random" if distributed else self._start
             use = self._first_use(start, x, weight, optimizer)
         keeps = self._keeps_input(optimizer)
-        return use and replace(use, keeps_input=keeps, dtype=_autocast_dtype(x))
+        products = self._inputs.products if self._shares else None
+        dtype = _autocast_dtype(x)
+        return use and replace(use, keeps_input=keeps, dtype=dtype, products=products)
 
-    def rank(self, optimizer: LowRankAdamW) -> int | None:
-        """Of x P; None if x itself is needed."""
+    def bases(self, optimizer: LowRankAdamW) -> dict[int, int] | None:
+        """The rank of x P by its basis; None if x itself is needed."""
         module = self._module()
         state = None if module is None else optimizer.state.get(module.weight)
-        return int(state["rank"]) if state and self._side is Side.RIGHT else None
+        if not state or self._side is Side.LEFT:
+            return None
+        return {id(state["basis"]): state["rank"]}
 
     def _keeps_input(self, optimizer: LowRankAdamW) -> bool:
         """x is saved once for all of its layers, x P for each."""
@@ -262,10 +290,10 @@ class _Layer:
         state = optimizer.state.get(module.weight)
         step = int(state["step"]) if state else 0
         if self._decided[0] != step:
-            ranks = [sibling.rank(optimizer) for sibling in self.siblings]
-            cols = module.weight.shape[1]
-            whole = any(rank is None for rank in ranks) or sum(filter(None, ranks)) >= cols
-            self._decided = step, whole
+            every = [sibling.bases(optimizer) for sibling in self.siblings]
+            ranks = {basis: rank for bases in every for basis, rank in (bases or {}).items()}
+            whole = sum(ranks.values()) >= module.weight.shape[1]
+            self._decided = step, whole or None in every
         # In the first step it is wanted for the basis.
         return self._decided[1] or (step == 0 and self._start == "gradient")
 
@@ -284,7 +312,22 @@ class _Layer:
             return Use(None, from_heads)
         like = x.detach().reshape(-1, x.shape[-1]) if start == "activations" else None
         projector = optimizer.begin(weight, like=like)
-        return None if projector is None else Use(projector)
+        if projector is None:
+            return None
+        if self._shares:
+            self._join(weight, optimizer)
+        return Use(Projector.of(optimizer.state[weight]))
+
+    def _join(self, weight: Tensor, optimizer: LowRankAdamW) -> None:
+        """Takes the basis of the layer that the same input went to first, if that suits both."""
+        family = self._inputs.family()
+        others = [layer._module() for layer in family]
+        weights = [module.weight for module in others if module is not None]
+        states = [optimizer.state[each] for each in weights]
+        same_group = len({id(optimizer._group_of(each)) for each in weights}) == 1
+        ages = {(state["rank"], state["basis_step"], int(state["step"])) for state in states}
+        if len(weights) > 1 and same_group and ages == {(states[0]["rank"], 0, 0)}:
+            optimizer.share_basis(weights)
 
 
 @not_compiled

@@ -17,6 +17,7 @@ from ..ops.contract import adam_of, scalar_of
 from ..ops.tensors import READER
 from ..subspace import Due, Readback, Subspace, is_due, is_measured, measure, next_look
 from .checks import check_projector, check_shared, extent, is_unresolved, overlap, resolved
+from .families import joined
 from .groups import OPTIONS, Group, is_projected
 from .parts import Method, residual_of
 from .plain import Plain
@@ -383,7 +384,7 @@ def due_of(batches: list[Batch], subspace: Subspace, readback: Readback) -> list
     for batch in batches:
         if batch.is_looked_at(subspace):
             found += batch.due(subspace, readback)
-    return [due for _, due in sorted(found, key=itemgetter(0))] if found else []
+    return joined([due for _, due in sorted(found, key=itemgetter(0))]) if found else []
 
 
 def scalars_of(batches: list[Batch], method: Method) -> list[Scalars]:

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from operator import attrgetter
@@ -39,6 +40,7 @@ from .checks import (
     check_shared,
     is_dense,
 )
+from .families import share, tie
 from .formats import (
     BasisFormat,
     MasterBits,
@@ -417,17 +419,9 @@ class LowRankAdamW(Optimizer):
         Returns:
             What projects its gradients from now on; None if there is no finite basis.
         """
-        index, place = next(
-            (index, place)
-            for index, group in enumerate(self.param_groups)
-            for place, other in enumerate(group["params"])
-            if other is param
-        )
-        group, state = self.param_groups[index], self.state[param]
-        first = sum(len(other["params"]) for other in self.param_groups[:index])
-        name, _ = list(named_params(group, index))[place]
+        name, group, salt = self._place_of(param)
+        state = self.state[param]
         if not state:
-            salt = list(salts(group, first))[place]
             state.update(new_state(param, group, salt, self.method))
         subspace, matrix = self.subspace, gradient
         if matrix is None:
@@ -441,6 +435,26 @@ class LowRankAdamW(Optimizer):
         if gradient is None:
             state["captured"] = 0.0  # of a gradient, which nobody has seen
         return Projector.of(state) if state["basis_step"] >= 0 else None
+
+    def share_basis(self, params: list[Tensor]) -> None:
+        """Lets right-sided parameters of a group that have taken no step share one basis from now
+        on: that of the first, which has one.
+
+        Source: none; q, k and v lose no energy by it, see CONTRIBUTING.
+        """
+        name, _, _ = self._place_of(params[0])
+        share([self.state[param] for param in params], zlib.crc32(name.encode()))
+
+    def _place_of(self, param: Tensor) -> tuple[str, Group, int]:
+        """A parameter's name, group and salt."""
+        first = 0
+        for index, group in enumerate(self.param_groups):
+            named = zip(named_params(group, index), salts(group, first), strict=True)
+            for (name, other), salt in named:
+                if other is param:
+                    return name, group, salt
+            first += len(group["params"])
+        raise KeyError(f"a parameter of shape {tuple(param.shape)} is not in this optimizer")
 
     def _group_of(self, param: Tensor) -> Group:
         """The group that a parameter is in."""
@@ -593,6 +607,7 @@ class LowRankAdamW(Optimizer):
             (group, [self._member(group, place, *each) for place, each in enumerate(params)])
             for group, params in checked
         ]
+        tie(member.state for _, own in members for member in own)
         return Prepared(self._facts(), members, self.method)
 
     def _checked(self) -> list[tuple[Group, list[tuple[str, Tensor, int, str]]]]:

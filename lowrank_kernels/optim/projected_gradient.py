@@ -110,7 +110,7 @@ class ProjectedGradient(Tensor):
         right = self.projector.side is Side.RIGHT
         return (self.held @ basis.mT if right else basis @ self.held).to(self.dtype)
 
-    def __repr__(self, **_: object) -> str:
+    def __repr__(self, **_: object) -> str:  # type: ignore[override]
         kind = (
             "G" if self.projector is None else f"R of the {self.projector.side.name.lower()} side"
         )

@@ -49,12 +49,20 @@ def groups_of(model, rank=4, **options):
     return [projected, {"params": list(named.items())}]
 
 
-def build(dtype=torch.float64, start=None, kind=GaLoreAdamW, rank=4, proj_type="std", **options):
+def build(
+    dtype=torch.float64,
+    start=None,
+    kind=GaLoreAdamW,
+    rank=4,
+    proj_type="std",
+    shares=False,
+    **options,
+):
     """A model, its optimizer and, with a `start`, projected layers."""
     model = Net(dtype)
     optimizer = kind(groups_of(model, rank, proj_type=proj_type), lr=1e-2, **options)
     if start is not None:
-        project_linears(model, optimizer, start=start)
+        project_linears(model, optimizer, start=start, share_bases=shares)
     return model, optimizer
 
 
@@ -387,19 +395,29 @@ def test_no_step_but_one_in_which_a_basis_is_due_forms_a_gradient(start):
     assert 2 <= sum(map(len, due)) <= 6
 
 
-@pytest.mark.parametrize("start", ["activations", "gradient", "random", "dense"])
-def test_resumed_it_takes_the_same_steps(start):
-    model, optimizer = build(torch.float32, start)
+@pytest.mark.parametrize(
+    ("start", "shares"),
+    [
+        ("activations", False),
+        ("activations", True),
+        ("gradient", False),
+        ("random", True),
+        ("dense", False),
+    ],
+)
+@pytest.mark.parametrize("basis", ["weight", "int8"])
+def test_resumed_it_takes_the_same_steps(start, shares, basis):
+    model, optimizer = build(torch.float32, start, shares=shares, basis=basis)
     train(model, optimizer, 30)
     whole = [p.detach().clone() for p in model.parameters()]
 
-    model, optimizer = build(torch.float32, start)
+    model, optimizer = build(torch.float32, start, shares=shares, basis=basis)
     train(model, optimizer, 13)
     file = io.BytesIO()
     torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, file)
     file.seek(0)
     saved = torch.load(file, weights_only=True)
-    model, optimizer = build(torch.float32, start)
+    model, optimizer = build(torch.float32, start, shares=shares, basis=basis)
     model.load_state_dict(saved["model"])
     optimizer.load_state_dict(saved["optimizer"])
     train(model, optimizer, 17, first=13)
@@ -497,3 +515,59 @@ def test_what_it_says_of_itself():
     torch.testing.assert_close(
         gradient.dense().float() @ basis, gradient.held, rtol=0.05, atol=1e-3
     )
+
+
+def test_layers_of_one_input_share_a_basis_and_x_p():
+    subspace = Subspace("svd")
+    model, optimizer = build(start="activations", shares=True, subspace=subspace)
+    saved = {}
+
+    def pack(tensor):
+        saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    q, k, up = (optimizer.state[weight] for weight in weights(model)[:3])
+    for step in range(2 * GAP):
+        loss_of(model, batch(step)).backward()
+        grads = [weight.grad for weight in (model.q.weight, model.k.weight)]
+        whole = [type(grad) is torch.Tensor for grad in grads]
+        assert len(set(whole)) == 1
+        optimizer.step()
+        q, k, up = (optimizer.state[weight] for weight in weights(model)[:3])
+        if whole[0]:
+            # The best one for both.
+            expected = torch.linalg.svd(torch.cat(grads))[2][:4]
+            assert torch.linalg.matrix_norm(expected @ q["basis"], "nuc") == pytest.approx(4)
+        optimizer.zero_grad()
+        assert q["basis"] is k["basis"]
+        assert up["basis"] is not q["basis"]
+    assert q["refreshes"] == k["refreshes"] >= 3
+    assert "family" not in up
+    x = torch.randn(5, 6, 24, dtype=torch.float64, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        out = model.q(x).sum() + model.k(x).sum()
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    assert sum(size for place, size in saved.items() if place not in own) == 30 * 4 * 8
+    out.backward()
+
+
+def test_a_sibling_that_is_due_alone_leaves_its_family():
+    model, optimizer = build(start="random", shares=True)
+    train(model, optimizer, 1)
+    model.k.weight.requires_grad_(False)
+    train(model, optimizer, 2 * GAP, first=1)
+    q, k = (optimizer.state[weight] for weight in weights(model)[:2])
+    assert q["basis"] is not k["basis"]
+    assert (q["basis_step"] > 0, k["basis_step"]) == (True, 0)
+    model.k.weight.requires_grad_(True)
+    train(model, optimizer, GAP, first=2 * GAP + 1)
+    assert k["basis_step"] > 0
+
+
+def test_bases_are_shared_where_that_has_a_meaning():
+    model = Net()
+    optimizer = AdaRankGradAdamW(groups_of(model))
+    with pytest.raises(ValueError, match="without a criterion"):
+        project_linears(model, optimizer, share_bases=True)
+    with pytest.raises(ValueError, match="goes with start=activations or random"):
+        build(start="gradient", shares=True)
