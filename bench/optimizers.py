@@ -231,12 +231,14 @@ FORMATS = {
     "8bit-basis": {"state": "int8", "basis": "int8"},
 }
 
-# Arms whose linear layers hand R over, and where their first bases come from. They are clipped by
-# the norm of what a step applies, R's, and galore by that of whole gradients, which is larger.
+# Arms whose linear layers hand R over: where their first bases come from, and whether layers of
+# one input share theirs. They are clipped by the norm of what a step applies, R's, and galore by
+# that of whole gradients, which is larger.
 PROJECTED = {
     "projected": {"start": "activations"},
     "projected-random": {"start": "random"},
     "projected-gradient": {"start": "gradient"},
+    "projected-shared": {"start": "activations", "share_bases": True},
 }
 
 # What an arm of a method is judged by: the method itself, or its arm of this name.
