@@ -2,6 +2,12 @@
 
 from importlib.metadata import version
 
+from .activations import (
+    project_linears,
+    recompute_activations,
+    release_gradients,
+    saved_bytes,
+)
 from .ops import BackendUnavailable, backends
 from .optim import (
     AdaRankGradAdamW,
@@ -25,4 +31,8 @@ __all__ = [
     "Subspace",
     "backends",
     "param_groups",
+    "project_linears",
+    "recompute_activations",
+    "release_gradients",
+    "saved_bytes",
 ]

@@ -11,7 +11,7 @@ import torch
 from ..ops import BackendUnavailable, backends, requested_backend
 from ..ops.dispatch import ENVIRONMENT_VARIABLE, Kind, choose_kind
 from ..ops.native import build_info
-from .text import amount, table
+from ..text import amount, table
 
 SUMMARY = "say what is installed, what it runs on and which backend is chosen"
 

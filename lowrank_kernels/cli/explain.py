@@ -5,8 +5,8 @@ import math
 from typing import Any
 
 from ..optim.param_groups import collapsed, decide
+from ..text import amount, table
 from .models import OPTIMIZERS, add_model_arguments, backend_of, build_optimizer, model_of
-from .text import amount, table
 
 SUMMARY = "say which parameters are projected, at which learning rate, and who computes their step"
 

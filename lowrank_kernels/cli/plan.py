@@ -11,8 +11,9 @@ from torch import Tensor
 from ..ops import requested_backend
 from ..optim.param_groups import collapsed
 from ..optim.workspace import Workspace, planned_workspace
+from ..text import GB, amount, table
 from .models import OPTIMIZERS, Model, add_model_arguments, backend_of, build_optimizer, model_of
-from .text import GB, UserError, amount, table
+from .text import UserError
 
 SUMMARY = "say what weights, gradients, optimizer state and a step's workspace take"
 

@@ -13,7 +13,8 @@ import torch
 from ..ops import Side, backends, requested_backend
 from ..ops.dispatch import Kind, choose_kind
 from ..ops.selfcheck import METHODS, ODD, PIPELINED, Case, Launch, judge
-from .text import table, user_errors
+from ..text import table
+from .text import user_errors
 
 SUMMARY = "take steps with every available backend and compare them with float64"
 
