@@ -96,6 +96,7 @@ def _quick_benches(out: Path) -> Iterator[Part]:
     yield _bench("model_step", out / "model_step-cpu.json", *quick)
     ranks = ("--ranks", "16,64,full", "--optimizers", "adamw,galore,fira", "--dtypes", "fp32")
     yield _bench("model_step", out / "ranks-cpu.json", *quick, *ranks)
+    yield _bench("activations", out / "activations-cpu.json", *quick)
     yield _bench("host", out / "host-cpu.json", "--quick")
     yield _bench("refresh", out / "refresh-cpu.json", *quick)
     yield _bench("memory", out / "memory.json", "--models", "60m")
@@ -120,6 +121,7 @@ def _on_cpu(out: Path) -> Iterator[Part]:
     yield _bench("model_step", out / "sizes-cpu.json", *sizes.split())
     ranks = "--ranks 16,32,64,128,256,full --optimizers adamw,galore,fira --rounds 7"
     yield _bench("model_step", out / "ranks-cpu.json", *ranks.split())
+    yield _bench("activations", out / "activations-cpu.json", resumes=True)
     yield _bench("host", out / "host-cpu.json")
     gradients = out / "gradients.pt"
     points = ("--points", "1,50,200,400,800")

@@ -10,6 +10,7 @@ import json
 import math
 import statistics
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 
 from bench.models import PRESETS
@@ -365,6 +366,71 @@ def format_losses(records: Records) -> str:
     runs = "".join(f"; `{each['command']}`" for each in record["comparisons"])
     headings = ("arm", "lr", "seeds", "mean", "standard error", "mean + 2 standard errors, sizes")
     return table(headings, lines, source(records, "formats") + runs)
+
+
+PROJECTED = "activations-cpu"
+
+
+@figure
+def projected_blocks(records: Records) -> str:
+    """What R in place of gradients buys blocks of a model."""
+    return _projected(records, "blocks", TIMES)
+
+
+@figure
+def projected_models(records: Records) -> str:
+    return _projected(records, "models", {"tokens/s": _tokens_text} | TIMES)
+
+
+@figure
+def projected_bytes(records: Records) -> str:
+    """Of everything that was measured; the length of sequences is no matter of bytes."""
+    kinds = {"saved for backward": "saved", "gradients": "gradient", "state": "state"}
+    texts = {f"{text}, MB": partial(_megabytes, kind) for text, kind in kinds.items()}
+    return _projected(records, None, texts, ("length", "sequences"))
+
+
+def _projected(
+    records: Records,
+    part: str | None,
+    texts: dict[str, Callable[[dict], str]],
+    alike: tuple[str, ...] = (),
+) -> str:
+    """A row for every case of a part, of those that are alike but for some facts one, and arm."""
+    if PROJECTED not in records:
+        return f"\n{NOT_MEASURED}\n"
+    lines, seen = [], []
+    for row in records[PROJECTED]["rows"]:
+        case = {key: row[key] for key in row if key in CASE and key not in alike}
+        if part not in (None, row["part"]) or case in seen:
+            continue
+        seen.append(case)
+        shape = row["shape"] if row["part"] == "models" else f"{row['layers']} of {row['shape']}"
+        size = f"{row['sequences'] * row['length']}" if alike else (
+            f"{row['sequences']} x {row['length']}")  # fmt: skip
+        name = f"{shape}, {size} tokens, r {row['rank']}, {row['dtype']}"
+        for arm, own in row["results"].items():
+            lines.append((name, arm, *(text(own) for text in texts.values())))
+    return table(("LLaMA", "", *texts), lines, source(records, PROJECTED))
+
+
+def _tokens_text(own: dict) -> str:
+    return f"{own['tokens_per_second']:,.0f}"
+
+
+def _megabytes(kind: str, own: dict) -> str:
+    return f"{own[f'{kind}_bytes'] / 1e6:.1f}"
+
+
+CASE = ("part", "shape", "layers", "vocabulary", "sequences", "length", "rank", "dtype")
+TIMES = {
+    "usual step, ms": ms,
+    "forward and backward": lambda own: f"{own['passes']['ms']:.1f}",
+    "`step()`": lambda own: f"{own['step']['ms']:.1f}",
+    "mean with new bases": lambda own: f"{own['mean_ms']:.1f}",
+    "times as fast as AdamW": lambda own: f"**{own['times_as_fast']:.2f}**",
+    "by products alone": lambda own: f"{own['predicted']:.2f}",
+}
 
 
 @figure

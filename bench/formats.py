@@ -9,7 +9,10 @@ seed and a rate start from the same weights and see the same batches, so what co
 difference of their last validation losses, an arm's less that of the optimizer that it is named
 after: X-8bit, X-bf16, X-8bit-basis, X-8bit-nearest, X-reversed and X-moved against X. X-moved
 changes no format, only the rate by a millionth, and so shows how far apart two runs end for no
-reason. X-8bit-basis-reversed stands against X-8bit-basis: what the larger side costs.
+reason. X-8bit-basis-reversed stands against X-8bit-basis: what the larger side costs. galore is
+also what layers that hand R over are judged by: galore-projected, with first bases from the
+activations, galore-projected-random, galore-projected-gradient, and galore-projected-shared, where
+layers of one input share a basis.
 
 A loss of |mean| + 2 standard errors cannot be excluded, whatever the mean says. A run that
 diverged leaves its arm without a mean.

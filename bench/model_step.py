@@ -308,12 +308,13 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit("model_step: ours is not the reference's step, so no time")
 
 
-# They differ from others in rates or in refreshes, or are there to train worse.
+# They differ from others in rates, in refreshes or in the model, or are there to train worse.
 NOT_HERE = tuple(
     name
-    for name in METHODS
+    for name, method in METHODS.items()
     if name.startswith(("adamw-split", "galore-svd", "galore-together"))
     or name.endswith(("-moved", "-nearest", "-reversed"))
+    or method.prepare
 )
 
 

@@ -10,7 +10,7 @@ import importlib.util
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from unittest import mock
 
 from bench import peers
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from lowrank_kernels import Subspace
 
     Build = Callable[[list[dict], float, Recipe], torch.optim.Optimizer]
+    Prepare = Callable[[torch.nn.Module, torch.optim.Optimizer], object]
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class Method:
     """How to build an optimizer, what it needs, and the rates to use when none is given.
 
     A variant is compared only if it is named. What cannot `train` has no way to renew its basis.
-    What is `compiled` by torch cannot be watched on a CPU.
+    What is `compiled` by torch cannot be watched on a CPU. `prepare` is what it does to a model.
     """
 
     build: Build
@@ -41,6 +42,16 @@ class Method:
     device: str | None = None
     train: bool = True
     compiled: bool = False
+    prepare: Prepare | None = None
+
+    def optimizer_of(
+        self, model: torch.nn.Module, groups: list[dict], lr: float, recipe: Recipe
+    ) -> torch.optim.Optimizer:
+        """The optimizer of a model's groups, and the model as that wants it."""
+        optimizer = self.build(groups, lr, recipe)
+        if self.prepare:
+            self.prepare(model, optimizer)
+        return optimizer
 
     def obstacle(self, device: str) -> str | None:
         """Why it cannot run here, or None."""
@@ -89,6 +100,14 @@ def _fira(groups: list[dict], lr: float, recipe: Recipe, **formats: str) -> torc
     from lowrank_kernels import FiraAdamW
 
     return FiraAdamW(groups, residual=recipe.residual, **_common(lr, recipe), **formats)
+
+
+def _project_linears(
+    model: torch.nn.Module, optimizer: torch.optim.Optimizer, **options: Any
+) -> object:
+    from lowrank_kernels.activations import project_linears
+
+    return project_linears(model, optimizer, **options)
 
 
 def _adarankgrad(
@@ -212,8 +231,18 @@ FORMATS = {
     "8bit-basis": {"state": "int8", "basis": "int8"},
 }
 
+# Arms whose linear layers hand R over: where their first bases come from, and whether layers of
+# one input share theirs. They are clipped by the norm of what a step applies, R's, and galore by
+# that of whole gradients, which is larger.
+PROJECTED = {
+    "projected": {"start": "activations"},
+    "projected-random": {"start": "random"},
+    "projected-gradient": {"start": "gradient"},
+    "projected-shared": {"start": "activations", "share_bases": True},
+}
+
 # What an arm of a method is judged by: the method itself, or its arm of this name.
-ARMS = dict.fromkeys((*FORMATS, "8bit-nearest", "moved", "reversed"), "")
+ARMS = dict.fromkeys((*FORMATS, "8bit-nearest", "moved", "reversed", *PROJECTED), "")
 ARMS["8bit-basis-reversed"] = "-8bit-basis"
 
 # Of the methods that have a rate of their own.
@@ -232,11 +261,18 @@ for _name, _build in {
         "8bit-basis-reversed": _reversed(_in["8bit-basis"]),
     }
     _rates = {"nano_lr": METHODS[_name].nano_lr, "lr": METHODS[_name].lr}
-    METHODS |= {f"{_name}-{arm}": Method(_arms[arm], **_rates) for arm in ARMS}
+    METHODS |= {f"{_name}-{arm}": Method(build, **_rates) for arm, build in _arms.items()}
 
 # There is no basis in it, and no side.
 METHODS = {
     name: method
     for name, method in METHODS.items()
     if not (name.startswith("adamw-split") and name.endswith(("-basis", "-reversed")))
+}
+
+METHODS |= {
+    f"galore-{arm}": replace(
+        METHODS["galore"], variant=True, prepare=partial(_project_linears, **options)
+    )
+    for arm, options in PROJECTED.items()
 }

@@ -45,8 +45,9 @@ def interleaved(
     clock: Callable[[], float] = time.perf_counter,
     prepare: Callable[[int], object] | None = None,
     lead: float = LEAD,
+    idle: int = 2,
 ) -> dict[str, Samples]:
-    """Runs every candidate once a round, each round from another one on, after two idle rounds.
+    """Runs every candidate once a round, each round from another one on, after some idle rounds.
 
     What disturbs the machine for a while then disturbs all of them, and none always comes after the
     same one. On a GPU events take the time, the host has a `lead` and waits once a run. `prepare`
@@ -54,12 +55,12 @@ def interleaved(
     """
     names = list(candidates)
     seconds: dict[str, list[float]] = {name: [] for name in names}
-    for turn in range(-2, rounds):
+    for turn in range(-idle, rounds):
         first = turn % max(1, len(names))
         for name in names[first:] + names[:first]:
             if prepare:
-                prepare(turn + 2)
-            elapsed = _time_once(candidates[name], turn + 2, device, clock, lead)
+                prepare(turn + idle)
+            elapsed = _time_once(candidates[name], turn + idle, device, clock, lead)
             if turn >= 0:
                 seconds[name].append(elapsed)
     return {name: Samples(values) for name, values in seconds.items()}

@@ -57,7 +57,8 @@ class Run:
             scale=settings.scale,
             update_proj_gap=settings.update_proj_gap,
         )
-        self.optimizer = METHODS[job.optimizer].build(groups, job.lr, settings.recipe)
+        method = METHODS[job.optimizer]
+        self.optimizer = method.optimizer_of(self.model, groups, job.lr, settings.recipe)
         for group in self.optimizer.param_groups:
             group["initial_lr"] = group["lr"]
         self.clock = StepClock(self.device)

@@ -31,6 +31,7 @@ RUNS = [
     run("fira-8bit", 0, 1.4),
     run("fira-8bit-basis", 0, 1.3),
     run("fira-8bit-basis-reversed", 0, 1.45),
+    run("galore-projected-random", 0, 1.53),
     run("adamw-split", 0, 1.6),
     run("adamw-split-bf16", 0, 1.61),
 ]
@@ -43,6 +44,7 @@ def test_differences_mean_standard_error_and_bound_by_hand():
         "galore-8bit-nearest": "galore",
         "galore-moved": "galore",
         "fira-8bit-basis-reversed": "fira-8bit-basis",
+        "galore-projected-random": "galore",
         "adamw-split-bf16": "adamw-split",
     }
     arm = found["galore-8bit"]

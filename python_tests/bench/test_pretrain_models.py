@@ -61,7 +61,7 @@ def test_every_method_trains_every_parameter(name):
     if reason := METHODS[name].obstacle("cpu"):
         pytest.skip(reason)
     model = build_model(PRESETS["nano"], 257, 16)
-    optimizer = METHODS[name].build(param_groups(model, 8), 0.01, Recipe())
+    optimizer = METHODS[name].optimizer_of(model, param_groups(model, 8), 0.01, Recipe())
     before = [parameter.detach().clone() for parameter in model.parameters()]
     tokens = torch.arange(32).view(2, 16)
     model(input_ids=tokens).logits.square().mean().backward()

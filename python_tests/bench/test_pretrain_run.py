@@ -15,11 +15,13 @@ import torch
 
 from bench import pretrain
 from bench.data import prepare
-from bench.optimizers import METHODS
+from bench.optimizers import METHODS, PROJECTED
 from bench.picture import Comparison, draw, smooth
 from bench.settings import Job, parse
 from bench.summary import summarize, write_record
 from bench.train import Run, schedule, train
+from lowrank_kernels import GaLoreAdamW
+from lowrank_kernels.optim.projected_gradient import ProjectedGradient
 
 # Not other people's packages: whether their state survives is their affair.
 CONTINUED = [name for name, method in METHODS.items() if method.train and not method.packages]
@@ -76,6 +78,40 @@ def test_optimizers_share_weights_and_batches(setting):
         losses[name] = tuple(run.history.train_loss)
     assert len(set(losses.values())) == 1
     assert losses["adamw"][0] != losses["adamw"][1]
+
+
+@pytest.mark.parametrize("arm", PROJECTED)
+def test_projected_arms_train_by_r_as_galore_does_by_whole_gradients(arm, setting, monkeypatch):
+    """Only the first bases differ, and from the gradient not even those; without clipping, which
+    goes by another norm.
+    """
+    settings, folder, data = setting
+    settings = replace(settings, clip=0.0)
+    seen = []
+    step = GaLoreAdamW.step
+
+    def watched(self):
+        grads = [p.grad for group in self.param_groups if "rank" in group for p in group["params"]]
+        seen.append(sum(isinstance(grad, ProjectedGradient) for grad in grads))
+        step(self)
+
+    monkeypatch.setattr(GaLoreAdamW, "step", watched)
+    ends = []
+    for name in ("galore", f"galore-{arm}"):
+        run = Run(settings, Job(name, 0.02, 0), folder, data.vocab_size)
+        for _ in range(6):
+            run.advance()
+        ends.append(run.history.train_loss)
+    # 28 matrices; of T = 4 a quarter has its basis renewed in a step, the first one has no other.
+    whole, projected = seen[:6], seen[6:]
+    assert whole == [0] * 6
+    assert projected[0] == 28
+    assert all(0 < count < 28 for count in projected[1:])
+    assert ends[0][0] == ends[1][0]
+    if arm == "projected-gradient":
+        assert ends[0] == pytest.approx(ends[1], rel=1e-4)
+    else:
+        assert ends[0][1:] != pytest.approx(ends[1][1:], rel=1e-4)
 
 
 def test_micro_batches_add_up_to_the_batch(setting):
