@@ -30,7 +30,15 @@ from .batches import (
     scalars_of,
 )
 from .checkpoints import check_loadable, padded, restore, unpadded, with_formats
-from .checks import check_grad, check_matrix, check_memory, check_params, check_shared, is_dense
+from .checks import (
+    check_addressable,
+    check_grad,
+    check_matrix,
+    check_memory,
+    check_params,
+    check_shared,
+    is_dense,
+)
 from .formats import (
     BasisFormat,
     MasterBits,
@@ -151,8 +159,9 @@ class LowRankAdamW(Optimizer):
         state: in which format moments are held: "float32" (float64 for float64 weights),
             "bfloat16", or "int8", codes of 8 bits with a float32 scale for 64 channels of a
             direction, or for 256 elements of a parameter that is not projected. Vectors and other
-            small parameters that are not projected stay float32. V is rounded stochastically, with
-            noise that depends on the parameter's name and step only.
+            small parameters that are not projected stay float32, as do shards and other subclasses
+            whose values lie in other tensors. V is rounded stochastically, with noise that depends
+            on the parameter's name and step only.
         basis: in which format bases are held: in the "weight"'s dtype, in "int8" with a power of
             two for each column, or in "int4" with a scale for 64 entries of a column (int8 for
             bases of an odd number of rows), which keeps nine tenths of each direction. They are
@@ -233,7 +242,9 @@ class LowRankAdamW(Optimizer):
         group = normalized(param_group, self.defaults, index)
         check_params(group, index)
         for name, param in named_params(group, index):
-            check_format(name, param, self.state_format)
+            # What is not trained needs no format.
+            if isinstance(param, Tensor) and param.requires_grad:
+                check_format(name, param, self.state_format)
         super().add_param_group(group)
 
     @not_compiled
@@ -552,7 +563,7 @@ class LowRankAdamW(Optimizer):
         if is_projected(group):
             check_matrix(name, param)
             check_memory(name, param)
-            backend = self.choice(request, group, param).backend
+            backend = self.choice(request, group, name, param).backend
         if state := self.state.get(param):
             check_shapes(name, param, state, is_projected(group))
             check_storage(name, param, state)
@@ -633,13 +644,15 @@ class LowRankAdamW(Optimizer):
                 batch.counts = [self._counted[param] - 1 for param in batch.params]
         return True
 
-    def choice(self, request: str, group: Group, param: Tensor) -> Choice:
-        """Who computes a projected parameter's step, and why."""
+    def choice(self, request: str, group: Group, name: str, param: Tensor) -> Choice:
+        """Who computes a projected parameter's step, and why; ValueError if nobody can."""
         size, capturable = size_of(group, param), self.capturable
         dtype = moments_dtype(param, self.state_format)
-        return ops.choose(
+        choice = ops.choose(
             request, param, param.grad, capturable=capturable, size=size, moments=dtype
         )
+        check_addressable(name, param, choice.backend)
+        return choice
 
 
 def _capturing() -> bool:

@@ -17,7 +17,7 @@ from .batches import Batch, Member, batches_of, room_bytes, scalars_of
 from .groups import Group, is_projected, size_of
 from .parts import Method
 from .plain import Plain
-from .state import new_state
+from .state import planned_state
 
 if TYPE_CHECKING:
     from .lowrank_adamw import LowRankAdamW
@@ -78,7 +78,7 @@ def _member_on_meta(param: Tensor, group: Group, method: Method) -> Member:
     """A dense parameter like this one, with a gradient and a state."""
     twin = torch.empty(param.shape, dtype=param.dtype, device="meta")
     twin.grad = torch.empty_like(twin)
-    return Member("", twin, new_state(twin, group, 0, method))
+    return Member("", twin, planned_state(param, group, method))
 
 
 def _peak_of_plain(group: Group, members: list[Member]) -> int:
