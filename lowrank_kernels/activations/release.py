@@ -11,11 +11,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ..optim import LowRankAdamW
 from ..optim.alone import Alone, each_alone
-from ..optim.checks import check_shared
+from ..optim.checks import check_shared, is_wrapped
 from ..optim.groups import is_projected, named_groups
 
 # What flattens or averages gradients after the backward pass has handed them over.
@@ -156,8 +155,7 @@ class GradientRelease:
         alone.take_step()
         self._stepped[param] = None
         # Sharded and other wrapped gradients are told apart by their class.
-        wrapped = is_traceable_wrapper_subclass(param)
-        param.grad = None if wrapped else Released.of(param, alone.name)
+        param.grad = None if is_wrapped(param) else Released.of(param, alone.name)
 
     def _alone(self, param: Tensor) -> Alone:
         """All are made anew once the groups are others, as after a state dict was loaded."""
@@ -234,7 +232,8 @@ def release_gradients(
             the model is none.
         ValueError: a parameter is released already, by this or another optimizer, or shares its
             memory with another; `clip` is no positive number.
-        NotImplementedError: the model is wrapped in DistributedDataParallel or FSDP1.
+        NotImplementedError: the model is wrapped in DistributedDataParallel or FSDP1, or `clip` is
+            given and a parameter is sharded.
 
     Source: LOMO (arXiv 2306.09782); GaLore (arXiv 2403.03507), section 4.4, per-layer weight
     updates.
@@ -254,6 +253,11 @@ def release_gradients(
         if reason := WRAPPERS.get(type(module).__name__):
             raise NotImplementedError(f"{reason}: {WAY_OUT}")
     for name, param, _ in _named_params(optimizer):
+        if clip is not None and is_wrapped(param):
+            raise NotImplementedError(
+                f"{name} is a {type(param).__name__}: its norm would wait for other ranks in the"
+                " middle of their backward passes: leave clip out"
+            )
         hooks = getattr(param, "_post_accumulate_grad_hooks", None) or {}
         if any(isinstance(hook, _Hook) and hook.release() for hook in hooks.values()):
             raise ValueError(

@@ -615,7 +615,7 @@ def test_ddp_is_refused(one_rank, first):
     loss_of(wrapped, 0).backward()
 
 
-def sharded_run(releases, clip=None):
+def sharded_run(releases):
     """FSDP2, a unit a layer: each one's gradients are averaged and released together."""
     torch.manual_seed(0)
     model = Net(width=16, hidden=20)
@@ -627,13 +627,13 @@ def sharded_run(releases, clip=None):
         [{"params": list(model.named_parameters()), "weight_decay": 0.1}], lr=0.01
     )
     if releases:
-        release_gradients(model, optimizer, clip=clip)
+        with pytest.raises(NotImplementedError, match=r"is a DTensor.* leave clip out"):
+            release_gradients(model, optimizer, clip=1.0)
+        release_gradients(model, optimizer)
     rank, seen = torch.distributed.get_rank(), []
     for seed in range(STEPS):
         loss_of(model, 10 * seed + rank).backward()
         seen += [param.grad is None for param in model.parameters()]
-        for param in () if releases or clip is None else model.parameters():
-            nn.utils.clip_grad_norm_([param], clip)
         optimizer.step()
         optimizer.zero_grad()
     assert all(seen) is releases
@@ -644,8 +644,7 @@ def sharded_run(releases, clip=None):
 def worker(rank, folder):
     torch.set_num_threads(1)
     with process_group(rank, 2, folder / "store"):
-        runs = [sharded_run(releases, clip) for clip in (None, 0.1) for releases in (False, True)]
-        torch.save(runs, folder / f"{rank}.pt")
+        torch.save([sharded_run(False), sharded_run(True)], folder / f"{rank}.pt")
 
 
 def assert_equal(first, second):
@@ -659,7 +658,5 @@ def test_shards_on_one_rank(one_rank):
 
 def test_shards_on_two_ranks(tmp_path):
     torch.multiprocessing.spawn(worker, (tmp_path,), nprocs=2)
-    whole, released, clipped, both = torch.load(tmp_path / "0.pt", weights_only=True)
+    whole, released = torch.load(tmp_path / "0.pt", weights_only=True)
     assert_equal(whole, released)
-    assert_equal(clipped, both)
-    assert not torch.equal(whole["norm.weight"], clipped["norm.weight"])
