@@ -11,7 +11,6 @@ Both are exact: G = H^T x is never formed. Source: GaLore's R (arXiv 2403.03507)
 associativity; saving x P is CompAct's (arXiv 2410.15352).
 """
 
-import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -27,8 +26,8 @@ from .recompute import input_of, is_recomputed
 
 # Gives what projects a gradient once H, t x m, and x, t x n, are known; None if it cannot.
 Begin = Callable[[Tensor, Tensor], Projector | None]
-# Kept alive by the graph alone.
-Products = dict[int, weakref.ref[Tensor]]
+# By a basis' identity and age; the basis stays with them, so that no other takes its place.
+Products = dict[tuple[int, int], tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -63,14 +62,12 @@ class Use:
     def product(self, x: Tensor) -> Tensor:
         """x P."""
         assert self.projector is not None
-        key = id(self.projector.state["basis"])
-        known = None if self.products is None else self.products.get(key)
-        product = None if known is None else known()
-        if product is None:
-            product = x @ self.projector.basis().to(x.dtype)
-            if self.products is not None:
-                self.products[key] = weakref.ref(product)
-        return product
+        basis = self.projector.state["basis"]
+        products = {} if self.products is None else self.products
+        key = id(basis), self.projector.basis_step
+        if key not in products:
+            products[key] = basis, x @ self.projector.basis().to(x.dtype)
+        return products[key][1]
 
 
 class ProjectedLinear(torch.autograd.Function):

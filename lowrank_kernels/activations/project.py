@@ -206,21 +206,22 @@ class _LastInput:
     def __init__(self) -> None:
         self._x: weakref.ref[Tensor] | None = None
         self._version = -1
-        self._users: list[_Layer] = []
+        self._users: dict[_Layer, None] = {}
         self.products: Products = {}
 
     def goes_to(self, x: Tensor, layer: _Layer) -> None:
-        """Called in the order of the forward pass."""
-        if self._x is None or self._x() is not x or self._version != x._version:
+        """Called in the order of the forward pass; a layer that comes again begins another one."""
+        known = self._x is not None and self._x() is x and self._version == x._version
+        if not known or layer in self._users:
             for user in self._users:
-                user.siblings = self._users
+                user.siblings = list(self._users)
             self._x, self._version = weakref.ref(x), x._version
-            self._users, self.products = [], {}
-        self._users.append(layer)
+            self._users, self.products = {}, {}
+        self._users[layer] = None
 
     def family(self) -> list[_Layer]:
         """The layers on the right side that it went to so far."""
-        return [user for user in dict.fromkeys(self._users) if user.is_on_the_right]
+        return [user for user in self._users if user.is_on_the_right]
 
 
 class _Layer:

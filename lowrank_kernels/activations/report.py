@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.overrides import TorchFunctionMode
 
+from ..optim.projected_gradient import held
 from ..text import amount, table
 
 ACTIVATIONS = (
@@ -208,6 +209,7 @@ def _rows(log: _Log, known: Iterable[Tensor]) -> list[Saved]:
 
 def _storages(tensor: Tensor) -> Iterator[tuple[int, int]]:
     """Address and bytes of each storage below a tensor: of a wrapper, those of what it wraps."""
+    tensor = held(tensor)
     if hasattr(tensor, "__tensor_flatten__"):
         for name in tensor.__tensor_flatten__()[0]:
             yield from _storages(getattr(tensor, name))

@@ -629,3 +629,36 @@ def test_first_bases_are_not_computed_in_the_dtype_of_autocast():
     for weight in weights(model):
         basis = optimizer.state[weight]["basis"]
         assert (basis.mT @ basis - torch.eye(4)).abs().max() < 1e-5
+
+
+def test_one_tensor_that_is_the_input_of_every_step_is_projected_anew():
+    """Also where it is changed behind autograd's back."""
+    model, optimizer = build(start="random", shares=True)
+    plain = Net()
+    x = torch.randn(5, 24, dtype=torch.float64, requires_grad=True)
+    for step in range(GAP + 2):
+        plain.load_state_dict(model.state_dict())
+        for module in (model, plain):
+            (module.q(x) * module.k(x)).sum().backward()
+        for weight, other in zip(weights(model)[:2], weights(plain)[:2], strict=True):
+            if isinstance(weight.grad, ProjectedGradient):
+                expected = expected_r(optimizer, weight, other.grad)
+                torch.testing.assert_close(weight.grad.held, expected, rtol=1e-12, atol=1e-12)
+        optimizer.step()
+        optimizer.zero_grad()
+        plain.zero_grad()
+        if step % 3 == 0:
+            x.data.mul_(-0.9)
+    assert optimizer.state[model.q.weight]["refreshes"] > 1
+
+
+@pytest.mark.parametrize("shares", [False, True])
+def test_saved_bytes_counts_x_p_and_r(shares):
+    model, optimizer = build(torch.float32, "random", shares=shares)
+    train(model, optimizer, 1)
+    x = torch.randn(5, 24)
+    both = nn.ModuleDict({"q": model.q, "k": model.k})
+    both.forward = lambda x: both["q"](x).sum() + both["k"](x).sum()
+    saved = saved_bytes(both, x, backward=True)
+    assert saved.total == (1 if shares else 2) * 5 * 4 * 4
+    assert saved.gradients == (2 * 24 * 4 + 24) * 4
