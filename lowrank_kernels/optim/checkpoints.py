@@ -157,6 +157,9 @@ def restore(states: Any, groups: list[Group], state_dict: State, method: Method)
             states[param][entry] = value
         if "exp_avg" in saved:
             converted.update(_converted(states[param], saved, param, projected, method))
+        if method.residual is None:
+            # Of another method's steps.
+            states.get(param, {}).pop("limiter_norm", None)
     for (what, became), count in converted.items():
         logger.warning("the state dict holds %s, of %d parameters: %s", what, count, became)
 
@@ -182,8 +185,6 @@ def _converted(
         yield "weights of 24 bits", f"their lower 8 are dropped, as master={method.master} has it"
     elif keeps and "low_bits" not in saved:
         yield "weights of 16 bits", "the lower 8 of master=24 begin at zero"
-    if method.residual is None:
-        state.pop("limiter_norm", None)
 
 
 def _placed(entry: str, value: Tensor, param: Tensor, projected: bool) -> Tensor:
