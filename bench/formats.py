@@ -7,12 +7,12 @@
 Reads what `bench.pretrain` leaves, the record of a comparison or of single runs. Arms that share a
 seed and a rate start from the same weights and see the same batches, so what counts is the
 difference of their last validation losses, an arm's less that of the optimizer that it is named
-after: X-8bit, X-bf16, X-8bit-basis, X-8bit-nearest, X-reversed and X-moved against X. X-moved
-changes no format, only the rate by a millionth, and so shows how far apart two runs end for no
-reason. X-8bit-basis-reversed stands against X-8bit-basis: what the larger side costs. galore is
-also what layers that hand R over are judged by: galore-projected, with first bases from the
-activations, galore-projected-random, galore-projected-gradient, and galore-projected-shared, where
-layers of one input share a basis.
+after: X-8bit, X-bf16, X-8bit-basis (its bases in int8, too), X-8bit-nearest, X-reversed and X-moved
+against X. X-moved changes no format, only the rate by a millionth, and so shows how far apart two
+runs end for no reason. X-8bit-basis-reversed stands against X-8bit-basis: what the larger side
+costs. galore is also what layers that hand R over are judged by: galore-projected, with first bases
+from the activations, galore-projected-random, galore-projected-gradient, and
+galore-projected-shared, where layers of one input share a basis.
 
 A loss of |mean| + 2 standard errors cannot be excluded, whatever the mean says. A run that
 diverged leaves its arm without a mean.
@@ -20,7 +20,6 @@ diverged leaves its arm without a mean.
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import statistics
@@ -30,9 +29,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from bench.optimizers import ARMS
+from bench.options import about
 from bench.record import head, write_lines
 from bench.summary import final_loss
 from bench.tables import difference_texts, new_table, show
+
+# What is read of a run.
+RECORDED = {"optimizer", "lr", "seed", "parameters", "train_loss", "validation"}
 
 
 @dataclass(frozen=True)
@@ -89,15 +92,25 @@ def base_of(name: str) -> str | None:
 
 
 def read(paths: Iterable[Path]) -> tuple[list[dict], list[dict]]:
-    """Runs, and the heads of the comparisons among what was read."""
+    """Runs, and the heads of the comparisons among what was read.
+
+    Raises:
+        ValueError: a file cannot be read, or is no record of `bench.pretrain`.
+    """
     runs, heads = [], []
     for path in paths:
-        found = json.loads(path.read_text())
-        if "runs" in found:
-            runs += found["runs"]
-            heads.append({key: found[key] for key in ("command", "date", "environment")})
-        else:
-            runs.append(found)
+        try:
+            found = json.loads(path.read_text())
+            own = found.get("runs", [found])
+            if "runs" in found:
+                heads.append({key: found[key] for key in ("command", "date", "environment")})
+            if any(RECORDED - run.keys() for run in own):
+                raise KeyError
+            runs += own
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{path} cannot be read: {error}") from None
+        except (KeyError, AttributeError, TypeError):
+            raise ValueError(f"{path} is no record of bench.pretrain, nor of a run of it") from None
     return runs, heads
 
 
@@ -147,12 +160,12 @@ def _difference(own: float, other: float) -> float:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    line = argparse.ArgumentParser(prog="python -m bench.formats")
+    line = about("formats", __doc__)
     line.add_argument("records", type=Path, nargs="+", help="of bench.pretrain")
     line.add_argument("--out", type=Path, help="the JSON record; none by default")
     options = line.parse_args(arguments)
-    runs, heads = read(options.records)
     try:
+        runs, heads = read(options.records)
         rows = [arm.row() for arm in paired(runs)]
     except ValueError as error:
         sys.exit(f"formats: {error}")

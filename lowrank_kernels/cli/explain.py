@@ -4,6 +4,9 @@ import argparse
 import math
 from typing import Any
 
+from ..ops.adamw import stepped_by
+from ..ops.codes import FORMATS
+from ..ops.dispatch import Kind
 from ..optim.param_groups import collapsed, decide
 from ..text import amount, table
 from .models import OPTIMIZERS, add_model_arguments, backend_of, build_optimizer, model_of
@@ -38,6 +41,9 @@ def facts(args: argparse.Namespace) -> dict[str, Any]:
         backend, reason = "torch", decision.reason
         if decision.projected:
             backend, reason = backend_of(args, row)
+        elif row["state"] != "float32":
+            moments = FORMATS[row["state"]]
+            backend = stepped_by(Kind(args.device, row["dtype"], row["dtype"], moments=moments))
         dtype = str(row["dtype"]).removeprefix("torch.")
         rows.append({**row, "dtype": dtype, "lr": lr, "backend": backend, "reason": reason})
     return {

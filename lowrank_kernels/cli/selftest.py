@@ -16,7 +16,10 @@ from ..ops.selfcheck import METHODS, ODD, PIPELINED, Case, Launch, judge
 from ..text import table
 from .text import user_errors
 
-SUMMARY = "take steps with every available backend and compare them with float64"
+SUMMARY = (
+    "take steps with every available backend, moments in every format, and compare them with"
+    " float64; bases and weights in fewer or more bits are not tried"
+)
 
 DTYPES = (torch.float32, torch.bfloat16)
 MOMENTS = (torch.float32, torch.bfloat16, torch.int8)

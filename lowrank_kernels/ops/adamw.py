@@ -18,7 +18,8 @@ from torch import Tensor
 from . import native
 from .codes import ELEMENTS_A_SCALE, FLAT_GROUPS, Stored, flat_noise, loaded, store
 from .contract import AdamScalars, Scalars
-from .dispatch import is_stepped_by_triton, load
+from .dispatch import Kind, is_stepped_by_triton, load
+from .dry import device_name, device_type
 from .weights24 import joined, split
 
 # Elements that are widened at a time: their copies stay in a cache, and an embedding's would be
@@ -46,13 +47,18 @@ def adamw(
         salt: of the noise that rounds V.
         low_bits: of a bfloat16 W of 24 bits, int8, of W's shape; contiguous.
     """
-    if low_bits is None and is_stepped_by_triton(param, grad):
+    adam, dtypes = scalars.adam, (param.dtype, grad.dtype)
+    numbers = (*scalars[1:], adam.bias_correction1, adam.bias_correction2)
+    on_device = any(isinstance(number, Tensor) for number in numbers)
+    kind = Kind(device_name(param), *dtypes, on_device, moments=stored.exp_avg.dtype)
+    backend = stepped_by(kind, low_bits is not None)
+    if backend == "triton":
         load("triton.plain").adamw(param, grad, stored, scalars, salt)
         return
-    if low_bits is None and native.serves_adamw(param, grad, stored, scalars):
+    if backend == "native":
         native.adamw(param, grad, stored, scalars, salt)
         return
-    size = BLOCK_ELEMENTS.get(param.device.type, BLOCK_ELEMENTS_ELSEWHERE)
+    size = BLOCK_ELEMENTS.get(device_type(param), BLOCK_ELEMENTS_ELSEWHERE)
     for first in range(0, param.numel(), size):
         part = slice(first, first + size)
         held = _flat_part(stored, part)
@@ -69,6 +75,21 @@ def adamw(
             weight.copy_(wide)
         else:
             split(wide, weight, low)
+
+
+def stepped_by(kind: Kind, has_low_bits: bool = False) -> str:
+    """Who takes the step of a kind of parameter: "triton", "native", or "torch" by its operations.
+
+    Args:
+        kind: without strides and size.
+        has_low_bits: its weights are of 24 bits.
+    """
+    if has_low_bits:
+        return "torch"
+    if is_stepped_by_triton(kind):
+        return "triton"
+    served = native.serves_adamw(kind.device_type, kind.param, kind.grad, kind.moments)
+    return "native" if served and not kind.capturable else "torch"
 
 
 def _flat_part(stored: Stored, part: slice) -> Stored:

@@ -156,11 +156,11 @@ def choose_kind(request: str, kind: Kind) -> Choice:
         return choice
 
 
-def is_stepped_by_triton(param: Tensor, grad: Tensor) -> bool:
-    """Whether a parameter without a rank is: on a GPU where "auto" takes Triton's kernels."""
-    if not param.is_cuda or requested_backend("auto") not in ("auto", "triton"):
+def is_stepped_by_triton(kind: Kind) -> bool:
+    """Whether parameters without a rank are: on a GPU where "auto" takes Triton's kernels."""
+    if kind.device_type != "cuda" or requested_backend("auto") not in ("auto", "triton"):
         return False
-    kind = Kind(str(param.device), param.dtype, grad.dtype)
+    kind = Kind(kind.device, kind.param, kind.grad)
     return choose_kind("auto", kind).backend == "triton"
 
 

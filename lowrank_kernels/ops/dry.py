@@ -35,6 +35,11 @@ def device_type(tensor: Tensor) -> str:
     return (_stood_for.get() if tensor.is_meta else None) or tensor.device.type
 
 
+def device_name(tensor: Tensor) -> str:
+    """As `device_type`, with its index if the tensor lies on one."""
+    return device_type(tensor) if tensor.is_meta else str(tensor.device)
+
+
 def on_host(values: Tensor) -> Tensor:
     """The values where Python can read them; those of a dry run are small, positive and true."""
     if values.is_meta and _stood_for.get() is not None:

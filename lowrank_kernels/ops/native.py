@@ -423,22 +423,16 @@ class Operations:
         )
 
 
-def serves_adamw(param: Tensor, grad: Tensor, stored: Stored, scalars: Scalars) -> bool:
-    """Whether `adamw` does: on a CPU, by scalars that the host knows."""
-    adam = scalars.adam
-    numbers = (*scalars[1:], adam.bias_correction1, adam.bias_correction2)
-    return (
-        import_error is None
-        and param.device.type == "cpu"
-        and param.dtype in _CODES
-        and grad.dtype in _CODES
-        and stored.exp_avg.dtype in _FORMATS
-        and not any(isinstance(number, Tensor) for number in numbers)
-    )
+def serves_adamw(
+    device_type: str, param: torch.dtype, grad: torch.dtype, moments: torch.dtype
+) -> bool:
+    """Whether `adamw` does: on a CPU."""
+    dtypes_fit = param in _CODES and grad in _CODES and moments in _FORMATS
+    return import_error is None and device_type == "cpu" and dtypes_fit
 
 
 def adamw(param: Tensor, grad: Tensor, stored: Stored, scalars: Scalars, salt: int) -> None:
-    """See `adamw.adamw`, for tensors on a CPU.
+    """See `adamw.adamw`, for tensors on a CPU; on the meta device nothing is run.
 
     Raises:
         TypeError: a scalar is a tensor.
@@ -450,7 +444,8 @@ def adamw(param: Tensor, grad: Tensor, stored: Stored, scalars: Scalars, salt: i
         bias_correction2=scalars.adam.bias_correction2,
     )
     elements = param.numel()
-    _native.adamw(
+    passes: Any = _NoPasses() if param.is_meta else _native
+    passes.adamw(
         param=([param.data_ptr()], _CODES[param.dtype], elements),
         grad=([grad.data_ptr()], _CODES[grad.dtype], elements),
         exp_avg=[stored.exp_avg.data_ptr()],

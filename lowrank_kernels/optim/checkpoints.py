@@ -9,7 +9,14 @@ import torch
 from torch import Tensor
 
 from ..ops.contract import moment_dtype
-from .formats import convert, convert_basis, format_for, format_of
+from .formats import (
+    BASIS_NAMES,
+    convert,
+    convert_basis,
+    format_for,
+    format_of,
+    has_low_bits,
+)
 from .groups import FORMAT, PROJECTION_DEFAULTS, Group, is_projected, named_params, unwrapped
 from .parts import Method
 from .state import State, check_codes, check_counts, check_shapes, laid_like
@@ -88,8 +95,8 @@ def _check_told(
     if wrong or (projected and bases == "codes" and state["basis"].is_floating_point()):
         raise ValueError(
             f"the state of {name} was saved in codes and has been loaded as numbers: load it into"
-            " an optimizer made with the state= and basis= of the run, and set its state_format and"
-            " basis_format afterwards"
+            " an optimizer made with the state=, basis= and master= of the run, and set its"
+            " state_format, basis_format and master afterwards"
         )
 
 
@@ -137,7 +144,7 @@ def restore(states: Any, groups: list[Group], state_dict: State, method: Method)
         state_dict: what was loaded.
         method: the optimizer's parts.
     """
-    converted: Counter[str] = Counter()
+    converted: Counter[tuple[str, str]] = Counter()
     for _, param, projected, key in _saved_params(groups, state_dict["param_groups"]):
         saved = state_dict["state"].get(key, {})
         for entry, value in saved.items():
@@ -149,21 +156,35 @@ def restore(states: Any, groups: list[Group], state_dict: State, method: Method)
                 value = _placed(entry, value, param, projected)
             states[param][entry] = value
         if "exp_avg" in saved:
-            found, own = format_of(saved), format_for(param, projected, method.state)
-            if found != own:
-                convert(states[param], param, own)
-                converted[f"moments in {found}"] += 1
-            if projected and convert_basis(states[param], param, method.basis):
-                converted[f"bases in {saved['basis'].dtype}"] += 1
-    for what, count in converted.items():
-        logger.warning(
-            "the state dict holds %s, of %d parameters: converted to state=%r, basis=%r, each value"
-            " to the nearest",
-            what,
-            count,
-            method.state,
-            method.basis,
-        )
+            converted.update(_converted(states[param], saved, param, projected, method))
+        if method.residual is None:
+            # Of another method's steps.
+            states.get(param, {}).pop("limiter_norm", None)
+    for (what, became), count in converted.items():
+        logger.warning("the state dict holds %s, of %d parameters: %s", what, count, became)
+
+
+def _converted(
+    state: State, saved: State, param: Tensor, projected: bool, method: Method
+) -> Iterator[tuple[str, str]]:
+    """Brings a state into this optimizer's formats: what was saved in another one, and what has
+    become of it.
+    """
+    found, own = format_of(saved), format_for(param, projected, method.state)
+    if found != own:
+        convert(state, param, own)
+        yield f"moments in {found}", f"converted to state={own!r}, each value to the nearest"
+    if projected and convert_basis(state, param, method.basis):
+        held = saved["basis"].dtype
+        name = BASIS_NAMES.get(held, str(held).removeprefix("torch."))
+        became = f"converted to basis={method.basis!r}, each value to the nearest"
+        yield f"bases in {name}", became
+    keeps = has_low_bits(param, method.master)
+    if "low_bits" in saved and not keeps:
+        del state["low_bits"]
+        yield "weights of 24 bits", f"their lower 8 are dropped, as master={method.master} has it"
+    elif keeps and "low_bits" not in saved:
+        yield "weights of 16 bits", "the lower 8 of master=24 begin at zero"
 
 
 def _placed(entry: str, value: Tensor, param: Tensor, projected: bool) -> Tensor:
@@ -232,7 +253,8 @@ def _check_format(saved: Group, index: int) -> None:
     if not isinstance(version, int):
         raise ValueError(
             f"group {index} of the state dict has no format number: it was not saved by"
-            " lowrank_kernels, and its projections cannot be taken over"
+            " lowrank_kernels, and cannot be taken over: load the model's weights alone, and begin"
+            " with a new state"
         )
     if version > FORMAT:
         raise ValueError(

@@ -1,5 +1,6 @@
 """What a parameter and its gradient have to be for a step to be taken."""
 
+import logging
 import operator
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
@@ -7,7 +8,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..ops.notices import notice_once
+from .formats import has_low_bits
 from .groups import Group, is_projected, named_params
+from .parts import Method
 from .projected_gradient import ProjectedGradient, held, is_projected_gradient
 
 
@@ -22,6 +26,24 @@ def check_params(group: Group, index: int) -> None:
         check_memory(name, param)
         if is_projected(group):
             check_matrix(name, param)
+
+
+def tell_what_has_no_effect(groups: list[Group], method: Method) -> None:
+    """Of what is asked for bfloat16 weights, where there are none.
+
+    The optimizer of a single parameter, as gradient release uses them, is none to judge.
+    """
+    trained = [
+        (group, param) for group in groups for param in group["params"] if param.requires_grad
+    ]
+    if len(trained) < 2:
+        return
+    if method.master and not any(has_low_bits(param, method.master) for _, param in trained):
+        notice_once(logging.WARNING, "master=24 has no effect: it is for weights in bfloat16")
+    rounded = (is_projected(group) and p.dtype is torch.bfloat16 for group, p in trained)
+    if method.rounding == "stochastic" and not any(rounded):
+        text = "rounding='stochastic' has no effect: it is for projected weights in bfloat16"
+        notice_once(logging.WARNING, text)
 
 
 def check_matrix(name: str, param: Tensor) -> None:

@@ -24,6 +24,8 @@ BasisFormat = Literal["weight", "int8", "int4"]
 MasterBits = Literal[24] | None
 STATE_FORMATS = tuple(FORMATS)
 BASIS_FORMATS = ("weight", "int8", "int4")
+# Of what holds the codes.
+BASIS_NAMES: dict[torch.dtype, BasisFormat] = {torch.int8: "int8", torch.uint8: "int4"}
 
 # With fewer elements, or one dimension, a parameter that is not projected keeps wide moments: norms
 # and biases are few numbers, and take hardly any memory.
@@ -54,6 +56,12 @@ def basis_dtype(rows: int, param: Tensor, wanted: BasisFormat) -> torch.dtype:
     if wanted == "weight":
         return param.dtype
     return torch.int8 if wanted == "int8" or rows % 2 else torch.uint8
+
+
+def basis_format(side: Side, param: Tensor, wanted: BasisFormat) -> BasisFormat:
+    """The format that a parameter's basis is held in, if `wanted` is the optimizer's."""
+    rows, _ = basis_shape((param.shape[0], param.shape[1]), side, 1)
+    return BASIS_NAMES.get(basis_dtype(rows, param, wanted), "weight")
 
 
 def new_basis(shape: tuple[int, int], param: Tensor, wanted: BasisFormat) -> dict[str, Tensor]:

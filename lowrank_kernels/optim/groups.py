@@ -25,6 +25,8 @@ PROJECTION_TYPES = ("std", "reverse_std", "left", "right")
 PROJECTION_DEFAULTS: Group = {"update_proj_gap": 200, "scale": 0.25, "proj_type": "std"}
 OWN_KEYS = ("rank", "alpha", *PROJECTION_DEFAULTS)
 OPTIONS = (*OWN_KEYS, "lr", "betas", "eps", "weight_decay", "maximize")
+# Of the whole optimizer.
+FORMAT_OPTIONS = ("state", "basis", "master")
 # Of 2^32: the multiples of no number fall more evenly into the range of 32 bits.
 GOLDEN_RATIO = 0x9E3779B9
 # What torch, its schedulers and users keep in a group beside what this optimizer reads.
@@ -185,6 +187,11 @@ def _check_keys(group: Group, defaults: Group, index: int) -> None:
         meant = difflib.get_close_matches(str(key), OWN_KEYS, n=1, cutoff=0.75)
         if meant and abs(len(key) - len(meant[0])) <= 1:
             raise ValueError(f"group {index}: {key!r} is not an option; do you mean {meant[0]!r}?")
+    if misplaced := [key for key in unknown if key in FORMAT_OPTIONS]:
+        raise ValueError(
+            f"group {index}: {', '.join(misplaced)}: options of the optimizer, not of its groups:"
+            " pass them to the constructor"
+        )
     alone = [key for key in ("update_proj_gap", "proj_type") if key in group]
     if alone and not is_projected(group):
         raise ValueError(

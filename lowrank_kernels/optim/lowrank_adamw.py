@@ -39,6 +39,7 @@ from .checks import (
     check_projected_gradient,
     check_shared,
     is_dense,
+    tell_what_has_no_effect,
 )
 from .families import tie
 from .formats import (
@@ -92,6 +93,11 @@ PART_NAMES = (
     "master",
 )
 PARTS = attrgetter(*PART_NAMES)
+# Of the constructors in galore-torch and fira that have no counterpart here.
+FOREIGN_ARGUMENTS = (
+    *("correct_bias", "no_deprecation_warning", "amsgrad", "optim_bits", "args", "min_8bit_size"),
+    *("percentile_clipping", "block_wise", "is_paged"),
+)
 AUTOCAST_DEVICES = tuple(
     filter(torch.amp.is_autocast_available, ("cpu", "cuda", "xpu", "mps", "hpu", "privateuseone"))
 )
@@ -172,9 +178,14 @@ class LowRankAdamW(Optimizer):
         master: 24 holds bfloat16 weights to 24 bits: the upper 16 where the model finds them, 8 in
             the state, so that no step is lost that is more than 2^-16 of its weight. In place of
             float32 copies, which take 4 bytes a weight. What other code writes into a weight is
-            seen at the next step.
+            seen at the next step, with the old byte beside it: to half a unit in its last place.
         monitor: counts non-finite gradients and steps held back by Fira's limiter for `stats`, at
             the cost of a few small launches a matrix.
+
+    Attributes:
+        state_format, basis_format, master: the arguments `state`, `basis` and `master`. They may be
+            written to between steps; the next step converts what it finds, each value to the
+            nearest, begins low bits at zero, and drops those that are no longer asked for.
 
     Raises:
         ValueError, TypeError: an option or a parameter does not fit; the text names it.
@@ -186,12 +197,19 @@ class LowRankAdamW(Optimizer):
     _room_memory = staticmethod(new_memory)
 
     def __new__(cls, *args: Any, **options: Any) -> "LowRankAdamW":
-        """Says where the options of groups belong, which many try here first."""
+        """Says where the options of groups belong, which many try here first, and which arguments
+        of the optimizers that these stand in for are to be dropped.
+        """
         misplaced = sorted({"rank", "alpha", *PROJECTION_DEFAULTS} & options.keys())
         if misplaced:
             raise TypeError(
                 f"{', '.join(misplaced)}: options of parameter groups, not of the optimizer: build"
                 f" the groups with lowrank_kernels.param_groups(model, rank=...)"
+            )
+        if foreign := sorted(set(FOREIGN_ARGUMENTS) & options.keys()):
+            raise TypeError(
+                f"{', '.join(foreign)}: of galore_torch or fira, and of no meaning here: leave out."
+                " The format of moments is `state`; the bias is always corrected"
             )
         return super().__new__(cls)
 
@@ -336,8 +354,9 @@ class LowRankAdamW(Optimizer):
 
         Returns:
             A row for every parameter: name, shape, dtype, projected, side, rank, backend, reason,
-            lr, how fast it moves (lr * scale of a group with a scale), state, in which format its
-            moments are held, and state_bytes, what its state holds now (0 before its first step).
+            lr, how fast it moves (lr * scale of a group with a scale), state, basis and master, in
+            which formats its moments, its basis (None without one) and its weight (24 or None) are
+            held, and state_bytes, what its state holds now (0 before its first step).
         """
         return report.explain(self)
 
@@ -349,8 +368,9 @@ class LowRankAdamW(Optimizer):
 
         Returns:
             A row for every parameter: name, shape, dtype, projected, side, rank (None of an AdamW
-            parameter), state, in which format its moments are held, weight_bytes, gradient_bytes
-            and state_bytes (both 0 if it does not require a gradient).
+            parameter), state, basis and master as in `explain`, weight_bytes, gradient_bytes and
+            state_bytes (both 0 if it does not require a gradient; the most that it can be with
+            adaptive ranks).
         """
         return report.plan(self)
 
@@ -368,9 +388,13 @@ class LowRankAdamW(Optimizer):
         Raises:
             KeyError: it has no state.
         """
-        if not self.state.get(param):
-            raise KeyError(f"a parameter of shape {tuple(param.shape)} has taken no step here")
-        return moments_of(self.state[param])
+        if state := self.state.get(param):
+            return moments_of(state)
+        for index, group in enumerate(self.param_groups):
+            for name, own in named_params(group, index):
+                if own is param:
+                    raise KeyError(f"{name} has taken no step yet, so that it has no moments")
+        raise KeyError(f"a parameter of shape {tuple(param.shape)} is none of this optimizer's")
 
     def stats(self) -> list[dict[str, Any]]:
         """Says what each projected parameter's subspace is doing; no factorization, no gradient.
@@ -433,9 +457,10 @@ class LowRankAdamW(Optimizer):
     def load_state_dict(self, state_dict: State) -> None:
         """Loads a state dict.
 
-        Moments and bases get the dtypes that the weights ask for, whatever they were saved with;
-        options of groups are those of the state dict, as in torch. Rank, scale and other options of
-        the projection that differ, and a method that differs, are told by a warning.
+        Moments, bases and the low bits of weights get this optimizer's formats, whatever they were
+        saved in; options of groups are those of the state dict, as in torch. What was converted,
+        rank, scale and other options of the projection that differ, and a method that differs, are
+        told by a warning of the logger `lowrank_kernels`.
 
         Raises:
             ValueError: the state dict is of a newer format, of another optimizer, for other shapes
@@ -551,6 +576,7 @@ class LowRankAdamW(Optimizer):
         if not self._judged:
             self._judge(param for _, params in checked for _, param, *_ in params)
             self._judged = True
+        tell_what_has_no_effect(self.param_groups, self.method)
         members = [
             (group, [self._member(group, place, *each) for place, each in enumerate(params)])
             for group, params in checked

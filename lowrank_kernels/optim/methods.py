@@ -34,8 +34,8 @@ class SubspaceOptions(Options, total=False):
 class GaLoreAdamW(LowRankAdamW):
     """GaLore: AdamW on the projected gradient, what the basis does not span is dropped.
 
-    Arguments, group keys and errors as in `LowRankAdamW`. Drop-in for
-    `galore_torch.GaLoreAdamW`; groups without a rank are torch's AdamW here.
+    Arguments, `state`, `basis` and `master` among them, group keys and errors as in `LowRankAdamW`.
+    Drop-in for `galore_torch.GaLoreAdamW`; groups without a rank are torch's AdamW here.
 
     Source: GaLore (arXiv 2403.03507), algorithm 2.
     """
@@ -56,7 +56,8 @@ class GaLoreAdamW8bit(GaLoreAdamW):
     """`GaLoreAdamW` with `state="int8"`, under the name that it has in `galore-torch`.
 
     There, eps is 1e-8 and weight_decay 1e-2 by default, moments are in blocks of 256 entries and
-    rounded to the nearest, and those of small matrices stay wide.
+    rounded to the nearest, and those of small matrices stay wide. Its arguments that concern
+    bitsandbytes (`optim_bits`, `min_8bit_size` and so on) are refused by name.
     """
 
     def __init__(
@@ -75,10 +76,11 @@ class GaLoreAdamW8bit(GaLoreAdamW):
 class FiraAdamW(LowRankAdamW):
     """Fira: GaLore plus the rest of the gradient, scaled a channel at a time and limited in growth.
 
-    Arguments, group keys and errors as in `LowRankAdamW`. Drop-in for `fira.FiraAdamW`; groups
-    without a rank are torch's AdamW here. `residual="official"` follows the published code, which
-    gave the published results; `residual="paper"` follows algorithm 1. They differ unless
-    `scale` is 1, and in the place of the bias correction.
+    Arguments, `state`, `basis` and `master` among them, group keys and errors as in `LowRankAdamW`.
+    Drop-in for `fira.FiraAdamW`; groups without a rank are torch's AdamW here.
+    `residual="official"` follows the published code, which gave the published results;
+    `residual="paper"` follows algorithm 1. They differ unless `scale` is 1, and in the place of the
+    bias correction.
 
     Source: Fira (arXiv 2410.01623), algorithm 1.
     """
@@ -119,9 +121,10 @@ class AdaRankGradAdamW(LowRankAdamW):
       noise of small batches keeps |R| up, and then the interval decides;
     - `scale` has GaLore's default 0.25; only its product with the learning rate matters.
 
-    Arguments, group keys and errors as in `LowRankAdamW`, and as in `Subspace` for those of the
-    method. The moments are corrected for their bias, as in `torch.optim.AdamW`. With another range
-    finder it is `LowRankAdamW(params, corrected=True, subspace=Subspace("svd", ...))`.
+    Arguments, `state`, `basis` and `master` among them, group keys and errors as in `LowRankAdamW`,
+    and as in `Subspace` for those of the method. The moments are corrected for their bias, as in
+    `torch.optim.AdamW`. With another range finder it is
+    `LowRankAdamW(params, corrected=True, subspace=Subspace("svd", ...))`.
 
     Source: AdaRankGrad (arXiv 2410.17881), from its abstract and secondary sources.
     """

@@ -10,7 +10,9 @@ from torch import Tensor
 
 from .. import ops
 from ..ops import BackendUnavailable, Choice, Side
-from .formats import format_for, is_whole
+from ..ops.adamw import stepped_by
+from ..ops.dispatch import Kind
+from .formats import basis_format, format_for, has_low_bits, is_whole, moments_dtype
 from .groups import Group, is_projected, learning_rate, named_params, size_of
 from .state import planned_state, state_bytes, subspace_stats
 
@@ -29,7 +31,7 @@ def explain(optimizer: LowRankAdamW) -> list[Row]:
             "dtype": param.dtype,
             **_who(optimizer, name, group, param),
             "lr": learning_rate(group),
-            "state": format_for(param, is_projected(group), optimizer.state_format),
+            **_formats(optimizer, group, param),
             "state_bytes": state_bytes(optimizer.state.get(param, {})),
         }
         for name, group, param in _parameters(optimizer)
@@ -68,22 +70,50 @@ def _parameters(optimizer: LowRankAdamW) -> Iterator[tuple[str, Group, Tensor]]:
 
 
 def _who(optimizer: LowRankAdamW, name: str, group: Group, param: Tensor) -> Row:
-    if not is_projected(group):
-        at = " at lr * scale" if "scale" in group else ""
-        plain = Choice("torch", f"AdamW{at}: no rank in its group{_kept(optimizer, param)}")
-        return {"projected": False, "side": None, "rank": None, **plain._asdict()}
-    _, _, rank, side = size_of(group, param)
-    if state := optimizer.state.get(param):
-        side, rank = Side(state["side"]), state["basis"].shape[1]
+    projected, side, rank = is_projected(group), None, None
+    if projected:
+        _, _, rank, side = size_of(group, param)
+        if state := optimizer.state.get(param):
+            side, rank = Side(state["side"]), state["basis"].shape[1]
     try:
-        request = ops.requested_backend(optimizer.backend)
-        backend, reason = optimizer.choice(request, group, name, param)
-        if tiles := ops.tiles(backend):
-            reason = f"{reason}; {tiles}"
+        if projected:
+            choice = _choice(optimizer, name, group, param)
+        else:
+            choice = _plain_choice(optimizer, group, param)
     except (ValueError, BackendUnavailable) as error:  # what a step would raise
-        backend, reason = "none", str(error)
-    row = {"projected": True, "side": side.name.lower(), "rank": rank}
-    return {**row, "backend": backend, "reason": reason}
+        choice = Choice("none", str(error))
+    side_name = None if side is None else side.name.lower()
+    return {"projected": projected, "side": side_name, "rank": rank, **choice._asdict()}
+
+
+def _choice(optimizer: LowRankAdamW, name: str, group: Group, param: Tensor) -> Choice:
+    choice = optimizer.choice(ops.requested_backend(optimizer.backend), group, name, param)
+    tiles = ops.tiles(choice.backend)
+    return choice._replace(reason=f"{choice.reason}; {tiles}") if tiles else choice
+
+
+def _plain_choice(optimizer: LowRankAdamW, group: Group, param: Tensor) -> Choice:
+    at = " at lr * scale" if "scale" in group else ""
+    reason = f"AdamW{at}: no rank in its group{_kept(optimizer, param)}"
+    form, backend = format_for(param, False, optimizer.state_format), "torch"
+    if form != "float32":
+        dtypes = param.dtype, (param if param.grad is None else param.grad).dtype
+        moments = moments_dtype(param, form)
+        kind = Kind(str(param.device), *dtypes, optimizer.capturable, moments=moments)
+        backend = stepped_by(kind, has_low_bits(param, optimizer.master))
+    return Choice(backend, reason)
+
+
+def _formats(optimizer: LowRankAdamW, group: Group, param: Tensor) -> Row:
+    """In which formats a parameter is held."""
+    projected, basis = is_projected(group), None
+    if projected:
+        basis = basis_format(size_of(group, param).side, param, optimizer.basis_format)
+    return {
+        "state": format_for(param, projected, optimizer.state_format),
+        "basis": basis,
+        "master": 24 if has_low_bits(param, optimizer.master) else None,
+    }
 
 
 def _kept(optimizer: LowRankAdamW, param: Tensor) -> str:
@@ -106,7 +136,7 @@ def _needs(optimizer: LowRankAdamW, name: str, group: Group, param: Tensor) -> R
         "projected": projected,
         "side": None if size is None else size.side.name.lower(),
         "rank": None if size is None else size.rank,
-        "state": format_for(param, projected, optimizer.state_format),
+        **_formats(optimizer, group, param),
         "weight_bytes": weight,
         "gradient_bytes": weight if param.requires_grad else 0,
         "state_bytes": state,

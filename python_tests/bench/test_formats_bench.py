@@ -108,6 +108,24 @@ def test_records_of_comparisons_and_of_runs_say_the_same(tmp_path, capsys):
     assert "`python -m bench.pretrain --seeds 0,1,2`" in text
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, r"formats: .*record\.json cannot be read: "),
+        ("{", r"formats: .*record\.json cannot be read: "),
+        ("{}", r"formats: .*record\.json is no record of bench\.pretrain"),
+        ("[]", r"formats: .*record\.json is no record of bench\.pretrain"),
+        ('{"runs": []}', r"formats: .*record\.json is no record of bench\.pretrain"),
+    ],
+)
+def test_what_is_no_record_is_refused_in_one_line(tmp_path, text, message):
+    path = tmp_path / "record.json"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(SystemExit, match=message):
+        formats.main([str(path)])
+
+
 def test_without_pairs_or_without_a_record(tmp_path):
     path = tmp_path / "record.json"
     path.write_text(json.dumps(run("galore-8bit", 0, 1.0)))

@@ -15,6 +15,8 @@ KEYS = {
     "gradient_bytes",
     "state_bytes",
     "state",
+    "basis",
+    "master",
     "lr",
     "backend",
     "reason",
@@ -38,6 +40,19 @@ def test_every_parameter(json_of):
     assert norm["reason"] == "not a matrix"
     assert embedding["reason"] == "an embedding or an output head"
     assert {row["backend"] for row in rows.values() if not row["projected"]} == {"torch"}
+
+
+def test_codes_without_a_rank_are_stepped_by_the_compiled_pass(json_of):
+    rows = json_of("explain --model nano --state int8 --basis int4")["parameters"]
+    rows = {row["name"]: row for row in rows}
+    embedding, norm = rows["model.embed_tokens.weight"], rows["model.norm.weight"]
+    assert (embedding["state"], embedding["basis"], embedding["backend"]) == (
+        "int8",
+        None,
+        "native",
+    )
+    assert (norm["state"], norm["backend"]) == ("float32", "torch")
+    assert rows["model.layers.0.mlp.up_proj.weight"]["basis"] == "int4"
 
 
 def test_states_are_those_of_the_plan(json_of):

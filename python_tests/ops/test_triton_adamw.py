@@ -1,7 +1,5 @@
 """AdamW of a whole parameter by Triton, against float64; codes as in `test_triton_codes`."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 from devices import device_of
@@ -260,18 +258,17 @@ def test_steps_and_salts_draw_other_numbers():
 
 
 def test_only_what_auto_gives_to_triton_on_a_gpu_is_stepped_by_it(gpu, monkeypatch):
-    cuda = SimpleNamespace(is_cuda=True, device=torch.device("cuda", 0), dtype=torch.bfloat16)
+    cuda = dispatch.Kind("cuda:0", torch.bfloat16, torch.bfloat16, moments=torch.int8)
     monkeypatch.delenv(dispatch.ENVIRONMENT_VARIABLE, raising=False)
-    assert dispatch.is_stepped_by_triton(cuda, cuda)
-    cpu = torch.zeros(3)
-    assert not dispatch.is_stepped_by_triton(cpu, cpu)
+    assert dispatch.is_stepped_by_triton(cuda)
+    assert not dispatch.is_stepped_by_triton(cuda._replace(device="cpu"))
     monkeypatch.setenv(dispatch.ENVIRONMENT_VARIABLE, "foreach")
-    assert not dispatch.is_stepped_by_triton(cuda, cuda)
+    assert not dispatch.is_stepped_by_triton(cuda)
     monkeypatch.setenv(dispatch.ENVIRONMENT_VARIABLE, "triton")
-    assert dispatch.is_stepped_by_triton(cuda, cuda)
+    assert dispatch.is_stepped_by_triton(cuda)
     gpu.faults["triton"] = "wrong"
     dispatch._chosen.cache_clear()
-    assert not dispatch.is_stepped_by_triton(cuda, cuda)
+    assert not dispatch.is_stepped_by_triton(cuda)
 
 
 def test_adamw_is_handed_to_triton_where_that_steps_it(monkeypatch):

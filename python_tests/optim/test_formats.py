@@ -27,6 +27,7 @@ from lowrank_kernels.ops.codes import (
     store,
 )
 from lowrank_kernels.ops.contract import AdamScalars
+from lowrank_kernels.ops.notices import notice_once
 from lowrank_kernels.ops.weights24 import joined
 from lowrank_kernels.optim.workspace import planned_workspace
 
@@ -130,13 +131,51 @@ def test_a_file_of_another_format_is_converted_and_says_so(state, target, caplog
     with caplog.at_level(logging.WARNING, "lowrank_kernels"):
         other.load_state_dict(saved_and_loaded(optimizer.state_dict()))
     assert ("holds moments in" in caplog.text) == (state != target)
-    assert "holds bases in torch.float32" in caplog.text
+    assert "holds bases in float32, of 2 parameters: converted to basis='int8', each" in caplog.text
+    assert "state='" not in caplog.text.partition("bases in")[2]
     for param, moments in zip(twin.parameters(), wide, strict=True):
         for own, before in zip(other.moments(param), moments, strict=True):
             assert float((own - before).norm()) <= 0.02 * float(before.norm())
     held = {row["name"]: row["state_bytes"] for row in other.explain()}
     assert held == {row["name"]: row["state_bytes"] for row in other.plan()}
     train(twin, other, range(STOP, STEPS))
+
+
+def test_bases_in_codes_are_told_by_the_name_of_their_format(caplog):
+    module, optimizer = setup("fira", torch.bfloat16, state="int8", basis="int4")
+    train(module, optimizer, range(2))
+    with caplog.at_level(logging.WARNING, "lowrank_kernels"):
+        setup("fira", torch.bfloat16, state="int8")[1].load_state_dict(optimizer.state_dict())
+    # One of the two has an odd number of rows.
+    for name in ("int4", "int8"):
+        assert f"bases in {name}, of 1 parameters: converted to basis='weight'" in caplog.text
+    assert "moments" not in caplog.text
+
+
+@pytest.mark.parametrize(("master", "target"), [(None, 24), (24, None), (24, 24), (None, None)])
+def test_loading_tells_of_bits_that_begin_or_are_dropped(master, target, caplog):
+    module, optimizer = setup("fira", torch.bfloat16, master=master)
+    train(module, optimizer, range(2))
+    twin, other = setup("fira", torch.bfloat16, master=target)
+    with caplog.at_level(logging.WARNING, "lowrank_kernels"):
+        other.load_state_dict(saved_and_loaded(optimizer.state_dict()))
+    count = len(list(module.parameters()))
+    begun, dropped = (f"weights of {bits} bits, of {count} parameters" for bits in (16, 24))
+    assert (begun in caplog.text) == ((master, target) == (None, 24))
+    assert (dropped in caplog.text) == ((master, target) == (24, None))
+    train(twin, other, range(2, 3))
+    held = {"low_bits" in other.state[param] for param in twin.parameters()}
+    assert held == {target == 24}
+
+
+def test_another_methods_limiter_is_not_kept():
+    module, optimizer = setup("fira")
+    train(module, optimizer, range(2))
+    twin, other = setup("galore")
+    other.load_state_dict(optimizer.state_dict())
+    train(twin, other, range(2, 3))
+    held = {row["name"]: row["state_bytes"] for row in other.explain()}
+    assert held == {row["name"]: row["state_bytes"] for row in other.plan()}
 
 
 def test_formats_may_change_between_steps():
@@ -466,6 +505,68 @@ def test_codes_without_their_scales_are_refused():
         del saved["state"][1][key]
         with pytest.raises(ValueError, match=f"3.weight.*{key}"):
             setup("fira", state="int8")[1].load_state_dict(saved)
+
+
+@pytest.mark.parametrize("key", ["state", "basis", "master"])
+def test_formats_of_a_group_are_refused_by_name(key):
+    weight = nn.Parameter(torch.randn(64, 80))
+    for group in ({"params": [weight], "rank": 4}, {"params": [weight]}):
+        with pytest.raises(ValueError, match=f"group 0: {key}: options of the optimizer"):
+            FiraAdamW([{**group, key: "int8"}])
+
+
+@pytest.mark.parametrize("method", [GaLoreAdamW8bit, GaLoreAdamW, FiraAdamW])
+def test_arguments_of_the_official_optimizers_are_named(method):
+    weight = nn.Parameter(torch.randn(64, 80))
+    with pytest.raises(TypeError, match=r"^block_wise, correct_bias, optim_bits: of galore_torch"):
+        method([weight], lr=0.01, optim_bits=8, block_wise=True, correct_bias=True)
+
+
+def test_moments_that_are_not_there_are_told_by_name():
+    module, optimizer = setup("galore")
+    with pytest.raises(KeyError, match=r"3\.weight has taken no step yet"):
+        optimizer.moments(module[3].weight)
+    with pytest.raises(KeyError, match=r"shape \(2, 3\) is none of this optimizer's"):
+        optimizer.moments(torch.zeros(2, 3))
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [({"master": 24}, "master=24 has no effect"), ({"rounding": "stochastic"}, "rounding='stoch")],
+    ids=str,
+)
+@every_dtype
+def test_what_is_for_bfloat16_says_so_at_the_first_step(options, told, dtype, caplog):
+    notice_once.cache_clear()
+    module, optimizer = setup("galore", dtype, **options)
+    assert told not in caplog.text
+    with caplog.at_level(logging.WARNING, "lowrank_kernels"):
+        train(module, optimizer, range(2))
+    assert caplog.text.count(told) == (dtype is torch.float32)
+
+
+def test_rows_name_basis_and_master():
+    _, optimizer = setup("galore", torch.bfloat16, basis="int4", master=24)
+    for rows in (optimizer.explain(), optimizer.plan()):
+        found = {row["name"]: (row["basis"], row["master"]) for row in rows}
+        assert found["1.weight"] == ("int4", 24)
+        # Of an odd number of rows.
+        assert found["3.weight"] == ("int8", 24)
+        assert found["0.weight"] == found["3.bias"] == (None, 24)
+    _, optimizer = setup("galore", master=24)
+    assert {(row["basis"], row["master"]) for row in optimizer.plan()} == {
+        ("weight", None),
+        (None, None),
+    }
+
+
+def test_rows_name_who_steps_codes():
+    _, optimizer = setup("galore", torch.bfloat16, state="int8")
+    backends = {row["name"]: row["backend"] for row in optimizer.explain()}
+    assert (backends["0.weight"], backends["3.bias"]) == ("native", "torch")
+    assert "stepped by: native (3), torch (4)" in repr(optimizer)
+    _, optimizer = setup("galore", torch.bfloat16, state="int8", master=24)
+    assert {row["backend"] for row in optimizer.explain() if not row["projected"]} == {"torch"}
 
 
 def test_the_name_of_galore_torch():

@@ -112,6 +112,27 @@ def test_workspace_of_what_can_be_asked_for_besides(backend, options):
     assert not optimizer.state.keys() - set(params)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("options", [{}, {"master": 24}], ids=str)
+@pytest.mark.parametrize("state", ["bfloat16", "int8"])
+def test_workspace_of_whole_parameters_in_fewer_bits(state, options, dtype):
+    """Larger than a block of torch's operations, which only weights of 24 bits take on a CPU."""
+    params = parameters([(700, 500)], dtype)
+    optimizer = GaLoreAdamW(params, lr=0.01, state=state, **options)
+    allocations = peak_of_a_step(optimizer, params)
+    planned = planned_workspace(optimizer, "cpu").step
+    assert planned == allocations.peak_bytes
+    assert (planned > 0) == (bool(options) and dtype is torch.bfloat16)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_whole_parameters_in_fewer_bits_take_one_launch_of_triton():
+    """Predicted of a GPU that is not there."""
+    pytest.importorskip("triton")
+    optimizer = GaLoreAdamW(parameters([(700, 500)], torch.bfloat16), lr=0.01, state="int8")
+    assert planned_workspace(optimizer, "cuda").step <= 64
+
+
 class NoKernel:
     """The interpreter copies what a kernel reads and writes; only the launchers are looked at."""
 
