@@ -1,6 +1,7 @@
-"""What backward needs of the forward, in fewer bytes."""
+"""Gradients and activations in fewer bytes."""
 
+from .project import ProjectedLinears, project_linears
 from .recompute import recompute_activations
 from .report import saved_bytes
 
-__all__ = ["recompute_activations", "saved_bytes"]
+__all__ = ["ProjectedLinears", "project_linears", "recompute_activations", "saved_bytes"]

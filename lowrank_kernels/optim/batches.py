@@ -16,15 +16,17 @@ from ..ops import AdamScalars, Matrices, Projection, Scalars, Side
 from ..ops.contract import adam_of, scalar_of
 from ..ops.tensors import READER
 from ..subspace import Due, Readback, Subspace, is_due, is_measured, measure, next_look
-from .checks import check_shared, extent, is_unresolved, overlap, resolved
+from .checks import check_projector, check_shared, extent, is_unresolved, overlap, resolved
+from .families import joined
 from .groups import OPTIONS, Group, is_projected
 from .parts import Method, residual_of
 from .plain import Plain
+from .projected_gradient import GRAD, grads_of, held, is_projected_gradient
 from .room import Room
 from .state import State
 
 # Called by `map` over all matrices before each step, without a Python function a matrix.
-_GRAD, _MEMORY_LAYOUT = attrgetter("grad"), attrgetter("layout")
+_MEMORY_LAYOUT = attrgetter("layout")
 _BASIS_STEP = itemgetter("basis_step")
 STEP = itemgetter("step")
 _MOMENTS = itemgetter("exp_avg", "exp_avg_sq")
@@ -78,7 +80,8 @@ class Batch:
         self._coded = self.states[0]["exp_avg"].dtype is torch.int8
         low = self.states[0]["exp_avg"].dtype.itemsize < 4
         self.moment_salts = salts if low else None
-        self._resolves = any(is_unresolved(grad) for grad in map(_GRAD, self.params))
+        self.projected = is_projected_gradient(self.params[0].grad)
+        self._resolves = any(map(is_unresolved, grads_of(self.params)))
         self._tensors = _low_rank(self.residual is not None, self._coded, bool(room.bases))
         self.room = room
         self.operations = ops.prepare(self.matrices(), backend=members[0].backend)
@@ -89,7 +92,7 @@ class Batch:
 
     def matrices(self) -> Matrices:
         """The tensors of this step."""
-        grads = list(map(_GRAD, self.params))
+        grads = grads_of(self.params)
         if self._resolves:
             grads = [resolved(grad) for grad in grads]
         if self.group["maximize"]:
@@ -113,6 +116,7 @@ class Batch:
             scales[1],
             self.moment_salts,
             not self.room.bases,
+            self.projected,
         )
 
     def is_looked_at(self, subspace: Subspace) -> bool:
@@ -141,9 +145,8 @@ class Batch:
             if is_measured(state, steps, subspace):
                 value = readback.finish(param, state["measured"])
                 due = due or value <= subspace.threshold
-            if due and param.grad is not None:
-                # 32 bits, since torch's generator on a CPU takes no more of a seed.
-                seed = zlib.crc32(f"{state['salt']} {steps}".encode())
+            if due and param.grad is not None and not self.projected:
+                seed = seed_of(state["salt"], steps)
                 found = Due(member.name, param.grad, state, group["rank"], steps, seed, betas)
                 yield member.place, found
         # A refresh that failed leaves its basis and looks again at the next step.
@@ -194,13 +197,17 @@ class Prepared:
             for member in own
         ]
         self._params = [param for _, param, _ in self._owners]
-        grads = list(map(_GRAD, self._params))
+        grads = grads_of(self._params)
         self._extents = list(map(extent, self._params + grads))
         self._addresses: list[int] = list(map(Tensor.data_ptr, grads))
 
-    def check_moved_gradients(self) -> None:
-        """Raises ValueError if a gradient moved into memory that a step writes."""
-        now = list(map(Tensor.data_ptr, map(_GRAD, self._params)))
+    def check_gradients(self) -> None:
+        """Raises if a gradient moved into memory that a step writes, or is of an old basis."""
+        for batch in self.batches:
+            if batch.projected:
+                for member in batch.members:
+                    check_projector(member.name, member.param, member.state)
+        now = list(map(Tensor.data_ptr, grads_of(self._params)))
         if now != self._addresses:
             if overlap(list(map(Tensor.data_ptr, self._params)) + now, self._extents):
                 check_shared(self._owners)
@@ -222,7 +229,8 @@ def batches_of(group: Group, members: list[Member], method: Method) -> list[Batc
     for equal in alike.values():
         _, param, state, _, backend = equal[0]
         assert param.grad is not None
-        size = ops.batch_size(param, param.grad, state["basis"].shape[1], backend=backend)
+        rank = state["basis"].shape[1]
+        size = ops.batch_size(param, held(param.grad), rank, backend=backend)
         size = min(size, Room.matrices(param, state))
         parts += [equal[start : start + size] for start in range(0, len(equal), size)]
     memory = torch.empty(room_bytes(parts), dtype=torch.uint8, device=members[0].param.device)
@@ -248,13 +256,14 @@ def _kind(member: Member, method: Method) -> Hashable:
     Their steps have to be the same in a batch, too, unless the device counts them.
     """
     param, state = member.param, member.state
+    assert param.grad is not None
     layouts = (
         (tensor.shape, tensor.stride(), tensor.dtype, is_unresolved(tensor))
-        for tensor in (param, param.grad, state["basis"])
-        if tensor is not None
+        for tensor in (param, held(param.grad), state["basis"])
     )
+    projected = is_projected_gradient(param.grad)
     age = None if method.capturable else (int(state["step"]), state["moments_step"])
-    return member.backend, state["side"], state["exp_avg"].dtype, age, *layouts
+    return member.backend, state["side"], state["exp_avg"].dtype, age, projected, *layouts
 
 
 class Facts(NamedTuple):
@@ -263,7 +272,7 @@ class Facts(NamedTuple):
     Attributes:
         groups: of each group, what is prepared with it, and its parameters that have a gradient.
         written: which tensors weights and states are, where and how they lie.
-        grads: their layouts, and whose values are not in memory, weights' too.
+        grads: their layouts, which are projected, and whose values are not in memory, weights' too.
         states: which they are, how many entries they have, and their numbers.
     """
 
@@ -322,7 +331,7 @@ def facts_of(
             numbers += map(_NUMBERS, found) if projected else ()
         except KeyError:
             return None
-    grads = list(map(_GRAD, params))
+    grads = grads_of(params)
     if any(map(operator.is_not, map(_MEMORY_LAYOUT, grads), itertools.repeat(torch.strided))):
         return None
     try:
@@ -334,6 +343,7 @@ def facts_of(
         written,
         [
             READER.layouts(grads),
+            *map(is_projected_gradient, map(GRAD, params)),
             *map(Tensor.is_neg, params + grads),
             *map(Tensor._is_zerotensor, grads),
         ],
@@ -361,6 +371,11 @@ def phase_of(state: State, gap: int, subspace: Subspace) -> int:
     return state["salt"] * gap >> 32 if subspace.stagger else 0
 
 
+def seed_of(salt: int, steps: int) -> int:
+    """Of a new basis: 32 bits, since torch's generator on a CPU takes no more of a seed."""
+    return zlib.crc32(f"{salt} {steps}".encode())
+
+
 def due_of(batches: list[Batch], subspace: Subspace, readback: Readback) -> list[Due]:
     """Of some batches of a group on one device, in the order of the group: the last bits of a
     batched factorization may depend on it.
@@ -369,7 +384,7 @@ def due_of(batches: list[Batch], subspace: Subspace, readback: Readback) -> list
     for batch in batches:
         if batch.is_looked_at(subspace):
             found += batch.due(subspace, readback)
-    return [due for _, due in sorted(found, key=itemgetter(0))] if found else []
+    return joined([due for _, due in sorted(found, key=itemgetter(0))]) if found else []
 
 
 def scalars_of(batches: list[Batch], method: Method) -> list[Scalars]:

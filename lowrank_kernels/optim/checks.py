@@ -2,12 +2,13 @@
 
 import operator
 from collections.abc import Iterable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .groups import Group, is_projected, named_params
+from .projected_gradient import ProjectedGradient, held, is_projected_gradient
 
 
 def check_params(group: Group, index: int) -> None:
@@ -77,6 +78,34 @@ def check_grad(name: str, param: Tensor, grad: Tensor) -> None:
         )
     if grad.is_complex():
         raise RuntimeError(f"{name} has a complex gradient ({grad.dtype})")
+
+
+def check_projected_gradient(name: str, param: Tensor, serves: bool) -> None:
+    """Raises RuntimeError if R is all that is known of a gradient, and a step needs more.
+
+    Args:
+        name: of the parameter.
+        param: with a gradient.
+        serves: whether R is all that its step needs.
+    """
+    if is_projected_gradient(param.grad) and not serves:
+        raise RuntimeError(
+            f"{name} {_described(param)} has a projected gradient, R alone, and its step needs the"
+            " whole: call zero_grad() after a change of the method or of the groups, and"
+            " project_linears again"
+        )
+
+
+def check_projector(name: str, param: Tensor, state: dict[str, Any]) -> None:
+    """Raises RuntimeError if a projected gradient is not of the basis that the state has."""
+    grad = param.grad
+    assert isinstance(grad, ProjectedGradient)
+    assert grad.projector is not None
+    if grad.projector.state is not state or not grad.projector.is_current():
+        raise RuntimeError(
+            f"{name} {_described(param)} has a gradient that was projected by another basis than"
+            " its state holds: call zero_grad() after load_state_dict() and after each step"
+        )
 
 
 def _described(param: Tensor) -> str:
@@ -152,7 +181,8 @@ class _Span(NamedTuple):
 
 def _spans(name: str, param: Tensor, projected: bool) -> Iterator[_Span]:
     """Of the weight and its gradient, if they fill their memory."""
-    for tensor, owner in ((param, name), (param.grad, f"the gradient of {name}")):
+    grad = None if param.grad is None else held(param.grad)
+    for tensor, owner in ((param, name), (grad, f"the gradient of {name}")):
         size = 0 if tensor is None else extent(tensor)
         if tensor is not None and size and tensor.data_ptr():
             begin = tensor.data_ptr()

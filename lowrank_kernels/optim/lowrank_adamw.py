@@ -2,6 +2,7 @@
 
 import logging
 import os
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from operator import attrgetter
@@ -15,7 +16,7 @@ from .. import ops
 from ..ops import Choice, Scalars
 from ..ops.dispatch import ENVIRONMENT_VARIABLE
 from ..ops.tensors import READER
-from ..subspace import Readback, Subspace, is_due, refresh_bases
+from ..subspace import Due, Readback, Subspace, is_due, next_look, refresh_bases
 from . import monitor, report
 from .batches import (
     STEP,
@@ -27,9 +28,19 @@ from .batches import (
     options_of,
     phase_of,
     scalars_of,
+    seed_of,
 )
 from .checkpoints import check_loadable, padded, restore, unpadded, with_formats
-from .checks import check_grad, check_matrix, check_memory, check_params, check_shared, is_dense
+from .checks import (
+    check_grad,
+    check_matrix,
+    check_memory,
+    check_params,
+    check_projected_gradient,
+    check_shared,
+    is_dense,
+)
+from .families import share, tie
 from .formats import (
     BasisFormat,
     MasterBits,
@@ -55,6 +66,7 @@ from .groups import (
     size_of,
 )
 from .parts import Method, ResidualForm, Rounding
+from .projected_gradient import Projector, held
 from .state import (
     State,
     check_shapes,
@@ -94,7 +106,7 @@ def _as_it_is(function: Function) -> Function:
 
 # A compiled step would be cut into dozens of graphs, and its kernels are compiled already. The
 # public torch.compiler.disable would import dynamo, 1.3 s, together with this package.
-_not_compiled: Callable[[Function], Function] = getattr(torch, "_disable_dynamo", _as_it_is)
+not_compiled: Callable[[Function], Function] = getattr(torch, "_disable_dynamo", _as_it_is)
 
 
 class LowRankAdamW(Optimizer):
@@ -232,7 +244,7 @@ class LowRankAdamW(Optimizer):
             check_format(name, param, self.state_format)
         super().add_param_group(group)
 
-    @_not_compiled
+    @not_compiled
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """Takes one step.
@@ -372,6 +384,84 @@ class LowRankAdamW(Optimizer):
         """
         return report.stats(self)
 
+    def wants(self, param: Tensor) -> Projector | None:
+        """How the next step wants a parameter's gradient: what projects it, or None for whole.
+
+        Known before the forward pass, and the same in all of them until the step is taken. Whole is
+        what AdamW, a residual, a basis that is due or missing and a criterion need.
+        """
+        state = self.state.get(param)
+        if self.residual is not None or self.capturable or not state or "basis" not in state:
+            return None
+        group = self._group_of(param)
+        gap, steps = group["update_proj_gap"], int(state["step"])
+        phase = phase_of(state, gap, self.subspace)
+        due = next_look(state, steps, gap, phase, self.subspace) <= steps
+        return None if due else Projector.of(state)
+
+    def can_begin(self, param: Tensor) -> bool:
+        """Whether `begin` can give a parameter its first basis before it has a gradient."""
+        state = self.state.get(param)
+        return not state or (int(state["step"]) == 0 and state.get("basis_step", 0) < 0)
+
+    def begin(
+        self, param: Tensor, *, gradient: Tensor | None = None, like: Tensor | None = None
+    ) -> Projector | None:
+        """Gives a projected parameter that has taken no step its first basis.
+
+        Args:
+            param: the weight, rows x cols.
+            gradient: its own, rows x cols, as at any refresh.
+            like: instead, for the right side d x cols, for the left rows x d with any d: the basis
+                holds the leading directions of that. With neither, or with a d below the rank, they
+                are random and depend on the parameter's name alone.
+
+        Returns:
+            What projects its gradients from now on; None if there is no finite basis.
+        """
+        name, group, salt = self._place_of(param)
+        state = self.state[param]
+        if not state:
+            state.update(new_state(param, group, salt, self.method))
+        subspace, matrix = self.subspace, gradient
+        if matrix is None:
+            # All of its rank: those directions say nothing about how many a gradient has.
+            subspace, matrix = Subspace(), like
+        if matrix is None or min(matrix.shape) < state["basis"].shape[1]:
+            subspace, matrix = Subspace("random"), param.new_ones(()).expand(param.shape)
+        betas = (float(group["betas"][0]), float(group["betas"][1]))
+        seed = seed_of(state["salt"], 0)
+        refresh_bases([Due(name, matrix, state, group["rank"], 0, seed, betas)], subspace)
+        if gradient is None:
+            state["captured"] = 0.0  # of a gradient, which nobody has seen
+        return Projector.of(state) if state["basis_step"] >= 0 else None
+
+    def share_basis(self, params: list[Tensor]) -> None:
+        """Lets right-sided parameters of a group that have taken no step share one basis from now
+        on: that of the first, which has one.
+
+        Source: none; q, k and v lose no energy by it, see CONTRIBUTING.
+        """
+        name, _, _ = self._place_of(params[0])
+        share([self.state[param] for param in params], zlib.crc32(name.encode()))
+
+    def _place_of(self, param: Tensor) -> tuple[str, Group, int]:
+        """A parameter's name, group and salt."""
+        first = 0
+        for index, group in enumerate(self.param_groups):
+            named = zip(named_params(group, index), salts(group, first), strict=True)
+            for (name, other), salt in named:
+                if other is param:
+                    return name, group, salt
+            first += len(group["params"])
+        raise KeyError(f"a parameter of shape {tuple(param.shape)} is not in this optimizer")
+
+    def _group_of(self, param: Tensor) -> Group:
+        """The group that a parameter is in."""
+        if param not in self._groups:
+            self._groups |= {p: group for group in self.param_groups for p in group["params"]}
+        return self._groups[param]
+
     def __repr__(self) -> str:
         return report.described(self, super().__repr__())
 
@@ -450,6 +540,7 @@ class LowRankAdamW(Optimizer):
         self._options: list[object] = []
         self._counted: dict[Tensor, int] = {}
         self._readback = Readback()
+        self._groups: dict[Tensor, Group] = {}
 
     @property
     def corrected(self) -> bool:
@@ -489,7 +580,7 @@ class LowRankAdamW(Optimizer):
         if known is None or known.facts != self._facts() or not self._count(known, capturing):
             known = self._known = self._prepare()
             self._count(known, capturing)
-        known.check_moved_gradients()
+        known.check_gradients()
         return known
 
     def _facts(self) -> tuple[object, ...]:
@@ -516,6 +607,7 @@ class LowRankAdamW(Optimizer):
             (group, [self._member(group, place, *each) for place, each in enumerate(params)])
             for group, params in checked
         ]
+        tie(member.state for _, own in members for member in own)
         return Prepared(self._facts(), members, self.method)
 
     def _checked(self) -> list[tuple[Group, list[tuple[str, Tensor, int, str]]]]:
@@ -541,6 +633,8 @@ class LowRankAdamW(Optimizer):
         """Who computes a parameter's step, once it is known that one can be taken."""
         assert param.grad is not None
         check_grad(name, param, param.grad)
+        serves = is_projected(group) and self.residual is None
+        check_projected_gradient(name, param, serves)
         check_format(name, param, self.state_format)
         backend = "torch"
         if is_projected(group):
@@ -631,9 +725,8 @@ class LowRankAdamW(Optimizer):
         """Who computes a projected parameter's step, and why."""
         size, capturable = size_of(group, param), self.capturable
         dtype = moments_dtype(param, self.state_format)
-        return ops.choose(
-            request, param, param.grad, capturable=capturable, size=size, moments=dtype
-        )
+        grad = None if param.grad is None else held(param.grad)
+        return ops.choose(request, param, grad, capturable=capturable, size=size, moments=dtype)
 
 
 def _capturing() -> bool:

@@ -39,6 +39,8 @@ class Due(NamedTuple):
         completed: steps that it has taken.
         seed: what randomness may depend on, the same on every rank of a distributed run.
         betas: of its moments.
+        others: states of matrices that share its basis, whose gradients are in `grad` beside its
+            own; changed as its own is.
     """
 
     name: str
@@ -48,6 +50,11 @@ class Due(NamedTuple):
     completed: int
     seed: int
     betas: tuple[float, float]
+    others: tuple[State, ...] = ()
+
+    @property
+    def states(self) -> tuple[State, ...]:
+        return self.state, *self.others
 
     @property
     def previous(self) -> Tensor | None:
@@ -170,7 +177,8 @@ def _factor(batch: list[Due], norms: Tensor, subspace: Subspace, problems: Probl
 
 
 def _keep(item: Due, problem: str, problems: Problems) -> None:
-    item.state["kept"] += 1
+    for state in item.states:
+        state["kept"] += 1
     problems.setdefault(problem, []).append(item.name)
 
 
@@ -192,22 +200,26 @@ def _adopt(batch: list[Due], found: Found, subspace: Subspace, problems: Problem
     known = [c.square().sum() / min(c.shape) for c in overlaps if c is not None]
     shares = on_host(torch.stack(known)).tolist() if known else [0.0] * len(overlaps)
     for (index, item, basis), overlap, share in zip(adopted, overlaps, shares, strict=True):
-        state, energies, rank = item.state, every_energy[index], basis.shape[1]
-        if overlap is not None:
-            state["overlap"] = share
-            _transfer_moments(item, overlap, subspace.moments)
-            note_overlap(state, share, subspace)
-        elif rank != state["basis"].shape[1]:
-            # Before the first basis the moments are zero: this only gives them their shape.
-            _transfer_moments(item, basis.new_zeros(rank, state["basis"].shape[1]), "keep")
-        for name, value in basis_entries(basis, state["basis"].dtype).items():
-            _store(state, name, value)
-        state["rank"] = rank
-        state["basis_step"] = item.completed
-        state["refreshes"] += 1
-        state["captured"] = min(1.0, sum(energies[:rank]))
-        state["fallbacks"] += int(found.slow[index])
-        state["deficient"] += int(energies[-1] <= found.noise)
+        energies, rank = every_energy[index], basis.shape[1]
+        for state in item.states:
+            if overlap is not None:
+                state["overlap"] = share
+                _transfer_moments(item, state, overlap, subspace.moments)
+                note_overlap(state, share, subspace)
+            elif rank != state["basis"].shape[1]:
+                # Before the first basis the moments are zero: this only gives them their shape.
+                unknown = basis.new_zeros(rank, state["basis"].shape[1])
+                _transfer_moments(item, state, unknown, "keep")
+            state["rank"] = rank
+            state["basis_step"] = item.completed
+            state["refreshes"] += 1
+            state["captured"] = min(1.0, sum(energies[:rank]))
+            state["fallbacks"] += int(found.slow[index])
+            state["deficient"] += int(energies[-1] <= found.noise)
+        for name, value in basis_entries(basis, item.state["basis"].dtype).items():
+            _store(item.state, name, value)
+            for state in item.others:
+                state[name] = item.state[name]
 
 
 def _turned(item: Due, directions: Tensor, signed: bool) -> tuple[Tensor, Tensor | None]:
@@ -239,10 +251,10 @@ def _signs(basis: Tensor, overlap: Tensor | None) -> Tensor:
     return torch.ones_like(sides, dtype=basis.dtype).masked_fill_(sides < 0, -1.0)
 
 
-def _transfer_moments(item: Due, overlap: Tensor, how: str) -> None:
+def _transfer_moments(item: Due, state: State, overlap: Tensor, how: str) -> None:
     if how == "keep" and overlap.shape[0] == overlap.shape[1]:
         return
-    state, steps = item.state, item.completed - item.state["moments_step"]
+    steps = item.completed - state["moments_step"]
     corrections = Corrections(*(1 - beta**steps for beta in item.betas))
     side, stored = Side(state["side"]), Stored.of(state)
     groups = channel_groups(side)

@@ -1,0 +1,121 @@
+"""A linear layer whose weight gives R instead of a gradient.
+
+    y = x W^T + b;   dx = H W;   db = sum of H;   H = dL/dy, t x m, x t x n, W m x n
+
+    right side   R = G P   = H^T (x P)      what is saved is x P, t x r, or x
+    left side    R = P^T G = (H P)^T x      what is saved is x
+
+Both are exact: G = H^T x is never formed. Source: GaLore's R (arXiv 2403.03507) by the product's
+associativity; saving x P is CompAct's (arXiv 2410.15352).
+"""
+
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ..ops.contract import Side
+from ..optim.projected_gradient import Projector, new_gradient
+
+# Gives what projects a gradient once H, t x m, and x, t x n, are known; None if it cannot.
+Begin = Callable[[Tensor, Tensor], Projector | None]
+# Kept alive by the graph alone.
+Products = dict[int, weakref.ref[Tensor]]
+
+
+@dataclass(frozen=True)
+class Use:
+    """How one pass through a layer forms the gradient of its weight.
+
+    Attributes:
+        projector: what projects it; None if that is begun in the backward pass.
+        begin: how it is begun.
+        keeps_input: x is saved and not x P.
+        dtype: in which all is computed, that of autocast; None for the tensors' own.
+        products: x P of this x by the basis, for layers that share both; None if none do.
+    """
+
+    projector: Projector | None
+    begin: Begin | None = None
+    keeps_input: bool = False
+    dtype: torch.dtype | None = None
+    products: Products | None = None
+
+    @property
+    def saves_product(self) -> bool:
+        if self.projector is None or self.keeps_input:
+            return False
+        return self.projector.side is Side.RIGHT
+
+    def cast(self, tensor: Tensor) -> Tensor:
+        return tensor if self.dtype is None else tensor.to(self.dtype)
+
+    def product(self, x: Tensor) -> Tensor:
+        """x P."""
+        assert self.projector is not None
+        key = id(self.projector.state["basis"])
+        known = None if self.products is None else self.products.get(key)
+        product = None if known is None else known()
+        if product is None:
+            product = x @ self.projector.basis().to(x.dtype)
+            if self.products is not None:
+                self.products[key] = weakref.ref(product)
+        return product
+
+
+class ProjectedLinear(torch.autograd.Function):
+    """`apply(x, weight, bias, use)`: x of any leading dimensions, weight m x n, bias m or None."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, use: Use) -> Tensor:
+        ctx.use, ctx.x_shape, ctx.x_dtype = use, x.shape, x.dtype
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        x = use.cast(x)
+        saved = x
+        if use.saves_product:
+            saved = use.product(x)
+        ctx.save_for_backward(saved, weight)
+        return F.linear(x, use.cast(weight), None if bias is None else use.cast(bias))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        saved, weight = ctx.saved_tensors
+        needs_x, needs_weight, needs_bias, _ = ctx.needs_input_grad
+        heads = grad.reshape(-1, grad.shape[-1])
+        of_x = of_weight = of_bias = None
+        if needs_x:
+            of_x = (heads @ ctx.use.cast(weight)).view(ctx.x_shape).to(ctx.x_dtype)
+        if needs_weight:
+            of_weight = _weight_gradient(heads, saved.reshape(-1, saved.shape[-1]), weight, ctx.use)
+        if needs_bias:
+            of_bias = heads.sum(0).to(ctx.bias_dtype)
+        return of_x, of_weight, of_bias, None
+
+
+def _weight_gradient(heads: Tensor, saved: Tensor, weight: Tensor, use: Use) -> Tensor:
+    """R as the gradient of the weight, or G where there is no basis.
+
+    Args:
+        heads: H, t x m.
+        saved: x, t x n, or x P, t x r.
+        weight: m x n.
+        use: of this pass.
+    """
+    projector = use.projector
+    if projector is None and use.begin is not None:
+        projector = use.begin(heads, saved)
+    if projector is None:
+        return (heads.mT @ saved).to(weight.dtype)
+    if use.saves_product:
+        projected = heads.mT @ saved
+    else:
+        basis = projector.basis().to(saved.dtype)
+        right = projector.side is Side.RIGHT
+        projected = heads.mT @ (saved @ basis) if right else (heads @ basis).mT @ saved
+    return new_gradient(projected, projector, weight.shape, weight.dtype)

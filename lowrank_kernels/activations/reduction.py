@@ -1,0 +1,125 @@
+"""Under DistributedDataParallel: R is averaged over the ranks, not a gradient of full size."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from ..optim.projected_gradient import held
+
+# Of a bucket that is sent at once, as DistributedDataParallel has it.
+BUCKET_BYTES = 25 * 2**20
+
+
+class Reduction:
+    """Averages the gradients of some weights that DistributedDataParallel is told to ignore.
+
+    It happens at the end of each backward pass in which that synchronizes, before anyone reads a
+    norm: what was accumulated under `no_sync` goes along, and each rank sends r / n of what it
+    would. They are sent in the dtype of the weights, as other gradients are. A weight that a rank
+    has not used counts as zero there.
+
+    Args:
+        model: as it is going to be wrapped.
+        layers: linear layers of it by name.
+    """
+
+    def __init__(self, model: nn.Module, layers: dict[str, nn.Linear]) -> None:
+        self._model = weakref.ref(model)
+        self._names = {f"{name}.weight" for name in layers}
+        # One weight may be of several layers.
+        self._weights = list(dict.fromkeys(layer.weight for layer in layers.values()))
+        self._wrapper: nn.parallel.DistributedDataParallel | None = None
+        self._synchronizes = self._queued = False
+        self._handles = [
+            weight.register_post_accumulate_grad_hook(self._accumulated)  # type: ignore[no-untyped-call]
+            for weight in self._weights
+        ]
+        ignored = getattr(model, "_ddp_params_and_buffers_to_ignore", ())
+        model._ddp_params_and_buffers_to_ignore = [  # type: ignore[assignment]
+            *ignored, *sorted(self._names)
+        ]  # fmt: skip
+
+    def end(self) -> None:
+        """Raises RuntimeError if a wrapper counts on this."""
+        if self._wrapper is not None:
+            raise RuntimeError(
+                "DistributedDataParallel leaves these weights to project_linears: wrap the model"
+                " anew to undo it"
+            )
+        for handle in self._handles:
+            handle.remove()
+        model = self._model()
+        if model is not None:
+            ignored = getattr(model, "_ddp_params_and_buffers_to_ignore", ())
+            model._ddp_params_and_buffers_to_ignore = [  # type: ignore[assignment]
+                name for name in ignored if name not in self._names
+            ]
+
+    def enter(self) -> bool:
+        """Called in every forward pass; whether a wrapper is at work."""
+        if not dist.is_available() or not dist.is_initialized():
+            return False
+        wrapper = nn.parallel.DistributedDataParallel._get_active_ddp_module()  # type: ignore[no-untyped-call]
+        if wrapper is None:
+            return self._wrapper is not None
+        if wrapper is not self._wrapper:
+            self._wrapper = wrapper
+            with torch.no_grad():
+                for weight in self._weights:
+                    dist.broadcast(weight.detach(), _first_rank(wrapper), wrapper.process_group)
+        self._synchronizes = wrapper.require_backward_grad_sync
+        return True
+
+    def _accumulated(self, weight: Tensor) -> None:
+        if self._wrapper is None or not self._synchronizes or self._queued:
+            return
+        self._queued = True
+        engine = torch.autograd.Variable._execution_engine
+        engine.queue_callback(self._average)
+
+    @torch.no_grad()
+    def _average(self) -> None:
+        self._queued = False
+        wrapper = self._wrapper
+        assert wrapper is not None
+        group = wrapper.process_group
+        count = dist.get_world_size(group)
+        for grads, dtype in self._buckets():
+            flat = torch.cat([grad.flatten().to(dtype) for grad in grads]).div_(count)
+            dist.all_reduce(flat, group=group)
+            means = torch.split(flat, [grad.numel() for grad in grads])
+            for grad, mean in zip(grads, means, strict=True):
+                grad.copy_(mean.view_as(grad))
+
+    def _buckets(self) -> Iterator[tuple[list[Tensor], torch.dtype]]:
+        bucket: list[Tensor] = []
+        size, dtype = 0, None
+        for weight in self._weights:
+            if not weight.requires_grad:
+                continue
+            if weight.grad is None:
+                raise RuntimeError(
+                    f"a projected weight of shape {tuple(weight.shape)} has no gradient on this"
+                    " rank: under DistributedDataParallel every layer has to take part in each"
+                    " backward pass"
+                )
+            grad = held(weight.grad)
+            if bucket and (weight.dtype is not dtype or size >= BUCKET_BYTES):
+                assert dtype is not None
+                yield bucket, dtype
+                bucket, size = [], 0
+            dtype = weight.dtype
+            bucket.append(grad)
+            size += grad.numel() * dtype.itemsize
+        if bucket:
+            assert dtype is not None
+            yield bucket, dtype
+
+
+def _first_rank(wrapper: nn.parallel.DistributedDataParallel) -> int:
+    return dist.get_global_rank(wrapper.process_group, 0)

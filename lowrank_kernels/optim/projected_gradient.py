@@ -1,0 +1,287 @@
+"""The gradient of a weight of which only the projection was ever computed."""
+
+from collections.abc import Callable, Iterable, Sequence
+from operator import attrgetter
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..ops.bases import loaded_basis
+from ..ops.contract import Side, moment_dtype, projected_shape
+from ..ops.products import project
+
+State = dict[str, Any]
+aten = torch.ops.aten
+
+GRAD = attrgetter("grad")
+
+
+class Projector(NamedTuple):
+    """What projects a weight's gradient: the basis that its state had at some time.
+
+    Attributes:
+        state: of the weight.
+        basis_step: steps that it had taken when the basis was computed.
+    """
+
+    state: State
+    basis_step: int
+
+    @classmethod
+    def of(cls, state: State) -> "Projector":
+        """The one that a state has now."""
+        return cls(state, state["basis_step"])
+
+    @property
+    def side(self) -> Side:
+        return Side(self.state["side"])
+
+    @property
+    def rank(self) -> int:
+        return int(self.state["basis"].shape[1])
+
+    def is_current(self) -> bool:
+        """Whether the state still has this basis."""
+        return bool(self.state["basis_step"] == self.basis_step)
+
+    def basis(self) -> Tensor:
+        """P, rows x r on the left, cols x r on the right, in the dtype of the weight.
+
+        Raises:
+            RuntimeError: the state has another one by now.
+        """
+        if not self.is_current():
+            raise RuntimeError(
+                "a basis was renewed between a forward pass and the use of its gradient: call"
+                " zero_grad() after each step"
+            )
+        return loaded_basis(self.state)
+
+    def is_same(self, other: "Projector | None") -> bool:
+        """Whether what they project may be added up."""
+        if other is None:
+            return False
+        return self.state is other.state and self.basis_step == other.basis_step
+
+
+class ProjectedGradient(Tensor):
+    """G, rows x cols, known by R = G P (right side) or P^T G (left side) alone.
+
+    It has the shape and the dtype of G, and its norm is that of R: of what a step applies. It can
+    be added up, scaled, clipped by the 2-norm, unscaled by a GradScaler and set to zero. All else
+    needs G: `dense()` gives what R tells of it.
+
+    Attributes:
+        held: R, rows x r or r x cols, in float32 (float64 for float64 weights), or G itself where a
+            dense gradient was added to none.
+        projector: of R; None if G is held.
+    """
+
+    held: Tensor
+    projector: Projector | None
+    _empty: bool
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    @staticmethod
+    def __new__(
+        cls,
+        held: Tensor,
+        projector: Projector | None,
+        shape: Sequence[int],
+        dtype: torch.dtype,
+    ) -> "ProjectedGradient":
+        make: Callable[..., ProjectedGradient] = torch.Tensor._make_wrapper_subclass
+        gradient = make(cls, tuple(shape), dtype=dtype, device=held.device)
+        gradient.held, gradient.projector, gradient._empty = held, projector, False
+        return gradient
+
+    def dense(self) -> Tensor:
+        """R P^T on the right, P R on the left: the part of G in the span of the basis, in the dtype
+        of the gradient.
+
+        Raises:
+            RuntimeError: the basis was renewed since.
+        """
+        if self.projector is None:
+            return self.held
+        basis = self.projector.basis().to(self.held.dtype)
+        right = self.projector.side is Side.RIGHT
+        return (self.held @ basis.mT if right else basis @ self.held).to(self.dtype)
+
+    def __repr__(self, **_: object) -> str:  # type: ignore[override]
+        kind = (
+            "G" if self.projector is None else f"R of the {self.projector.side.name.lower()} side"
+        )
+        return (
+            f"ProjectedGradient({tuple(self.shape)}, {self.dtype}, {self.device}, holds {kind},"
+            f" {tuple(self.held.shape)})"
+        )
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls,
+        function: Any,
+        types: Iterable[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        served = _SERVED.get(function)
+        if served is None:
+            raise TypeError(
+                f"{function} needs a whole gradient, and this weight's is known by its projection"
+                " alone, for lowrank_kernels.project_linears is at work: step it with the optimizer"
+                " given there, or take .dense() for what lies in the span of its basis"
+            )
+        return served(function, args, kwargs or {})
+
+    def _with(self, held: Tensor) -> "ProjectedGradient":
+        return ProjectedGradient(held, self.projector, self.shape, self.dtype)
+
+    def _projected(self, other: Tensor) -> Tensor:
+        """What of another gradient of this weight can be added to the one that is held.
+
+        A dense one comes from a use of the weight outside of its linear layer.
+        """
+        if isinstance(other, ProjectedGradient):
+            if self.projector is None:
+                return other.dense()
+            if other.projector is not None:
+                if not self.projector.is_same(other.projector):
+                    raise RuntimeError(
+                        f"gradients of a {tuple(self.shape)} weight with different bases cannot be"
+                        " added up: call zero_grad() after each step"
+                    )
+                return other.held
+            other = other.held
+        if self.projector is None:
+            return other
+        dtype = self.held.dtype
+        return project(other.to(dtype), self.projector.basis().to(dtype), self.projector.side)
+
+
+def held(gradient: Tensor) -> Tensor:
+    """What is in memory of a gradient: R of a projected one."""
+    return gradient.held if isinstance(gradient, ProjectedGradient) else gradient
+
+
+def is_projected_gradient(gradient: Tensor | None) -> bool:
+    """Whether R is held, and no G."""
+    return isinstance(gradient, ProjectedGradient) and gradient.projector is not None
+
+
+def grads_of(params: Iterable[Tensor]) -> list[Tensor]:
+    """What is in memory of the gradients of parameters that have one."""
+    grads: list[Tensor] = list(map(GRAD, params))
+    return list(map(held, grads)) if ProjectedGradient in map(type, grads) else grads
+
+
+def new_gradient(
+    projected: Tensor, projector: Projector, shape: Sequence[int], dtype: torch.dtype
+) -> ProjectedGradient:
+    """Of a weight of a shape and dtype, from R in any floating dtype."""
+    rows, cols = shape
+    expected = projected_shape((rows, cols), projector.side, projector.rank)
+    assert projected.shape == expected, (projected.shape, expected)
+    wide = projected.to(moment_dtype(dtype)).contiguous()
+    return ProjectedGradient(wide, projector, shape, dtype)
+
+
+def _every(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """As the operation, on what is held."""
+    return function(*_unwrapped(args), **kwargs)
+
+
+def _unwrapped(args: Iterable[Any]) -> list[Any]:
+    return [list(map(held, x)) if isinstance(x, (list, tuple)) and x and isinstance(x[0], Tensor)
+            else held(x) if isinstance(x, Tensor) else x for x in args]  # fmt: skip
+
+
+def _in_place(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    _every(function, args, kwargs)
+    return args[0]
+
+
+def _anew(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return args[0]._with(function(args[0].held, *args[1:], **kwargs))
+
+
+def _norm(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    order = args[1] if len(args) > 1 else kwargs.get("ord", 2)
+    if order != 2 or any(x is not None for x in args[2:]) or kwargs.get("dim") is not None:
+        raise TypeError(
+            f"of a projected gradient only the 2-norm of the whole is known, not ord={order}: clip"
+            " by norm_type=2"
+        )
+    return _every(function, args, kwargs)
+
+
+def _add(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    first, other = args
+    if not isinstance(first, ProjectedGradient):
+        first, other = other, first
+    return _sum_in_place(first._with(first.held.clone()), other, first._empty, **kwargs)
+
+
+def _add_(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    first, other = args
+    if not isinstance(first, ProjectedGradient):
+        return first.add_(other.dense(), **kwargs)
+    return _sum_in_place(first, other, first._empty, **kwargs)
+
+
+def _sum_in_place(
+    first: ProjectedGradient, other: Tensor, empty: bool, alpha: float = 1
+) -> ProjectedGradient:
+    if empty:
+        # What was set to zero may have been of a basis that is gone.
+        first.held = held(other).clone()
+        first.projector = other.projector if isinstance(other, ProjectedGradient) else None
+        first._empty = False
+    else:
+        first.held.add_(first._projected(other), alpha=alpha)
+    return first
+
+
+def _zero_(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    for gradient in args[0] if isinstance(args[0], (list, tuple)) else args[:1]:
+        held(gradient).zero_()
+        if isinstance(gradient, ProjectedGradient):
+            gradient._empty = True
+    return args[0] if isinstance(args[0], Tensor) else None
+
+
+def _unscale(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """R may be of another dtype than the gradients beside it."""
+    grads, found_inf, inverse = args
+    for gradient in map(held, grads):
+        function([gradient], found_inf, inverse)
+
+
+_SERVED: dict[Any, Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]] = {
+    aten.detach.default: lambda f, args, kwargs: args[0]._with(args[0].held),
+    aten.alias.default: lambda f, args, kwargs: args[0]._with(args[0].held),
+    aten.clone.default: lambda f, args, kwargs: args[0]._with(args[0].held.clone()),
+    aten.neg.default: _anew,
+    aten.mul.Tensor: _anew,
+    aten.mul.Scalar: _anew,
+    aten.div.Tensor: _anew,
+    aten.div.Scalar: _anew,
+    aten.mul_.Tensor: _in_place,
+    aten.mul_.Scalar: _in_place,
+    aten.div_.Tensor: _in_place,
+    aten.div_.Scalar: _in_place,
+    aten.add.Tensor: _add,
+    aten.add_.Tensor: _add_,
+    aten.zero_.default: _zero_,
+    aten._foreach_zero_.default: _zero_,
+    aten.linalg_vector_norm.default: _norm,
+    aten._foreach_norm.Scalar: _norm,
+    aten._foreach_mul_.Tensor: _every,
+    aten._foreach_mul_.Scalar: _every,
+    aten._foreach_mul_.List: _every,
+    aten._foreach_div_.Tensor: _every,
+    aten._foreach_div_.Scalar: _every,
+    aten._amp_foreach_non_finite_check_and_unscale_.default: _unscale,
+}
