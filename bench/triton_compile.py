@@ -95,13 +95,14 @@ DTYPES = {
 class Options(NamedTuple):
     """What else a launch can be asked for; `scattered`: 16 does not divide the distances.
 
-    `moments`: their format.
+    `moments`: their format; `projected`: R is given, for GaLore only.
     """
 
     capturable: bool = False
     stochastic: bool = False
     scattered: bool = False
     moments: str = "float32"
+    projected: bool = False
 
 
 OPTIONS = {
@@ -114,12 +115,18 @@ OPTIONS = {
     "codes, capturable": Options(moments="int8", capturable=True),
     "codes, scattered": Options(moments="int8", scattered=True),
     "bf16 moments": Options(moments="bfloat16"),
+    "projected": Options(projected=True),
+    "projected, scattered": Options(projected=True, scattered=True),
+    "projected, codes": Options(projected=True, moments="int8"),
+    "projected, codes, capturable": Options(projected=True, moments="int8", capturable=True),
+    "projected, bf16 moments": Options(projected=True, moments="bfloat16"),
 }
 
 FIRA = Residual(0.25, 1.0)
 
 # An argument that is 1 becomes a constant, which is not a tensor: a kernel has to compile then too.
 DEGENERATE = [((1, 1), 1), ((1, 17), 1), ((17, 1), 1), ((61, 37), 13)]
+DEGENERATE_PROJECTED = ("projected", "projected, codes, capturable")
 
 
 class Case(NamedTuple):
@@ -217,7 +224,8 @@ def cases() -> Iterator[Case]:
                 yield case._replace(dtypes=dtypes)
                 yield case._replace(dtypes=dtypes, matrices=1)
             for options in OPTIONS if many else ():
-                yield case._replace(options=options)
+                if residual is None or not OPTIONS[options].projected:
+                    yield case._replace(options=options)
             if many:
                 yield case._replace(dtypes="fp32", options="scattered")
                 yield case._replace(dtypes="fp32", options="codes")
@@ -225,6 +233,8 @@ def cases() -> Iterator[Case]:
     for shape, rank in DEGENERATE:
         for dtypes, options in product(("bf16", "fp32"), ("", "capturable", "codes, capturable")):
             yield Case("degenerate", shape, rank, 1, dtypes, options, FIRA)
+        for dtypes, options in product(("bf16", "fp32"), DEGENERATE_PROJECTED):
+            yield Case("degenerate", shape, rank, 1, dtypes, options, None)
 
 
 def quick_cases(target: Target) -> Iterator[Case]:
@@ -242,10 +252,16 @@ def quick_cases(target: Target) -> Iterator[Case]:
         yield from (wide, wide._replace(shape=(11008, 4096)))
         yield Case("350m", (1024, 2736), 256, 24, "bf16", "", FIRA)
     yield from (aligned._replace(options="codes"), split._replace(options="codes"))
+    given = [odd._replace(residual=None), aligned._replace(residual=None)]
+    for options in ("projected", "projected, codes"):
+        yield from (each._replace(options=options) for each in given)
     some = [odd._replace(dtypes=dtypes) for dtypes in DTYPES if dtypes not in ("bf16", "fp32")]
-    some += [
-        odd._replace(options=options) for options in OPTIONS if options not in ("", "scattered")
-    ]
+    for options, means in OPTIONS.items():
+        if means.projected:
+            some += [each._replace(options=options) for each in given]
+        elif options not in ("", "scattered"):
+            some.append(odd._replace(options=options))
+    some += [given[1]._replace(dtypes=dtypes, options="projected") for dtypes in DTYPES]
     some += [aligned._replace(dtypes="fp32"), aligned._replace(residual=None)]
     some += [odd._replace(dtypes="fp32", options="codes")]
     some += [split._replace(options="capturable, stochastic"), small._replace(residual=None)]
@@ -256,6 +272,8 @@ def quick_cases(target: Target) -> Iterator[Case]:
             ("bf16", "codes, capturable"),
         ):
             some.append(Case("degenerate", shape, rank, 1, dtypes, options, FIRA))
+        for dtypes, options in zip(("bf16", "fp32"), DEGENERATE_PROJECTED, strict=True):
+            some.append(Case("degenerate", shape, rank, 1, dtypes, options, None))
     yield from some[TARGETS.index(target) :: len(TARGETS)]
 
 
@@ -322,7 +340,7 @@ def launches(target: Target, case: Case) -> list[tuple[JITFunction, tuple, dict]
         side,
         case.residual,
         params=empty(case.shape, dtypes.weight),
-        grads=empty(case.shape, dtypes.grad),
+        grads=empty(low if options.projected else case.shape, dtypes.grad),
         bases=empty(basis_shape(case.shape, side, case.rank), dtypes.weight),
         exp_avgs=exp_avgs,
         exp_avg_sqs=exp_avg_sqs,
@@ -331,6 +349,7 @@ def launches(target: Target, case: Case) -> list[tuple[JITFunction, tuple, dict]
         exp_avg_scales=scales[0] if scales else (),
         exp_avg_sq_scales=scales[1] if scales else (),
         moment_salts=None if moments is torch.float32 else tuple(range(count)),
+        projected=options.projected,
     )
     scalar, step = 0.5, 17
     if options.capturable:
@@ -355,7 +374,8 @@ def launches(target: Target, case: Case) -> list[tuple[JITFunction, tuple, dict]
         operations.back_project_update(matrices, projection, factor, scalars)
         if moments is not torch.float32:
             whole = new_stored(case.shape, moments, meta, FLAT_GROUPS)
-            plain.adamw(matrices.params[0], matrices.grads[0], whole, scalars, salt=1)
+            grad = torch.empty_like(matrices.params[0], dtype=dtypes.grad)
+            plain.adamw(matrices.params[0], grad, whole, scalars, salt=1)
     return recorded
 
 

@@ -70,7 +70,7 @@ def prepare(matrices: Matrices, *, backend: str = "reference") -> Operations:
 def batch_size(param: Tensor, grad: Tensor, rank: int, *, backend: str = "reference") -> int:
     """How many matrices like this one the backend takes best in one batch, at least 1.
 
-    The workspace of a step, N and R of a batch, grows with it.
+    The workspace of a step, N and R of a batch, grows with it. `grad` may be R.
     """
     size: int = load(backend).batch_size(param, grad, rank)
     return size

@@ -152,6 +152,8 @@ class Matrices(NamedTuple):
         orthonormal: whether the bases are, up to the rounding of their dtype. Of codes they are
             not: then |S|^2 has to be formed literally where it is a small difference, see
             `MAX_KAPPA_HALF_PRECISION`.
+        projected: whether `grads` are R already: contiguous, in float32, half precision or the
+            dtype of the arithmetic. Not with a residual, which is G's.
 
     Stochastic rounding draws from a counter, see `noise`: for element (c, d) of a matrix, c its
     channel and d its place in the channel. A bfloat16 weight is rounded away from zero if the 16
@@ -172,6 +174,7 @@ class Matrices(NamedTuple):
     exp_avg_sq_scales: Sequence[Tensor] = ()
     moment_salts: tuple[int, ...] | None = None
     orthonormal: bool = True
+    projected: bool = False
 
     @property
     def dtype(self) -> torch.dtype:
@@ -221,7 +224,7 @@ class Operations(Protocol):
     ) -> Projection:
         """Operation 1: R = P^T G or G P, the Adam moments of R in place, the direction N, and
         Fira's channel sums if there is a residual. From `step`, see `Scalars.step`, draws what
-        rounds the moments.
+        rounds the moments. R that is given is not written.
 
         Source: GaLore (arXiv 2403.03507), algorithm 2; Fira (arXiv 2410.01623), algorithm 1.
         """
@@ -274,7 +277,7 @@ def check_matrices(matrices: Matrices) -> None:
         raise ValueError(f"param must not overlap itself, got strides {param.stride()}")
     shape, rank, device = (param.shape[0], param.shape[1]), basis.shape[1], param.device
     low = projected_shape(shape, matrices.side, rank)
-    _check_like("grad", grad, shape, grad.dtype, device)
+    _check_like("grad", grad, low if matrices.projected else shape, grad.dtype, device)
     _check_like("basis", basis, basis_shape(shape, matrices.side, rank), basis.dtype, device)
     _check_like("exp_avg", exp_avg, low, exp_avg.dtype, device)
     if exp_avg.dtype not in (torch.float32, torch.float64, torch.bfloat16, torch.int8):
@@ -300,6 +303,8 @@ def check_matrices(matrices: Matrices) -> None:
     for name, moment in (("exp_avg", exp_avg), ("exp_avg_sq", exp_avg_sq)):
         if not moment.is_contiguous():
             raise ValueError(f"{name} must be contiguous, got strides {moment.stride()}")
+    if matrices.projected:
+        _check_projected(matrices)
     if matrices.residual is not None:
         limiter_norm = _first("limiter_norm", matrices.limiter_norms, count)
         _check_like("limiter_norm", limiter_norm, (), matrices.dtype, device)
@@ -308,6 +313,16 @@ def check_matrices(matrices: Matrices) -> None:
     for name, salts in (("salts", matrices.salts), ("moment_salts", matrices.moment_salts)):
         if salts is not None and len(salts) != count:
             raise ValueError(f"{name}: a batch needs {count}, got {len(salts)}")
+
+
+def _check_projected(matrices: Matrices) -> None:
+    grad = matrices.grads[0]
+    if matrices.residual is not None:
+        raise ValueError("a residual needs gradients that are not projected")
+    if grad.dtype not in (torch.float32, torch.bfloat16, torch.float16, matrices.dtype):
+        raise TypeError(f"a projected grad of {matrices.dtype} moments must not be {grad.dtype}")
+    if not grad.is_contiguous():
+        raise ValueError(f"a projected grad must be contiguous, got strides {grad.stride()}")
 
 
 def _first(name: str, tensors: Sequence[Tensor], count: int) -> Tensor:

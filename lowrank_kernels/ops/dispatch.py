@@ -88,6 +88,7 @@ class Kind(NamedTuple):
         strides: why the kernels cannot address the weight or its gradient, None if they can.
         size: of the weight and its basis; None where it does not matter.
         moments: the dtype that holds M: wide, bfloat16, or int8 for codes.
+        projected: operation 1 is given R, of which `grad` is the dtype.
     """
 
     device: str
@@ -97,6 +98,7 @@ class Kind(NamedTuple):
     strides: str | None = None
     size: Size | None = None
     moments: torch.dtype = torch.float32
+    projected: bool = False
 
     @property
     def device_type(self) -> str:
@@ -112,6 +114,7 @@ def choose(
     capturable: bool = False,
     size: Size | None = None,
     moments: torch.dtype = torch.float32,
+    projected: bool = False,
 ) -> Choice:
     """The backend for a matrix; the answer for each kind of matrix is logged once.
 
@@ -124,6 +127,7 @@ def choose(
         capturable: step-dependent scalars are tensors on the device.
         size: of the weight and its basis; None leaves the choice to the dtypes.
         moments: the dtype that holds M.
+        projected: the gradient is R.
 
     Raises:
         ValueError: a backend was asked for by name and does not serve these tensors.
@@ -134,7 +138,7 @@ def choose(
     if ask_triton and _triton_status()[0]:
         strides = load("triton").obstacle(param, grad)
     dtypes = param.dtype, grad.dtype
-    kind = Kind(str(param.device), *dtypes, capturable, strides, size, moments)
+    kind = Kind(str(param.device), *dtypes, capturable, strides, size, moments, projected)
     return choose_kind(request, kind)
 
 
@@ -177,7 +181,8 @@ def _chosen(request: str, kind: Kind) -> Choice:
 
 
 def _in_words(kind: Kind, choice: Choice) -> str:
-    name = f"{kind.device} {_short(kind.param)} weights, {_short(kind.grad)} gradients"
+    grads = "projected gradients" if kind.projected else "gradients"
+    name = f"{kind.device} {_short(kind.param)} weights, {_short(kind.grad)} {grads}"
     if kind.size is not None:
         name += f", {kind.size.rows} x {kind.size.cols}, rank {kind.size.rank}"
     return f"{name}: {choice.backend} backend ({choice.reason})"

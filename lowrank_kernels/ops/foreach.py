@@ -4,7 +4,8 @@ What `reference` specifies, with few launches and no temporary of W's size. Prod
 channels, go matrix by matrix from memory of one alignment, so that the bits of a matrix do not
 depend on its batch; all else goes over the batch.
 
-    operation 1   R by one product; M, V and N a block at a time; |g_j|^2 by one pass over G
+    operation 1   R by one product, unless it is given; M, V and N a block at a time; |g_j|^2 by
+                  one pass over G
     operation 3   GaLore: the product is added to W as it is formed
                   Fira: phi' (x) G a tile at a time, the product on top of it, and W read and
                   rounded once
@@ -92,7 +93,10 @@ class Operations:
     ) -> Projection:
         side, residual, residual_sq = matrices.side, matrices.residual, None
         pairs = list(zip(matrices.grads, matrices.bases, strict=True))
-        if self._projects_in_blocks:
+        if matrices.projected:
+            # A copy, even of one: entries that are left out become 0 in it.
+            projected = torch.stack(matrices.grads).to(self._dtype)
+        elif self._projects_in_blocks:
             kappa = None if residual is None else residual.kappa
             lows, squares = zip(
                 *(self._project_in_blocks(*pair, side, kappa) for pair in pairs), strict=True

@@ -158,7 +158,9 @@ class Operations:
         sums = None
         if residual is not None:
             sums = ChannelSums(*projected.new_empty(3, count, (cols, rows)[matrices.side]))
-        products = self._projected(matrices, projected, sums)
+        products: list[Tensor] | Tensor = matrices.grads
+        if not matrices.projected:
+            products = self._projected(matrices, projected, sums)
         self._passes.adam_moments(
             product=_arguments(products),
             projected=_addresses(projected),
@@ -183,6 +185,7 @@ class Operations:
             **self._place(),
         )
         if sums is not None and self._forms_residual_in_half:
+            assert isinstance(products, Tensor)
             self._form_residuals(matrices, products, projected, sums.residual)
         elif residual is not None and sums is not None and not self._forms_residual:
             grads, turned = matrices.grads, self._grads_turned
@@ -290,7 +293,9 @@ class Operations:
         step: int,
     ) -> None:
         """A tile of a few matrices at a time: their products into a buffer, then a pass over W."""
-        params, grads, salts = matrices.params, matrices.grads, matrices.salts
+        params, salts = matrices.params, matrices.salts
+        # Without a residual they are not read, and may be R.
+        grads = [] if factor is None else matrices.grads
         channels_are_rows = self._channels_are_rows is not self._turned
         if self._turned:
             params, grads = list(map(_TRANSPOSED, params)), list(map(_TRANSPOSED, grads))

@@ -19,7 +19,6 @@ from .contract import (
     ChannelSums,
     Matrices,
     Projection,
-    Residual,
     Scalars,
     Side,
     adam_of,
@@ -58,17 +57,16 @@ class Operations:
     def project_moments(
         self, matrices: Matrices, adam: AdamScalars, step: int | Tensor = 0
     ) -> Projection:
-        side, residual = matrices.side, matrices.residual
         tensors = zip(
             matrices.grads, matrices.bases, matrices.exp_avgs, matrices.exp_avg_sqs, strict=True
         )
         results = [
-            _project_one(*of_one, side, adam_of(adam, index), residual)
+            _project_one(*of_one, matrices, adam_of(adam, index))
             for index, of_one in enumerate(tensors)
         ]
         direction, projected, sums, _ = zip(*results, strict=True)
         every_sum = None
-        if residual is not None:
+        if matrices.residual is not None:
             every_sum = ChannelSums(*map(stacked, zip(*sums, strict=True)))
         return Projection(stacked(direction), stacked(projected), every_sum)
 
@@ -109,12 +107,12 @@ def _project_one(
     basis: Tensor,
     exp_avg: Tensor,
     exp_avg_sq: Tensor,
-    side: Side,
+    matrices: Matrices,
     adam: AdamScalars,
-    residual: Residual | None,
 ) -> Projection:
+    side, residual = matrices.side, matrices.residual
     grad, basis = grad.to(exp_avg.dtype), basis.to(exp_avg.dtype)
-    projected = project(grad, basis, side)
+    projected = grad if matrices.projected else project(grad, basis, side)
     # A finite entry whose square is not would make V infinite for ever.
     finite = projected.square().isfinite()
     projected = projected.where(finite, 0.0)

@@ -50,7 +50,8 @@ MATRICES = 2
 # Matrices of a batch, whose tiles are tried.
 COUNTS = tuple(2**power for power in range(11))
 
-METHODS = {"fira": Residual(kappa=0.5, rho=1.0), "galore": None}
+# The last is GaLore of gradients that arrive projected.
+METHODS = {"fira": Residual(kappa=0.5, rho=1.0), "galore": None, "projected": None}
 SCALE = 0.5
 STEPS = 2
 
@@ -90,6 +91,11 @@ class Case(NamedTuple):
         """Of weights and gradients."""
         return self.dtype, self.launch.grad or self.dtype
 
+    @property
+    def projected(self) -> bool:
+        """Whether operation 1 is given R."""
+        return self.method == "projected"
+
     def __str__(self) -> str:
         """As a fault tells it, without backend, device and dtypes."""
         more = "".join(f", tiles {tuple(each)}" for each in self.launch.tiles or ())
@@ -123,7 +129,9 @@ class Outcome(NamedTuple):
 
 
 class Start(NamedTuple):
-    """Where a case begins, in float64: weight, orthonormal basis and the gradients of the steps."""
+    """Where a case begins, in float64: weight, orthonormal basis and the gradients of the steps,
+    projected or not.
+    """
 
     weight: Tensor
     basis: Tensor
@@ -157,6 +165,8 @@ def cases_of(backend: str, device: torch.device, kind: Kind) -> Iterator[Case]:
     """What stands for a kind of matrix, the likely faults first."""
     launch = Launch(kind.grad, kind.capturable, moments=kind.moments)
     for method, residual in METHODS.items():
+        if (method == "projected") is not kind.projected:
+            continue
         of = backend, str(device), kind.param, method
         if backend == "triton" and kind.size is not None:
             rows, cols, rank, side = stand_in(kind.size)
@@ -187,9 +197,9 @@ def _tiles(
     def empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
 
-    weight, grad = empty(shape, kind.param), empty(shape, kind.grad)
-    basis = empty(basis_shape(shape, side, rank), kind.param)
     low = projected_shape(shape, side, rank)
+    weight, grad = empty(shape, kind.param), empty(low if kind.projected else shape, kind.grad)
+    basis = empty(basis_shape(shape, side, rank), kind.param)
     moments = new_stored(low, kind.moments, torch.device("meta"), channel_groups(side))
     norm = empty((), moment_dtype(kind.param))
     found: dict[tuple[Any, Any], None] = {}
@@ -202,6 +212,7 @@ def _tiles(
             scales = [[each] * count if each is not None else [] for each in moments[2:]]
             tensors = (params, grads, bases, exp_avgs, exp_avg_sqs, norms)
             batch = Matrices(side, residual, *tensors, None, scales[0], scales[1])
+            batch = batch._replace(projected=kind.projected)
             found[load("triton").Operations(batch).tiles] = None
     return list(found)
 
@@ -283,6 +294,8 @@ def start_of(case: Case, matrix: int = 0) -> Start:
     def grad() -> Tensor:
         low = normal(channels, case.rank)
         low = low + low.sign()
+        if case.projected:
+            return low.T if left else low
         full = normal(channels, size)
         full = full + (low - full @ basis) @ basis.T
         return full.T if left else full
@@ -331,6 +344,7 @@ def _steps(
         scales[0],
         scales[1],
         None if moments.itemsize == wide.itemsize else tuple(range(count)),
+        projected=case.projected,
     )
     operations = _prepared(case, backend, matrices)
     beta1, beta2 = 0.9, 0.999

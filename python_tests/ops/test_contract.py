@@ -36,6 +36,10 @@ def both(*shape, **options):
     return [zeros(*shape, **options)] * 2
 
 
+def given(**changed):
+    return {"residual": None, "grads": both(RANK, SHAPE[1]), "projected": True} | changed
+
+
 # What is changed of a batch that could run, and what is said of it.
 REFUSED = [
     ({"params": []}, ValueError, "param: a batch needs at least 1 tensors, got 0"),
@@ -79,6 +83,16 @@ REFUSED = [
     ({"limiter_norms": both(1)}, ValueError, r"limiter_norm must have shape \(\)"),
     ({"limiter_norms": both(dtype=DOUBLE)}, TypeError, "limiter_norm must be torch.float32"),
     ({"limiter_norms": both(device="meta")}, ValueError, "limiter_norm must be on cpu"),
+    # Gradients that arrive projected.
+    (given(residual=Residual(0.25, 1.0)), ValueError, "a residual needs gradients that are not"),
+    (given(grads=both(*SHAPE)), ValueError, r"grad must have shape \(4, 12\), got \(8, 12\)"),
+    (given(grads=both(4, 12, dtype=DOUBLE)), TypeError, "projected grad of torch.float32 moments"),
+    (
+        given(grads=both(4, 12, dtype=torch.int32)),
+        ValueError,
+        r"grad must be .*\(4, 12\) and torch.int32",
+    ),
+    (given(grads=[zeros(12, 4).T] * 2), ValueError, "a projected grad must be contiguous, got"),
     # Stochastic rounding.
     ({"salts": (1, 2)}, TypeError, "stochastic rounding serves bfloat16 weights, .*float32"),
     ({"params": both(8, 12, dtype=HALF), "salts": (1,)}, ValueError, "salts: .* needs 2, got 1"),
@@ -96,6 +110,11 @@ def test_what_does_not_fit_is_refused_by_name(changed, error, text):
 
 def test_without_a_residual_no_limiter_is_asked_for():
     prepare(batch(residual=None, limiter_norms=[]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, HALF, torch.float16], ids=str)
+def test_a_projected_gradient_may_be_in_half_precision(dtype):
+    prepare(batch(**given(grads=both(RANK, SHAPE[1], dtype=dtype))))
 
 
 BACKENDS = pytest.mark.parametrize("backend", ["reference", "foreach", "native"])

@@ -189,12 +189,14 @@ SIZES = [
 ]
 
 
-def batch_on_meta(shape, rank, side, residual, count, dtype):
+def batch_on_meta(shape, rank, side, method, count, dtype):
     low, basis = projected_shape(shape, side, rank), basis_shape(shape, side, rank)
-    shapes = (shape, shape, basis, low, low, ())
+    projected = method == "projected"
+    shapes = (shape, low if projected else shape, basis, low, low, ())
     dtypes = (dtype, dtype, dtype, FLOAT, FLOAT, FLOAT)
     tensors = [torch.empty(s, dtype=d, device="meta") for s, d in zip(shapes, dtypes, strict=True)]
-    return Matrices(side, residual, *([tensor] * count for tensor in tensors))
+    lists = ([tensor] * count for tensor in tensors)
+    return Matrices(side, selfcheck.METHODS[method], *lists, projected=projected)
 
 
 @pytest.mark.parametrize("method", selfcheck.METHODS)
@@ -203,15 +205,16 @@ def test_what_runs_is_what_is_checked(size, method, h200):
     """The tiles of a batch, and all that its launches are compiled for but addresses."""
 
     def kinds(shape, rank, side, count):
-        batch = batch_on_meta(shape, rank, side, selfcheck.METHODS[method], count, BF16)
+        batch = batch_on_meta(shape, rank, side, method, count, BF16)
         operations = h200.Operations(batch)
         rows = operations._rows
         even = [number % 16 == 0 for number in (*shape, rank)]
         return operations.tiles, rows and rows.padded % 16 == 0, even
 
+    kind = Kind("cuda", BF16, BF16, size=size, projected=method == "projected")
     cases = [
         case
-        for case in cases_of("triton", CPU, Kind("cuda", BF16, BF16, size=size))
+        for case in cases_of("triton", CPU, kind)
         if case.launch.tiles and case.method == method
     ]
     checked = []
@@ -342,6 +345,17 @@ def test_no_projected_gradient_is_near_zero(size, side):
     for grad in start.grads:
         low = start.basis.T @ grad if side is Side.LEFT else grad @ start.basis
         assert low.abs().min() > 0.9
+    given = start_of(Case("reference", "cpu", BF16, "projected", *size, side)).grads
+    assert all(grad.shape == low.shape and grad.abs().min() > 0.9 for grad in given)
+
+
+def test_gradients_that_come_projected_are_a_check_of_their_own(spoil):
+    kind = Kind("cpu", BF16, FLOAT, projected=True)
+    assert {case.method for case in cases_of("native", CPU, kind)} == {"projected"}
+    assert selfcheck.fault_of("native", CPU, kind) is None
+    forget()
+    spoil("project_moments", lambda each: each._replace(direction=1.1 * each.direction))
+    assert "float32 gradients: projected, " in selfcheck.fault_of("native", CPU, kind)
 
 
 @pytest.mark.parametrize("method", selfcheck.METHODS)

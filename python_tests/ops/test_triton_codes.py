@@ -208,7 +208,9 @@ class Coded:
         """R, M, V, N and the sums, from the moments as they are stored now."""
         matrices, old, adam = self.matrices, self.stored(index), ADAM
         grad, basis = (each[index].cpu().to(dtype) for each in (matrices.grads, matrices.bases))
-        low = basis.T @ grad if self.left else grad @ basis
+        low = grad
+        if not matrices.projected:
+            low = basis.T @ grad if self.left else grad @ basis
         usable = low.double().square() <= torch.finfo(torch.float32).max
         low = low.where(usable, 0.0)
         exp_avg, exp_avg_sq = old[0].double(), old[1].double()
@@ -224,6 +226,8 @@ class Coded:
         new_avg_sq = adam.beta2 * exp_avg_sq + (1 - adam.beta2) * low * low
         exp_avg, exp_avg_sq = new_avg.where(usable, exp_avg), new_avg_sq.where(usable, exp_avg_sq)
         direction = (exp_avg / (exp_avg_sq.sqrt() + adam.eps)).where(usable, 0.0)
+        if matrices.projected:
+            return low, exp_avg, exp_avg_sq, direction
         axis = 0 if self.left else 1
         residual = grad - 0.25 * (basis @ low if self.left else low @ basis.T)
         sums = torch.stack([each.square().sum(axis) for each in (direction, low, residual)])

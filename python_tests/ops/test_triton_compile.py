@@ -38,6 +38,7 @@ KERNELS = (
     "pad_rows_kernel",
     "channel_scale_kernel",
     "combine_kernel",
+    "moments_kernel",
     "adamw_kernel",
 )
 NARROW = {"bf16": ("ld 2", "st 2", "cp.async 4", "cp.async 8"), "fp32": ("cp.async 4",)}
@@ -70,7 +71,8 @@ def test_every_kernel_is_compiled_for_every_target(records):
     assert {record.split for record in records} == {False, True}
     uses = {use for record in records for use in record.uses}
     for options in filter(None, OPTIONS):
-        assert any(use.endswith(f"Fira, {options}") for use in uses), options
+        method = "GaLore" if OPTIONS[options].projected else "Fira"
+        assert any(use.endswith(f"{method}, {options}") for use in uses), options
 
 
 def test_nothing_spills(records):

@@ -49,12 +49,16 @@ def literal_step(
     eps: float = 1e-6,
     scale: float = 0.25,
     weight_decay: float = 0.0,
+    projected: bool = False,
 ) -> None:
-    """form: None for GaLore, "official" for Fira's code, "paper" for its algorithm 1."""
+    """form: None for GaLore, "official" for Fira's code, "paper" for its algorithm 1.
+
+    projected: the gradient is R.
+    """
     beta1, beta2 = betas
     m = matrix
     m.step += 1
-    low = m.down(grad).to(m.moments)
+    low = (grad if projected else m.down(grad)).to(m.moments)
     m.exp_avg = beta1 * m.exp_avg + (1 - beta1) * low
     m.exp_avg_sq = beta2 * m.exp_avg_sq + (1 - beta2) * low * low
     c1, c2 = 1 - beta1**m.step, 1 - beta2**m.step

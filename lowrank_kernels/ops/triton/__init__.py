@@ -21,6 +21,7 @@ from ..contract import (
     Matrices,
     Projection,
     Residual,
+    Scalar,
     Scalars,
     Side,
     rank_axis,
@@ -36,6 +37,8 @@ from .config import (
     COMBINE_TILE,
     COMBINE_WARPS,
     LARGEST_TILE,
+    MOMENTS_RANK,
+    MOMENTS_WARPS,
     PAD_BLOCK,
     PAD_FROM,
     PAD_WARPS,
@@ -50,6 +53,7 @@ from .config import (
     sources,
 )
 from .launch import Grid, Launcher, Rest
+from .moments import moments_kernel
 from .pad import pad_rows_kernel
 from .project import project_kernel
 from .scale import channel_scale_kernel
@@ -177,7 +181,9 @@ class Operations:
     """
 
     def __init__(self, matrices: Matrices) -> None:
-        param, grad, basis = matrices.params[0], matrices.grads[0], matrices.bases[0]
+        param, basis = matrices.params[0], matrices.bases[0]
+        # Operation 3 does not read what arrives projected, and takes it for gradients like weights.
+        grad = param if matrices.projected else matrices.grads[0]
         moment, axis = matrices.exp_avgs[0], rank_axis(matrices.side)
         self._device = param.device
         self._problem = Problem(
@@ -204,15 +210,15 @@ class Operations:
         self._padded = _low(len(matrices.params), rows, -(-cols // 16) * 16, matrices.side)
         self._empty_half = torch.empty(0, dtype=basis.dtype, device=param.device).new_empty
         self._half = basis.dtype.itemsize < 4
-        self._copies_grads = 1 not in grad.stride()
+        self._copies_grads = not matrices.projected and 1 not in grad.stride()
         if self._copies_grads:
             notice_once(
                 logging.WARNING,
                 f"gradients with strides {grad.stride()} are copied at every step: the triton"
                 " backend reads rows or columns that are contiguous",
             )
-        (readable,) = self._readable(matrices.grads[:1])
-        self._rows = _rows(readable, len(matrices.grads))
+        (readable,) = self._readable([grad])
+        self._rows = None if matrices.projected else _rows(readable, len(matrices.grads))
         pitches, sizes = readable.stride(), tuple(readable.shape)
         if self._rows is not None:
             pitches, sizes = self._rows.strides, self._rows.sizes
@@ -225,6 +231,7 @@ class Operations:
         self._arrived: Tensor | None = None
         self._pad = Launcher(pad_rows_kernel, param.device)
         self._project = Launcher(project_kernel, param.device)
+        self._moments = Launcher(moments_kernel, param.device)
         self._scale = Launcher(channel_scale_kernel, param.device)
         self._combine = Launcher(combine_kernel, param.device)
         self._update = Launcher(update_kernel, param.device)
@@ -273,6 +280,8 @@ class Operations:
     def project_moments(
         self, matrices: Matrices, adam: AdamScalars, step: int | Tensor = 0
     ) -> Projection:
+        if matrices.projected:
+            return self._step_moments(matrices, adam, step)
         problem, residual = self._problem, matrices.residual
         stream, grads = current_stream(self._device), self._readable(matrices.grads)
         base, offsets, unit = located = self._located(grads, stream)
@@ -307,14 +316,11 @@ class Operations:
                 grad_dtype.itemsize < 4 or precision == "tf32"
             )
             reread = residual is not None and as_copied and rereads_gradients(self._device)
-            moments = matrices.exp_avgs, matrices.exp_avg_sqs
-            scales = _scales(matrices) or (None, None)
             arguments = (
                 self._counters(stream),
                 unit,
-                *map(addresses_of, (matrices.bases, *moments)),
-                *(each and addresses_of(each) for each in scales),
-                salts and device_table(salts, self._device),
+                addresses_of(matrices.bases),
+                *self._moment_addresses(matrices),
                 self._grad_strides,
                 self._grad_sizes,
                 matrices.bases[0].stride(),
@@ -342,13 +348,11 @@ class Operations:
             return Rest(tiles.project_grid, arguments, options | config.options())
 
         if programs:
-            # 1 - beta is formed here, in float64.
-            betas = adam.beta1, 1 - adam.beta1, adam.beta2, 1 - adam.beta2
             self._project(
                 (precision, unit),
                 stream,
                 (direction, projected, sums, parts, parts_sq, base, offsets),
-                (*betas, adam.eps, adam.bias_correction1, adam.bias_correction2, noise_step),
+                (*_adam_arguments(adam), noise_step),
                 rest,
             )
         if residual is None:
@@ -364,6 +368,61 @@ class Operations:
                 matrices._replace(grads=grads), residual.kappa, projected, channel_sums.residual
             )
         return Projection(direction, projected, channel_sums, copy)
+
+    def _step_moments(
+        self, matrices: Matrices, adam: AdamScalars, step: int | Tensor
+    ) -> Projection:
+        """Operation 1 where R is given."""
+        problem, stream = self._problem, current_stream(self._device)
+        base, offsets, unit = self._located(matrices.grads, stream)
+        salts = self._moment_salts
+        noise_step = None if salts is None else step
+        projected = self._empty(*self._low.shape)
+        placed = self._padded if self._half else self._low
+        direction = (self._empty_half if self._half else self._empty)(*placed.shape)
+        programs = problem.matrices * triton.cdiv(problem.channels, CHANNELS_A_SCALE)
+        programs *= triton.cdiv(problem.rank, MOMENTS_RANK)
+
+        def rest() -> Rest:
+            arguments = (
+                unit,
+                *self._moment_addresses(matrices),
+                self._low.strides[1:],
+                self._scale_strides if self._coded else None,
+                placed.strides,
+                placed.sizes,
+                problem.channels,
+                problem.rank,
+            )
+            options = {
+                "DEVICE_SCALARS": isinstance(adam.bias_correction1, Tensor),
+                "CODED": self._coded,
+                "NOISE": salts is not None,
+                "DEVICE_STEP": isinstance(noise_step, Tensor),
+                "BC": CHANNELS_A_SCALE,
+                "BR": MOMENTS_RANK,
+                "num_warps": MOMENTS_WARPS,
+            }
+            return Rest((programs, 1, 1), arguments, options)
+
+        if programs:
+            self._moments(
+                unit,
+                stream,
+                (direction, projected, base, offsets),
+                (*_adam_arguments(adam), noise_step),
+                rest,
+            )
+        return Projection(direction[..., : self._low.shape[-1]], projected, None)
+
+    def _moment_addresses(self, matrices: Matrices) -> list[Addresses | Tensor | None]:
+        """Of M and V, of their scales, and the salts that round V."""
+        scales = _scales(matrices)
+        held = [matrices.exp_avgs, matrices.exp_avg_sqs, *scales]
+        found: list[Addresses | Tensor | None] = [*map(addresses_of, held)]
+        found += [None] * (2 - len(scales))
+        salts = self._moment_salts
+        return [*found, None if salts is None else device_table(salts, self._device)]
 
     def channel_scale(self, matrices: Matrices, sums: ChannelSums) -> Tensor:
         count, channels = self._problem.matrices, self._problem.channels
@@ -542,6 +601,12 @@ def _form_residuals(
         for block, part, sums in zip(*blocks, torch.split(total, at_once), strict=True):
             copy = block.to(torch.float32, copy=True)
             sums.copy_(residual_sq_in(copy, part, wide, side, kappa))
+
+
+def _adam_arguments(adam: AdamScalars) -> tuple[Scalar, ...]:
+    """As the kernels take them: 1 - beta is formed here, in float64."""
+    betas = adam.beta1, 1 - adam.beta1, adam.beta2, 1 - adam.beta2
+    return (*betas, adam.eps, adam.bias_correction1, adam.bias_correction2)
 
 
 def _precision(grad: torch.dtype, basis: torch.dtype) -> str:

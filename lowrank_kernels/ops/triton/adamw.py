@@ -11,6 +11,7 @@ A program has whole groups of codes, in whose largest elements their scales are 
 import triton
 import triton.language as tl
 
+from .adam import adam
 from .codes import decoded_avg, decoded_avg_sq, encoded_avg, encoded_avg_sq
 from .device import scalar
 from .noise import noise, noise_key, rounded_to_bfloat16
@@ -74,16 +75,21 @@ def adamw_kernel(
         )
     exp_avg, exp_avg_sq = exp_avg.to(tl.float32), exp_avg_sq.to(tl.float32)
     grad = tl.load(grad_ptr + first + offsets, mask=inside, other=0.0).to(tl.float32)
-    # An entry whose square is not finite keeps its moments and moves nothing.
-    finite = grad * grad < float("inf")
-    grad = tl.where(finite, grad, 0.0)
-    exp_avg = tl.where(finite, beta1 * exp_avg + one_minus_beta1 * grad, exp_avg)
-    exp_avg_sq = tl.where(finite, beta2 * exp_avg_sq + one_minus_beta2 * (grad * grad), exp_avg_sq)
-
-    inverse1 = 1.0 / scalar(bias_correction1, 0, DEVICE_CORRECTIONS)
-    inverse2 = 1.0 / scalar(bias_correction2, 0, DEVICE_CORRECTIONS)
-    direction = exp_avg * inverse1 / (tl.sqrt(exp_avg_sq * inverse2) + eps)
-    direction = tl.where(finite & inside, direction, 0.0)
+    _, exp_avg, exp_avg_sq, direction = adam(
+        grad,
+        exp_avg,
+        exp_avg_sq,
+        inside,
+        beta1,
+        one_minus_beta1,
+        beta2,
+        one_minus_beta2,
+        eps,
+        bias_correction1,
+        bias_correction2,
+        0,
+        DEVICE_CORRECTIONS,
+    )
     keep = 1.0 - scalar(decay, 0, DEVICE_RATES)
     weight = tl.load(param_ptr + first + offsets, mask=inside, other=0.0).to(tl.float32)
     weight = weight * keep - scalar(step_size, 0, DEVICE_RATES) * direction

@@ -40,6 +40,10 @@ PAD_FROM = 2**20
 COMBINE_TILE = (128, 32)
 COMBINE_WARPS = 4
 
+# Directions of a group of channels whose moments a program steps where R is given.
+MOMENTS_RANK = 64
+MOMENTS_WARPS = 8
+
 # Groups of codes of a parameter without a rank that a program has: each warp two.
 ADAMW_GROUPS = 8
 ADAMW_WARPS = 4

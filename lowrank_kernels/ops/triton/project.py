@@ -25,8 +25,9 @@ Where REREAD, the squares have a load of G of their own: see `rereads_gradients`
 import triton
 import triton.language as tl
 
+from .adam import adam
 from .codes import decoded_avg, decoded_avg_sq, encoded_avg, encoded_avg_sq
-from .device import arrives_last, first_of, locate, piece, scalar
+from .device import arrives_last, first_of, locate, piece
 from .noise import noise, noise_key, rounded_to_bfloat16
 
 
@@ -195,21 +196,24 @@ def project_kernel(
                     exp_avg_sq = decoded_avg_sq(tl.reshape(exp_avg_sq, GROUPS), scale)
                     exp_avg_sq = tl.reshape(exp_avg_sq, (BC, WIDTH))
                 exp_avg, exp_avg_sq = exp_avg.to(tl.float32), exp_avg_sq.to(tl.float32)
-                # An entry whose square is not finite keeps its moments and moves nothing.
-                finite = low_piece * low_piece < float("inf")
-                new = tl.where(finite, low_piece, 0.0)
-                new_avg = beta1 * exp_avg + one_minus_beta1 * new
-                new_avg_sq = beta2 * exp_avg_sq + one_minus_beta2 * (new * new)
-                exp_avg = tl.where(finite, new_avg, exp_avg)
-                exp_avg_sq = tl.where(finite, new_avg_sq, exp_avg_sq)
-                # In here, for in front of the loop they make large tiles spill.
-                inverse1 = 1.0 / scalar(bias_correction1, matrix, DEVICE_SCALARS)
-                inverse2 = 1.0 / scalar(bias_correction2, matrix, DEVICE_SCALARS)
-                direction = exp_avg * inverse1 / (tl.sqrt(exp_avg_sq * inverse2) + eps)
-                direction = tl.where(finite & inside, direction, 0.0)
+                new, exp_avg, exp_avg_sq, direction = adam(
+                    low_piece,
+                    exp_avg,
+                    exp_avg_sq,
+                    inside,
+                    beta1,
+                    one_minus_beta1,
+                    beta2,
+                    one_minus_beta2,
+                    eps,
+                    bias_correction1,
+                    bias_correction2,
+                    matrix,
+                    DEVICE_SCALARS,
+                )
                 if not GROUP:
                     if NOISE:
-                        # In here, as above.
+                        # In here, for in front of the loop it makes large tiles spill.
                         key = noise_key(salts, noise_step, matrix, DEVICE_STEP)
                         bits = noise(key, first_c + c, first_k + piece_k)
                         exp_avg_sq = rounded_to_bfloat16(exp_avg_sq, bits)
