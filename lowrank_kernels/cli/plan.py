@@ -46,7 +46,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     names = ",".join(ALL_OPTIMIZERS)
     parser.add_argument("--optimizers", default=names, metavar="NAMES", help=f"default: {names}")
     add = parser.add_argument
-    add("--tokens", type=int, default=TOKENS, help="in a micro-batch; default: %(default)s")
+    without = "in a micro-batch, 0 to leave activations out; default: %(default)s"
+    add("--tokens", type=int, default=TOKENS, help=without)
     add("--recompute", action="store_true", help="recompute_activations(model): norms and products")
     add("--project", action="store_true", help="project_linears(model, optimizer): R, no gradients")
     add("--release", action="store_true", help="release_gradients: one gradient at a time")
@@ -71,8 +72,8 @@ def facts(args: argparse.Namespace) -> dict[str, Any]:
     for name in names:
         if name not in ALL_OPTIMIZERS:
             raise UserError(f"--optimizers: {name!r} is not one of {', '.join(ALL_OPTIMIZERS)}")
-    if args.tokens < 1:
-        raise UserError(f"--tokens must be at least 1, got {args.tokens}")
+    if args.tokens < 0:
+        raise UserError(f"--tokens must be at least 0, got {args.tokens}")
     if args.release and args.accumulate:
         raise UserError("--release and --accumulate: what is released adds up to nothing")
     memory, usual = _memory(args), backend_of(args).backend
@@ -143,7 +144,7 @@ def as_text(facts: dict[str, Any]) -> str:
             if remark:
                 about[remark].append(name)
     how = [f"--{name}" for name in _HOW if facts[name]]
-    tokens = "" if facts["tokens"] is None else f"{facts['tokens']:,} tokens"
+    tokens = f"{facts['tokens']:,} tokens" if facts["tokens"] else "without activations"
     lines = [
         f"{facts['model']}: {facts['architecture']}, {facts['parameters']:,} parameters,"
         f" rank {facts['rank']}, {facts['dtype']}, state in {facts['state']},"
@@ -228,7 +229,9 @@ def _training(args: argparse.Namespace, memory: int | None) -> Training:
 
 
 def _tokens(planner: Planner, tokens: int) -> tuple[int | None, str | None]:
-    """None where the model cannot be run, and why."""
+    """None where the model is not run, and why it cannot be."""
+    if not tokens:
+        return None, None
     try:
         planner.plan(None, tokens)
     except Exception as error:  # of any kind: it is the model's code
