@@ -367,6 +367,8 @@ def launches(target: Target, case: Case) -> list[tuple[JITFunction, tuple, dict]
     ):
         operations = launchers.Operations(matrices)
         projection = operations.project_moments(matrices, adam, step)
+        if options.projected:
+            return recorded  # operation 3 is GaLore's, which has cases of its own
         factor = None
         if projection.sums is not None:
             factor = operations.channel_scale(matrices, projection.sums)

@@ -2,7 +2,12 @@
 
 from importlib.metadata import version
 
-from .activations import recompute_activations, saved_bytes
+from .activations import (
+    project_linears,
+    recompute_activations,
+    release_gradients,
+    saved_bytes,
+)
 from .ops import BackendUnavailable, backends
 from .optim import (
     AdaRankGradAdamW,
@@ -26,6 +31,8 @@ __all__ = [
     "Subspace",
     "backends",
     "param_groups",
+    "project_linears",
     "recompute_activations",
+    "release_gradients",
     "saved_bytes",
 ]

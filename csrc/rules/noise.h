@@ -13,11 +13,13 @@ LOWRANK_HOST_DEVICE uint32_t mix(uint32_t value) {
   return value ^ value >> 16;
 }
 
-// `random` is below 2^16; Inf and NaN stay.
+// `random` is below 2^16; what is finite stays so, and Inf and NaN stay.
 LOWRANK_HOST_DEVICE uint32_t wide_bfloat16(float value, uint32_t random) {
   const uint32_t bits = bits_of(value);
   const bool finite = (bits & kFloatInf) != kFloatInf;
-  return finite ? (bits + random) >> 16 : wide_bfloat16(value);
+  const uint32_t rounded = (bits + random) >> 16;
+  const bool beyond = (rounded & 0x7fff) == kFloatInf >> 16;
+  return finite ? rounded - beyond : wide_bfloat16(value);
 }
 
 // Of a channel, which many elements have in common.

@@ -5,6 +5,8 @@
     right side   R = G P   = H^T (x P)      what is saved is x P, t x r, or x
     left side    R = P^T G = (H P)^T x      what is saved is x
 
+What x is made again from is saved in the place of x, where something does that (`recompute`).
+
 Both are exact: G = H^T x is never formed. Source: GaLore's R (arXiv 2403.03507) by the product's
 associativity; saving x P is CompAct's (arXiv 2410.15352).
 """
@@ -21,6 +23,7 @@ from torch.autograd.function import once_differentiable
 
 from ..ops.contract import Side
 from ..optim.projected_gradient import Projector, new_gradient
+from .recompute import input_of, is_recomputed
 
 # Gives what projects a gradient once H, t x m, and x, t x n, are known; None if it cannot.
 Begin = Callable[[Tensor, Tensor], Projector | None]
@@ -46,11 +49,13 @@ class Use:
     dtype: torch.dtype | None = None
     products: Products | None = None
 
-    @property
-    def saves_product(self) -> bool:
-        if self.projector is None or self.keeps_input:
+    def saves_product(self, x: Tensor) -> bool:
+        """x P and not x: it is less, and nothing if x is made again, but then x P is, too."""
+        if self.projector is None or self.projector.side is Side.LEFT:
             return False
-        return self.projector.side is Side.RIGHT
+        if is_recomputed(x):
+            return self.products is not None
+        return not self.keeps_input
 
     def cast(self, tensor: Tensor) -> Tensor:
         return tensor if self.dtype is None else tensor.to(self.dtype)
@@ -75,47 +80,56 @@ class ProjectedLinear(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, use: Use) -> Tensor:
         ctx.use, ctx.x_shape, ctx.x_dtype = use, x.shape, x.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
-        x = use.cast(x)
-        saved = x
-        if use.saves_product:
-            saved = use.product(x)
-        ctx.save_for_backward(saved, weight)
-        return F.linear(x, use.cast(weight), None if bias is None else use.cast(bias))
+        cast = use.cast(x)
+        ctx.has_product = use.saves_product(x)
+        if ctx.has_product:
+            kept = input_of(use.product(cast))
+        else:
+            # A copy in another dtype is not known to be made again.
+            kept = input_of(x if is_recomputed(x) else cast)
+        ctx.load = kept.load
+        ctx.save_for_backward(weight, *kept.tensors)
+        return F.linear(cast, use.cast(weight), None if bias is None else use.cast(bias))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        saved, weight = ctx.saved_tensors
+        weight, *saved = ctx.saved_tensors
         needs_x, needs_weight, needs_bias, _ = ctx.needs_input_grad
         heads = grad.reshape(-1, grad.shape[-1])
         of_x = of_weight = of_bias = None
         if needs_x:
             of_x = (heads @ ctx.use.cast(weight)).view(ctx.x_shape).to(ctx.x_dtype)
         if needs_weight:
-            of_weight = _weight_gradient(heads, saved.reshape(-1, saved.shape[-1]), weight, ctx.use)
+            kept = ctx.use.cast(ctx.load(saved))
+            kept = kept.reshape(-1, kept.shape[-1])
+            of_weight = _weight_gradient(heads, kept, ctx.has_product, weight, ctx.use)
         if needs_bias:
             of_bias = heads.sum(0).to(ctx.bias_dtype)
         return of_x, of_weight, of_bias, None
 
 
-def _weight_gradient(heads: Tensor, saved: Tensor, weight: Tensor, use: Use) -> Tensor:
+def _weight_gradient(
+    heads: Tensor, kept: Tensor, has_product: bool, weight: Tensor, use: Use
+) -> Tensor:
     """R as the gradient of the weight, or G where there is no basis.
 
     Args:
         heads: H, t x m.
-        saved: x, t x n, or x P, t x r.
+        kept: x, t x n, or x P, t x r.
+        has_product: whether it is x P.
         weight: m x n.
         use: of this pass.
     """
     projector = use.projector
     if projector is None and use.begin is not None:
-        projector = use.begin(heads, saved)
+        projector = use.begin(heads, kept)
     if projector is None:
-        return (heads.mT @ saved).to(weight.dtype)
-    if use.saves_product:
-        projected = heads.mT @ saved
+        return (heads.mT @ kept).to(weight.dtype)
+    if has_product:
+        projected = heads.mT @ kept
     else:
-        basis = projector.basis().to(saved.dtype)
+        basis = projector.basis().to(kept.dtype)
         right = projector.side is Side.RIGHT
-        projected = heads.mT @ (saved @ basis) if right else (heads @ basis).mT @ saved
+        projected = heads.mT @ (kept @ basis) if right else (heads @ basis).mT @ kept
     return new_gradient(projected, projector, weight.shape, weight.dtype)

@@ -17,6 +17,7 @@ from ..optim.groups import is_projected, side_of
 from ..optim.lowrank_adamw import LowRankAdamW, not_compiled
 from ..optim.projected_gradient import Projector
 from .linear import Products, ProjectedLinear, Use
+from .recompute import is_recomputing
 from .reduction import Reduction
 
 Start = Literal["activations", "gradient", "random", "dense"]
@@ -102,7 +103,8 @@ def project_linears(
             gradients in the first step.
         share_bases: layers on the right side that have one input, as q, k and v or gate and up,
             share one basis, that of their gradients below each other, and x P. They are found in
-            the first forward pass of a new optimizer; with a `start` that is known then.
+            the first forward pass of a new optimizer; with a `start` that is known then. One that
+            is due without the others, as with `release_gradients`, has its own from then on.
 
     Returns:
         What was taken and why not; its `undo()` restores the layers.
@@ -192,7 +194,7 @@ def _obstacle(module: nn.Linear, projected: dict[Tensor, Any]) -> str | None:
         return "its weight is frozen"
     if type(weight) is not nn.Parameter:
         return f"its weight is a {type(weight).__name__}"
-    if "forward" in vars(module):
+    if "forward" in vars(module) and not is_recomputing(module):
         return "its forward is patched already"
     return None
 
@@ -237,6 +239,7 @@ class _Layer:
         self._start, self._side, self._inputs = start, side, inputs
         self._reduction, self._shares = reduction, shares
         self.siblings = [self]
+        self._forward_before = vars(module).get("forward")
         # What is saved must not change between a forward pass and its recomputation.
         self._decided: tuple[int, bool] = -1, False
 
@@ -253,8 +256,11 @@ class _Layer:
 
     def restore(self) -> None:
         module = self._module()
-        if module is not None and _PATCHED.pop(module, None) is self:
-            vars(module).pop("forward", None)
+        if module is None or _PATCHED.pop(module, None) is not self:
+            return
+        del module.forward
+        if self._forward_before is not None:
+            module.forward = self._forward_before  # type: ignore[method-assign]
 
     def use(self, x: Tensor, weight: Tensor) -> Use | None:
         """How this pass forms the weight's gradient; None for whole."""

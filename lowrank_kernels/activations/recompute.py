@@ -84,12 +84,13 @@ _sources = WeakTensorKeyDictionary()
 class Input(NamedTuple):
     """What a `torch.autograd.Function` keeps of an input: `tensors` to save, `load` for backward.
 
-    load, tensors = input_of(x)
-    ctx.load = load
-    ctx.save_for_backward(weight, *tensors)
-    ...
-    weight, *tensors = ctx.saved_tensors
-    x = ctx.load(tensors)
+    In its forward and in its backward, as `_Linear` does:
+
+        ctx.load, tensors = input_of(x)
+        ctx.save_for_backward(weight, *tensors)
+
+        weight, *tensors = ctx.saved_tensors
+        x = ctx.load(tensors)
     """
 
     load: Callable[[Sequence[Tensor]], Tensor]
@@ -102,6 +103,11 @@ def input_of(x: Tensor) -> Input:
     if source is None:
         return Input(_itself, (x,))
     return Input(partial(_shaped, source.recipe, x.shape), source.inputs)
+
+
+def is_recomputed(x: Tensor) -> bool:
+    """Whether `input_of` knows how x is made."""
+    return _source_of(x) is not None
 
 
 def _itself(tensors: Sequence[Tensor]) -> Tensor:
@@ -117,7 +123,6 @@ def _source_of(x: Tensor) -> _Source | None:
     """Also of a view that has all elements in their order, unless x was changed since."""
     whole = x if x._base is None else x._base
     source: _Source | None = _sources.get(whole)  # type: ignore[no-untyped-call]
-
     if source is None or source.version != x._version or whole.numel() != x.numel():
         return None
     return source if x.is_contiguous() and whole.is_contiguous() else None
@@ -207,6 +212,12 @@ def _linear_forward(self: nn.Linear, input: Tensor) -> Tensor:
 
 for _forward in (_norm_forward, _gated_forward, _linear_forward):
     _forward.__name__ = "forward"
+
+
+def is_recomputing(linear: nn.Linear) -> bool:
+    """Whether its forward is the one that `recompute_activations` gives it."""
+    forward = linear.__dict__.get("forward")
+    return getattr(forward, "__func__", None) is _linear_forward
 
 
 def _own(module: nn.Module) -> Run:
@@ -315,8 +326,9 @@ def recompute_activations(model: nn.Module) -> Recomputation:
     `forward` becomes an attribute of these modules: names, state dicts, hooks and optimizers stay.
     Works with frozen weights, LoRA, autocast, and with gradient checkpointing, inside of which it
     saves nothing. In a compiled model the modules keep their own forwards: the compiler decides
-    what it saves. Hooks on `act_fn` run again in backward. Second derivatives are an error, and so
-    is a change in place of a norm's input, of gate or of up. `nn.DataParallel` is not supported.
+    what it saves. Hooks on `act_fn` run again in backward. Second derivatives and torch.func's
+    transforms are an error, and so is a change in place of a norm's input, of gate or of up.
+    `nn.DataParallel` is not supported.
 
     Args:
         model: before it is sharded. Its norms and gated modules are called with a

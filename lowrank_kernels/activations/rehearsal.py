@@ -25,7 +25,7 @@ from ..optim.allocations import Allocations
 from ..optim.groups import is_projected
 from ..optim.lowrank_adamw import LowRankAdamW
 from ..optim.projected_gradient import Projector, held
-from ..optim.state import new_state
+from ..optim.state import planned_state
 from .project import project_linears
 from .recompute import recompute_activations
 
@@ -138,12 +138,12 @@ def rehearse(model: nn.Module, tokens: int, conditions: Conditions) -> list[Rehe
     _prepare(model, conditions)
     with meta_stands_for(conditions.device_type, conditions.memory):
         try:
+            if conditions.recompute:
+                undo.append(recompute_activations(model).undo)
             if optimizer is not None:
                 _new_states(optimizer)
                 undo.append(project_linears(model, optimizer).undo)
                 undo.append(_begin_each_kind_once(optimizer))
-            if conditions.recompute:
-                undo.append(recompute_activations(model).undo)
             passes = [_pass(model, ids, conditions.device_type)]
             if optimizer is not None:
                 _to_a_later_step(optimizer)
@@ -179,7 +179,7 @@ def _new_states(optimizer: LowRankAdamW) -> None:
     optimizer.state.clear()
     for group in filter(is_projected, optimizer.param_groups):
         for param in group["params"]:
-            optimizer.state[param].update(new_state(param, group, 0, optimizer.method))
+            optimizer.state[param].update(planned_state(param, group, optimizer.method))
 
 
 def _begin_each_kind_once(optimizer: LowRankAdamW) -> Callable[[], None]:

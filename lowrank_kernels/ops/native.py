@@ -123,8 +123,9 @@ class Operations:
         in_float32 = self._forms_residual and not self._forms_residual_in_half
         self._projects_in_blocks = in_float32 or converts or not dense
         self._block_elements = BLOCK_ELEMENTS[device]
-        aligned = grad.dtype is torch.float32 and moment.shape[1] % ALIGNED_ELEMENTS == 0
-        self._product_of: torch.dtype | None = None if aligned else grad.dtype
+        dtype = torch.float32 if self._projects_in_blocks else grad.dtype
+        aligned = dtype is torch.float32 and moment.shape[1] % ALIGNED_ELEMENTS == 0
+        self._product_of: torch.dtype | None = None if aligned else dtype
 
         self._grads_turned = not rows_are_dense(grad)
         # The passes walk along rows: a W whose columns are dense is updated as its transpose.
@@ -196,20 +197,19 @@ class Operations:
         return Projection(direction, projected, sums)
 
     def _projected(self, matrices: Matrices, projected: Tensor, sums: ChannelSums | None) -> Tensor:
-        """R of each matrix: in `projected`, or as rows of the gradients' dtype at cache lines."""
-        pairs = zip(matrices.grads, matrices.bases, strict=True)
-        if self._projects_in_blocks:
-            residual = matrices.residual if self._forms_residual else None
-            for index, (grad, basis) in enumerate(pairs):
-                outside = None if sums is None else sums.residual[index]
-                own = (residual, projected[index], outside)
-                self._project_in_blocks(grad, basis, matrices.side, *own)
-            return projected
-        products = projected
+        """R of each matrix: in `projected`, or of another dtype or with rows at cache lines."""
+        pairs, products = zip(matrices.grads, matrices.bases, strict=True), projected
         if self._product_of is not None:
             products = torch.empty_strided(
                 *self._aligned, dtype=self._product_of, device=self._device
             )
+        if self._projects_in_blocks:
+            residual = matrices.residual if self._forms_residual else None
+            for index, (grad, basis) in enumerate(pairs):
+                outside = None if sums is None else sums.residual[index]
+                own = (residual, products[index], outside)
+                self._project_in_blocks(grad, basis, matrices.side, *own)
+            return products
         for (grad, basis), product in zip(pairs, products.unbind(), strict=True):
             # The call alone costs a microsecond where there is nothing to convert.
             basis = basis if basis.dtype is grad.dtype else basis.to(grad.dtype)

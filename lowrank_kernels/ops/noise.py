@@ -32,7 +32,8 @@ def rounded_to_bfloat16(values: Tensor, bits: Tensor) -> Tensor:
     """A float32 tensor whose values bfloat16 holds, each of the two neighbours of the given one.
 
     With random bits, the further a value is from a neighbour, the less probable is that neighbour,
-    so the mean is the value itself. Inf and NaN stay.
+    so the mean is the value itself. Beyond the largest of bfloat16 there is no second neighbour:
+    what is finite stays finite. Inf and NaN stay.
 
     Args:
         values: float32.
@@ -41,7 +42,8 @@ def rounded_to_bfloat16(values: Tensor, bits: Tensor) -> Tensor:
     """
     raw = values.contiguous().view(torch.int32)
     rounded = ((raw + bits) & -0x10000).view(torch.float32)
-    return rounded.where(values.isfinite(), values)
+    largest = torch.finfo(torch.bfloat16).max
+    return rounded.clamp_(-largest, largest).where(values.isfinite(), values)
 
 
 def _mix(value: Tensor) -> Tensor:

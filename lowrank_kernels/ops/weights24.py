@@ -18,8 +18,10 @@ _INF = 0x7F800000
 def joined(weight: Tensor, low_bits: Tensor) -> Tensor:
     """The float32 weight of a bfloat16 one and its low bits, int8, of any equal shape."""
     bits = weight.contiguous().view(torch.int16).int()
-    # A weight that was changed elsewhere may have become smaller than what is taken off it.
-    size = (((bits & 0x7FFF) << 8) + low_bits).clamp_(min=0) << 8
+    high = bits & 0x7FFF
+    # A weight that was changed elsewhere may have become Inf, or smaller than what is taken off it.
+    low = low_bits.where(high < _INF >> 16, 0)
+    size = ((high << 8) + low).clamp_(min=0) << 8
     return torch.where(bits < 0, size | ~_MAGNITUDE, size).view(torch.float32)
 
 

@@ -34,6 +34,8 @@ _SCALES = itemgetter("exp_avg_scale", "exp_avg_sq_scale")
 _LOW_BITS = itemgetter("low_bits")
 _NUMBERS = itemgetter("side", "salt", "moments_step", "gap_factor")
 
+MemoryOf = Callable[[int, torch.device], Tensor]
+
 
 @functools.cache
 def _low_rank(limited: bool, coded: bool, coded_basis: bool) -> Callable[[State], tuple[Any, ...]]:
@@ -173,7 +175,11 @@ class Prepared:
     """
 
     def __init__(
-        self, facts: object, members: list[tuple[Group, list[Member]]], method: Method
+        self,
+        facts: object,
+        members: list[tuple[Group, list[Member]]],
+        method: Method,
+        memory_of: MemoryOf,
     ) -> None:
         self.facts, self.method = facts, method
         self.by_group: list[list[Batch]] = []
@@ -189,7 +195,7 @@ class Prepared:
             with_elements = [member for member in own if member.param.numel()]
             for device in dict.fromkeys(member.param.device for member in with_elements):
                 there = [member for member in with_elements if member.param.device == device]
-                self.by_group.append(batches_of(group, there, method))
+                self.by_group.append(batches_of(group, there, method, memory_of))
         self.batches = [batch for batches in self.by_group for batch in batches]
         self._owners = [
             (member.name, member.param, is_projected(group))
@@ -214,13 +220,20 @@ class Prepared:
             self._addresses = now
 
 
-def batches_of(group: Group, members: list[Member], method: Method) -> list[Batch]:
+def new_memory(size: int, device: torch.device) -> Tensor:
+    return torch.empty(size, dtype=torch.uint8, device=device)
+
+
+def batches_of(
+    group: Group, members: list[Member], method: Method, memory_of: MemoryOf = new_memory
+) -> list[Batch]:
     """A group's matrices that one launch can serve, as many together as suit their backend.
 
     Args:
         group: the options.
         members: on one device, with elements.
         method: the optimizer's parts.
+        memory_of: gives memory to decode in, of so many bytes on a device.
     """
     alike: dict[Hashable, list[Member]] = {}
     for member in members:
@@ -233,7 +246,7 @@ def batches_of(group: Group, members: list[Member], method: Method) -> list[Batc
         size = ops.batch_size(param, held(param.grad), rank, backend=backend)
         size = min(size, Room.matrices(param, state))
         parts += [equal[start : start + size] for start in range(0, len(equal), size)]
-    memory = torch.empty(room_bytes(parts), dtype=torch.uint8, device=members[0].param.device)
+    memory = memory_of(room_bytes(parts), members[0].param.device)
     return [
         Batch(
             group,

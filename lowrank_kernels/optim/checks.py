@@ -26,7 +26,7 @@ def check_params(group: Group, index: int) -> None:
 
 def check_matrix(name: str, param: Tensor) -> None:
     """Raises if a projected parameter is not a matrix held whole on one device."""
-    if type(param).__name__ == "DTensor":
+    if is_sharded(param):
         raise NotImplementedError(
             f"{name} is a DTensor (FSDP2 or tensor parallel); sharded weights cannot be projected"
             " yet: put it in a group without rank, or train with DDP"
@@ -36,6 +36,16 @@ def check_matrix(name: str, param: Tensor) -> None:
             f"{name} has shape {tuple(param.shape)} and {param.dtype}, but only matrices can be"
             " projected: put it in a group without rank. If it is a matrix that FSDP1 or DeepSpeed"
             " flattened, the low-rank optimizers need the whole matrix: use DDP or one device"
+        )
+
+
+def check_addressable(name: str, param: Tensor, backend: str) -> None:
+    """Raises ValueError if a backend's kernels cannot reach a projected parameter's values."""
+    if is_wrapped(param) and backend in ("native", "triton"):
+        raise ValueError(
+            f"{name} is a {type(param).__name__}, whose values lie in other tensors, where the"
+            f" {backend} backend cannot reach them: name backend='reference', or put it in a group"
+            " without rank"
         )
 
 
@@ -125,6 +135,16 @@ def resolved(grad: Tensor) -> Tensor:
 def extent(tensor: Tensor) -> int:
     """Bytes of a dense tensor; 0 of others, between whose elements others may lie."""
     return tensor.numel() * tensor.element_size() if is_dense(tensor) else 0
+
+
+def is_sharded(param: Tensor) -> bool:
+    """Whether it is a DTensor; its module, which takes time to import, is not asked."""
+    return type(param).__name__ == "DTensor"
+
+
+def is_wrapped(param: Tensor) -> bool:
+    """Whether other tensors hold its values, as of shards and of quantized weights."""
+    return hasattr(param, "__tensor_flatten__")
 
 
 def is_dense(tensor: Tensor) -> bool:

@@ -5,7 +5,6 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.nn import Parameter
 
 from ..ops.bases import basis_entries, loaded_basis
 from ..ops.codes import (
@@ -33,14 +32,19 @@ SMALLEST_LOW = 4096
 
 def format_for(param: Tensor, projected: bool, wanted: StateFormat) -> StateFormat:
     """The format that a parameter's moments are held in, if `wanted` is the optimizer's."""
-    whole = type(param) in (Tensor, Parameter) and param.layout is torch.strided
     large = param.dim() > 1 and param.numel() >= SMALLEST_LOW
-    return wanted if projected or (whole and large) else "float32"
+    return wanted if projected or (is_whole(param) and large) else "float32"
 
 
 def has_low_bits(param: Tensor, master: MasterBits) -> bool:
     """Whether a parameter is held in more bits than its dtype has."""
-    return master == 24 and param.dtype is torch.bfloat16
+    return master == 24 and param.dtype is torch.bfloat16 and is_whole(param)
+
+
+def is_whole(param: Tensor) -> bool:
+    """Whether its values lie in memory of its own: it is no shard, and no subclass' codes."""
+    own = type(param).__torch_dispatch__ is Tensor.__torch_dispatch__
+    return own and param.layout is torch.strided
 
 
 def basis_dtype(rows: int, param: Tensor, wanted: BasisFormat) -> torch.dtype:

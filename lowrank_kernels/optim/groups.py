@@ -5,7 +5,7 @@ import logging
 import math
 import operator
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from numbers import Real
 from typing import Any
 
@@ -15,6 +15,8 @@ from ..ops import Side, Size
 from ..ops.notices import notice_once
 
 Group = dict[str, Any]
+# A group with its place, and the name, the tensor and the salt of each of its parameters.
+NamedGroups = Iterable[tuple[int, Group, Iterable[tuple[str, Tensor, int]]]]
 
 FORMAT = 3
 # What DDP, torch.compile, FSDP1 and activation checkpointing put into the names of parameters.
@@ -89,6 +91,15 @@ def salts(group: Group, first: int) -> Iterator[int]:
             yield zlib.crc32(unwrapped(names[position]).encode())
         else:
             yield (first + position) * GOLDEN_RATIO & 0xFFFFFFFF
+
+
+def named_groups(groups: list[Group]) -> NamedGroups:
+    """The groups, with names and salts as `named_params` and `salts` give them."""
+    first = 0
+    for index, group in enumerate(groups):
+        each = zip(named_params(group, index), salts(group, first), strict=True)
+        yield index, group, ((name, param, salt) for (name, param), salt in each)
+        first += len(group["params"])
 
 
 def learning_rate(group: Group) -> float:

@@ -25,6 +25,7 @@ from .batches import (
     Prepared,
     due_of,
     facts_of,
+    new_memory,
     options_of,
     phase_of,
     scalars_of,
@@ -32,6 +33,7 @@ from .batches import (
 )
 from .checkpoints import check_loadable, padded, restore, unpadded, with_formats
 from .checks import (
+    check_addressable,
     check_grad,
     check_matrix,
     check_memory,
@@ -58,15 +60,16 @@ from .groups import (
     FORMAT,
     PROJECTION_DEFAULTS,
     Group,
+    NamedGroups,
     check_options,
     is_projected,
+    named_groups,
     named_params,
     normalized,
-    salts,
     size_of,
 )
 from .parts import Method, ResidualForm, Rounding
-from .projected_gradient import Projector, held
+from .projected_gradient import Projector, held, is_projected_gradient
 from .state import (
     State,
     check_shapes,
@@ -161,8 +164,9 @@ class LowRankAdamW(Optimizer):
         state: in which format moments are held: "float32" (float64 for float64 weights),
             "bfloat16", or "int8", codes of 8 bits with a float32 scale for 64 channels of a
             direction, or for 256 elements of a parameter that is not projected. Vectors and other
-            small parameters that are not projected stay float32. V is rounded stochastically, with
-            noise that depends on the parameter's name and step only.
+            small parameters that are not projected stay float32, as do shards and other subclasses
+            whose values lie in other tensors. V is rounded stochastically, with noise that depends
+            on the parameter's name and step only.
         basis: in which format bases are held: in the "weight"'s dtype, in "int8" with a power of
             two for each column, or in "int4" with a scale for 64 entries of a column (int8 for
             bases of an odd number of rows), which keeps nine tenths of each direction. They are
@@ -180,6 +184,8 @@ class LowRankAdamW(Optimizer):
 
     Sources: GaLore (arXiv 2403.03507), Fira (arXiv 2410.01623).
     """
+
+    _room_memory = staticmethod(new_memory)
 
     def __new__(cls, *args: Any, **options: Any) -> "LowRankAdamW":
         """Says where the options of groups belong, which many try here first."""
@@ -241,7 +247,9 @@ class LowRankAdamW(Optimizer):
         group = normalized(param_group, self.defaults, index)
         check_params(group, index)
         for name, param in named_params(group, index):
-            check_format(name, param, self.state_format)
+            # What is not trained needs no format.
+            if isinstance(param, Tensor) and param.requires_grad:
+                check_format(name, param, self.state_format)
         super().add_param_group(group)
 
     @not_compiled
@@ -263,30 +271,31 @@ class LowRankAdamW(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        with ExitStack() as stack:
-            for device_type in filter(torch.is_autocast_enabled, AUTOCAST_DEVICES):
-                stack.enter_context(torch.autocast(device_type, enabled=False))
-            self._step()
+        self._step()
         return loss
 
     def _step(self) -> None:
         """What changed? New bases where they are due; then each batch."""
-        prepared = self._prepared()
-        refreshed = False
-        for batches in prepared.by_group:
-            if due := due_of(batches, self.subspace, self._readback):
-                refresh_bases(due, self.subspace)
-                refreshed = True
-        if refreshed:
+        with ExitStack() as stack:
+            for device_type in filter(torch.is_autocast_enabled, AUTOCAST_DEVICES):
+                stack.enter_context(torch.autocast(device_type, enabled=False))
             prepared = self._prepared()
-        for batches in prepared.by_group:
-            READER.add_one([state["step"] for batch in batches for state in batch.states])
-            for batch, scalars in zip(batches, scalars_of(batches, prepared.method), strict=True):
-                self._step_batch(batch, scalars)
-        if prepared.empty:
-            READER.add_one(list(map(STEP, prepared.empty)))
-        for plain in prepared.plain:
-            plain.step()
+            refreshed = False
+            for batches in prepared.by_group:
+                if due := due_of(batches, self.subspace, self._readback):
+                    refresh_bases(due, self.subspace)
+                    refreshed = True
+            if refreshed:
+                prepared = self._prepared()
+            for batches in prepared.by_group:
+                READER.add_one([state["step"] for batch in batches for state in batch.states])
+                every = zip(batches, scalars_of(batches, prepared.method), strict=True)
+                for batch, scalars in every:
+                    self._step_batch(batch, scalars)
+            if prepared.empty:
+                READER.add_one(list(map(STEP, prepared.empty)))
+            for plain in prepared.plain:
+                plain.step()
 
     def _step_batch(self, batch: Batch, scalars: Scalars) -> None:
         """Project, scale, update."""
@@ -447,13 +456,10 @@ class LowRankAdamW(Optimizer):
 
     def _place_of(self, param: Tensor) -> tuple[str, Group, int]:
         """A parameter's name, group and salt."""
-        first = 0
-        for index, group in enumerate(self.param_groups):
-            named = zip(named_params(group, index), salts(group, first), strict=True)
-            for (name, other), salt in named:
+        for _, group, named in self._named_groups():
+            for name, other, salt in named:
                 if other is param:
                     return name, group, salt
-            first += len(group["params"])
         raise KeyError(f"a parameter of shape {tuple(param.shape)} is not in this optimizer")
 
     def _group_of(self, param: Tensor) -> Group:
@@ -570,7 +576,7 @@ class LowRankAdamW(Optimizer):
         """
         options = [self.capturable, *options_of(self.param_groups)]
         if options != self._options:
-            for index, group in enumerate(self.param_groups):
+            for index, group, _ in self._named_groups():
                 check_options(group, index, self.capturable)
             self._options = options
         capturing = _capturing()
@@ -608,17 +614,18 @@ class LowRankAdamW(Optimizer):
             for group, params in checked
         ]
         tie(member.state for _, own in members for member in own)
-        return Prepared(self._facts(), members, self.method)
+        return Prepared(self._facts(), members, self.method, self._room_memory)
+
+    def _named_groups(self) -> NamedGroups:
+        return named_groups(self.param_groups)
 
     def _checked(self) -> list[tuple[Group, list[tuple[str, Tensor, int, str]]]]:
         """Name, parameter, salt and backend of those that have a gradient, a list a group."""
-        request, first, checked = ops.requested_backend(self.backend), 0, []
-        for index, group in enumerate(self.param_groups):
-            named = zip(named_params(group, index), salts(group, first), strict=True)
-            first += len(group["params"])
+        request, checked = ops.requested_backend(self.backend), []
+        for _, group, named in self._named_groups():
             params = [
                 (name, param, salt, self._checked_backend(name, param, group, request))
-                for (name, param), salt in named
+                for name, param, salt in named
                 if param.grad is not None
             ]
             checked.append((group, params))
@@ -640,7 +647,7 @@ class LowRankAdamW(Optimizer):
         if is_projected(group):
             check_matrix(name, param)
             check_memory(name, param)
-            backend = self.choice(request, group, param).backend
+            backend = self.choice(request, group, name, param).backend
         if state := self.state.get(param):
             check_shapes(name, param, state, is_projected(group))
             check_storage(name, param, state)
@@ -721,12 +728,21 @@ class LowRankAdamW(Optimizer):
                 batch.counts = [self._counted[param] - 1 for param in batch.params]
         return True
 
-    def choice(self, request: str, group: Group, param: Tensor) -> Choice:
-        """Who computes a projected parameter's step, and why."""
+    def choice(self, request: str, group: Group, name: str, param: Tensor) -> Choice:
+        """Who computes a projected parameter's step, and why; ValueError if nobody can."""
         size, capturable = size_of(group, param), self.capturable
         dtype = moments_dtype(param, self.state_format)
-        grad = None if param.grad is None else held(param.grad)
-        return ops.choose(request, param, grad, capturable=capturable, size=size, moments=dtype)
+        choice = ops.choose(
+            request,
+            param,
+            None if param.grad is None else held(param.grad),
+            capturable=capturable,
+            size=size,
+            moments=dtype,
+            projected=is_projected_gradient(param.grad),
+        )
+        check_addressable(name, param, choice.backend)
+        return choice
 
 
 def _capturing() -> bool:

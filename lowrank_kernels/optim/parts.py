@@ -55,7 +55,7 @@ class Method(NamedTuple):
             raise ValueError(f"state must be one of {', '.join(STATE_FORMATS)}, got {self.state!r}")
         if self.basis not in BASIS_FORMATS:
             raise ValueError(f"basis must be one of {', '.join(BASIS_FORMATS)}, got {self.basis!r}")
-        if self.master not in (None, 24):
+        if self.master is not None and (type(self.master) is not int or self.master != 24):
             raise ValueError(f"master must be 24 or None, got {self.master!r}")
         if self.master is not None and self.rounding == "stochastic":
             raise ValueError(

@@ -14,7 +14,7 @@ from ..ops import AdamScalars, Scalars
 from ..ops.adamw import adamw as low_adamw
 from ..ops.codes import Stored
 from ..ops.dry import device_type
-from .checks import is_dense, is_unresolved, resolved
+from .checks import is_dense, is_sharded, is_unresolved, is_wrapped, resolved
 from .formats import format_of
 from .groups import Group
 from .state import State
@@ -47,10 +47,18 @@ class Work(NamedTuple):
         """
         if device_type(self.param) not in FUSED_DEVICES:
             return False
+        # Shards and the like have no memory to walk along; torch's kernels take shards as a whole.
+        if is_wrapped(self.param) and not (is_sharded(self.param) and len(self.dtypes) == 1):
+            return False
         if all(tensor.is_contiguous() for tensor in self[:4]):
             return True
         strides = {tensor.stride() for tensor in self[:4]}
         return len(strides) == 1 and len(self.dtypes) == 1 and is_dense(self.param)
+
+    def widened(self) -> "Work":
+        """With copies of the weight and the gradient in the dtype of the moments."""
+        dtype = self.exp_avg.dtype
+        return self._replace(param=self.param.to(dtype), grad=self.grad.to(dtype))
 
 
 class Plain:
@@ -97,8 +105,10 @@ class Plain:
         """One torch AdamW step."""
         for pair in self._alone:
             (work,) = self._works([pair])
-            wide = work._replace(grad=work.grad.to(work.exp_avg.dtype))
+            wide = work.widened()
             _adamw([wide], self.group, self.capturable, fused=False)
+            if wide.param is not work.param:
+                work.param.copy_(wide.param)
         if self._fused:
             _adamw(self._works(self._fused), self.group, self.capturable, fused=True)
             # torch's fused kernels leave that to nobody, and a stale graph would go backward.
@@ -152,12 +162,7 @@ def _step_block(block: list[Work], group: Group, capturable: bool) -> None:
 
     The copies die with this call, so that no two blocks' are there together.
     """
-    wide = [
-        work._replace(
-            param=work.param.to(work.exp_avg.dtype), grad=work.grad.to(work.exp_avg.dtype)
-        )
-        for work in block
-    ]
+    wide = [work.widened() for work in block]
     _adamw(wide, group, capturable, fused=True)
     torch._foreach_copy_([work.param for work in block], [work.param for work in wide])
 

@@ -6,14 +6,13 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
 from .. import ops
 from ..ops import BackendUnavailable, Choice, Side
-from .formats import format_for
+from .formats import format_for, is_whole
 from .groups import Group, is_projected, learning_rate, named_params, size_of
-from .state import new_state, state_bytes, subspace_stats
+from .state import planned_state, state_bytes, subspace_stats
 
 if TYPE_CHECKING:
     from .lowrank_adamw import LowRankAdamW
@@ -28,7 +27,7 @@ def explain(optimizer: LowRankAdamW) -> list[Row]:
             "name": name,
             "shape": tuple(param.shape),
             "dtype": param.dtype,
-            **_who(optimizer, group, param),
+            **_who(optimizer, name, group, param),
             "lr": learning_rate(group),
             "state": format_for(param, is_projected(group), optimizer.state_format),
             "state_bytes": state_bytes(optimizer.state.get(param, {})),
@@ -68,17 +67,17 @@ def _parameters(optimizer: LowRankAdamW) -> Iterator[tuple[str, Group, Tensor]]:
             yield name, group, param
 
 
-def _who(optimizer: LowRankAdamW, group: Group, param: Tensor) -> Row:
+def _who(optimizer: LowRankAdamW, name: str, group: Group, param: Tensor) -> Row:
     if not is_projected(group):
         at = " at lr * scale" if "scale" in group else ""
-        plain = Choice("torch", f"AdamW{at}: no rank in its group")
+        plain = Choice("torch", f"AdamW{at}: no rank in its group{_kept(optimizer, param)}")
         return {"projected": False, "side": None, "rank": None, **plain._asdict()}
     _, _, rank, side = size_of(group, param)
     if state := optimizer.state.get(param):
         side, rank = Side(state["side"]), state["basis"].shape[1]
     try:
         request = ops.requested_backend(optimizer.backend)
-        backend, reason = optimizer.choice(request, group, param)
+        backend, reason = optimizer.choice(request, group, name, param)
         if tiles := ops.tiles(backend):
             reason = f"{reason}; {tiles}"
     except (ValueError, BackendUnavailable) as error:  # what a step would raise
@@ -87,14 +86,19 @@ def _who(optimizer: LowRankAdamW, group: Group, param: Tensor) -> Row:
     return {**row, "backend": backend, "reason": reason}
 
 
+def _kept(optimizer: LowRankAdamW, param: Tensor) -> str:
+    """Why a parameter without a rank is not held as the optimizer was asked to."""
+    if is_whole(param) or (optimizer.state_format == "float32" and optimizer.master is None):
+        return ""
+    return f"; a {type(param).__name__} keeps its dtype, and moments in float32"
+
+
 def _needs(optimizer: LowRankAdamW, name: str, group: Group, param: Tensor) -> Row:
     projected, weight = is_projected(group), param.numel() * param.element_size()
     size = size_of(group, param) if projected else None
     state = 0
     if param.requires_grad:
-        state = state_bytes(
-            new_state(torch.empty_like(param, device="meta"), group, 0, optimizer.method)
-        )
+        state = state_bytes(planned_state(param, group, optimizer.method))
     return {
         "name": name,
         "shape": tuple(param.shape),

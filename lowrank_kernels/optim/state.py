@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from ..ops.bases import BASIS_CODES, code_shapes
-from ..ops.codes import FLAT_GROUPS, channel_groups
+from ..ops.codes import FLAT_GROUPS, Stored, channel_groups
 from ..ops.contract import Side, basis_shape, moment_dtype, projected_shape
 from ..ops.reference import NOTHING_STORED
 from ..subspace import Subspace, new_measures, new_record
@@ -65,6 +65,16 @@ def new_state(param: Tensor, group: Group, salt: int, method: Method) -> State:
     if method.capturable:
         state["step"] = state["step"].to(param.device)
     return state
+
+
+def planned_state(param: Tensor, group: Group, method: Method) -> State:
+    """The state that a parameter is going to have, on the meta device; see `new_state`."""
+    twin = torch.empty(param.shape, dtype=param.dtype, device="meta")
+    forms = method._replace(
+        state=format_for(param, is_projected(group), method.state),
+        master=method.master if has_low_bits(param, method.master) else None,
+    )
+    return new_state(twin, group, 0, forms)
 
 
 def new_projected_state(param: Tensor, rank: int, side: Side, salt: int, method: Method) -> State:
@@ -220,7 +230,9 @@ def check_codes(name: str, state: State) -> None:
 
 
 def check_storage(name: str, param: Tensor, state: State) -> None:
-    """Raises ValueError if a weight was moved to another dtype or device than its state."""
+    """Raises ValueError if a weight was moved to another dtype or device than its state, or if what
+    every backend takes as contiguous is not.
+    """
     wide = moment_dtype(param.dtype)
     dtypes = _moment_dtypes(state, wide) | {"low_bits": torch.int8}
     if "basis" in state:
@@ -241,6 +253,11 @@ def check_storage(name: str, param: Tensor, state: State) -> None:
                 f"{name} is {param.dtype} on {param.device}, and its state has {key} as"
                 f" {value.dtype} on {value.device}: after moving or casting a model call"
                 " optimizer.load_state_dict(optimizer.state_dict()), which converts the state"
+            )
+        if "basis" in state and key in Stored._fields and not value.is_contiguous():
+            raise ValueError(
+                f"the state of {name} has {key} with strides {tuple(value.stride())}: make it"
+                " contiguous"
             )
 
 

@@ -18,7 +18,7 @@ from .groups import Group, is_projected, size_of
 from .parts import Method
 from .plain import Plain
 from .projected_gradient import Projector, new_gradient
-from .state import new_state
+from .state import planned_state
 
 if TYPE_CHECKING:
     from .lowrank_adamw import LowRankAdamW
@@ -129,7 +129,7 @@ def _with_room(found: Workspace, room: int) -> Workspace:
 def _member_on_meta(param: Tensor, group: Group, method: Method, projected: bool) -> Member:
     """A dense parameter like this one, with a gradient and a state."""
     twin = torch.empty(param.shape, dtype=param.dtype, device="meta")
-    state = new_state(twin, group, 0, method)
+    state = planned_state(param, group, method)
     if projected:
         moments = state["exp_avg"].shape
         twin.grad = new_gradient(
@@ -149,7 +149,7 @@ def _peak_of_plain(group: Group, members: list[Member]) -> int:
 def _peak_of_refresh(optimizer: LowRankAdamW, group: Group, members: list[Member]) -> int:
     """Of one batch that changes its bases; the others are like it."""
     due = []
-    for name, param, state, *_ in members[: batch_size(members[0].param.numel())]:
+    for name, param, state, *_ in members[: batch_size(members[0].param)]:
         state = {**state, "basis_step": 0}
         grad = torch.empty_like(param)
         due.append(Due(name, grad, state, group["rank"], 1, 0, group["betas"]))

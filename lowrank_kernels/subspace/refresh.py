@@ -11,7 +11,7 @@ from ..ops import Side
 from ..ops.bases import basis_entries, loaded_basis
 from ..ops.codes import Stored, channel_groups, loaded, new_stored, store
 from ..ops.contract import moment_dtype
-from ..ops.dry import on_host
+from ..ops.dry import device_type, on_host
 from ..ops.notices import notice_once
 from .moments import Corrections, Moments, transferred
 from .options import Subspace
@@ -24,7 +24,9 @@ Problems = dict[str, list[str]]
 ZERO_GRADIENT = "the gradient is zero"
 
 # Of the gradients that are stacked for one batched factorization. It bounds the memory of a
-# refresh: about three matrices of the largest size, however many are due.
+# refresh: about three matrices of the largest size, however many are due. A CPU takes one matrix at
+# a time: from 512 x 512 on that is no slower there, and its batched products, and those of matrices
+# at odd addresses, have other bits, so that a basis would depend on who else is due.
 BATCH_ELEMENTS = 2**22
 
 
@@ -81,8 +83,9 @@ def refresh_bases(due: Sequence[Due], subspace: Subspace) -> None:
     """Gives each matrix a new basis, or counts why it keeps the old one.
 
     A basis is never computed from a zero or non-finite gradient, and a failed factorization changes
-    nothing but `kept`. Equal matrices are factored together. The device is waited for a few times a
-    batch: to look at the gradients, at the factorizations, at the energies and at the overlaps.
+    nothing but `kept`. Equal matrices are factored together, except on a CPU. The device is waited
+    for a few times a batch: to look at the gradients, at the factorizations, at the energies and at
+    the overlaps.
     """
     problems: Problems = {}
     for batch in _batches([item for item in due if item.grad.numel()]):
@@ -94,9 +97,9 @@ def refresh_bases(due: Sequence[Due], subspace: Subspace) -> None:
         notice_once(level, f"a basis was not renewed: {problem}: {names[0]}{others}")
 
 
-def batch_size(elements: int) -> int:
-    """Gradients of so many elements that are factored together."""
-    return max(1, BATCH_ELEMENTS // elements)
+def batch_size(grad: Tensor) -> int:
+    """Gradients like this one that are factored together."""
+    return 1 if device_type(grad) == "cpu" else max(1, BATCH_ELEMENTS // grad.numel())
 
 
 def adaptive_rank(energies: Sequence[float], subspace: Subspace) -> int:
@@ -133,7 +136,7 @@ def _batches(due: Sequence[Due]) -> Iterator[list[Due]]:
         known = 0 if previous is None else previous.shape[1]
         alike.setdefault((*layout, item.state["side"], item.rank, known), []).append(item)
     for equal in alike.values():
-        size = batch_size(equal[0].grad.numel())
+        size = batch_size(equal[0].grad)
         for start in range(0, len(equal), size):
             yield equal[start : start + size]
 

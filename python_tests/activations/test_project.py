@@ -1,18 +1,25 @@
 """R from linear layers: what it is, how it accumulates, and that steps cannot tell it from G."""
 
 import copy
+import functools
 import io
 import pickle
 
 import pytest
 import torch
 import torch.nn.functional as F
+from activations.llama import language_model, token_ids
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from lowrank_kernels import AdaRankGradAdamW, FiraAdamW, GaLoreAdamW, Subspace, param_groups
-from lowrank_kernels.activations import project_linears
+from lowrank_kernels.activations import (
+    project_linears,
+    recompute_activations,
+    release_gradients,
+    saved_bytes,
+)
 from lowrank_kernels.ops.contract import Side, moment_dtype
 from lowrank_kernels.optim.projected_gradient import ProjectedGradient, held
 
@@ -571,3 +578,44 @@ def test_bases_are_shared_where_that_has_a_meaning():
         project_linears(model, optimizer, share_bases=True)
     with pytest.raises(ValueError, match="goes with start=activations or random"):
         build(start="gradient", shares=True)
+
+
+@pytest.mark.parametrize("first", ["project", "recompute"])
+@pytest.mark.parametrize("shares", [False, True])
+def test_beside_recomputed_activations_less_is_saved_and_steps_are_the_same(first, shares):
+    ids = token_ids()
+    sizes, models = {}, {}
+    for recomputes in (False, True):
+        model = language_model(dtype=torch.float64)
+        optimizer = GaLoreAdamW(param_groups(model, rank=6, update_proj_gap=4), lr=1e-3)
+        project = functools.partial(project_linears, model, optimizer, share_bases=shares)
+        todo = [project, functools.partial(recompute_activations, model)][: 1 + recomputes]
+        reports = [act() for act in (todo if first == "project" else todo[::-1])]
+        for step in range(6):
+            model(input_ids=ids, labels=ids).loss.backward()
+            if step == 2:
+                sizes[recomputes] = saved_bytes(model, input_ids=ids, labels=ids).total
+            optimizer.step()
+            optimizer.zero_grad()
+        models[recomputes] = model
+        for report in reports[::-1]:
+            report.undo()
+        assert not any("forward" in vars(module) for module in model.modules())
+    assert distance(models[False], models[True]) <= 1e-12
+    assert sizes[True] < 0.75 * sizes[False]
+
+
+@pytest.mark.parametrize("start", ["activations", "gradient"])
+def test_released_in_backward_r_takes_the_same_steps(start):
+    runs = []
+    for releases in (False, True):
+        model, optimizer = build(torch.float32, start, state="int8")
+        if releases:
+            release_gradients(model, optimizer)
+        kinds = set()
+        model.q.weight.register_hook(lambda grad, kinds=kinds: kinds.add(type(grad)))
+        train(model, optimizer, 30)
+        assert ProjectedGradient in kinds
+        runs.append(model)
+    for one, other in zip(*(model.parameters() for model in runs), strict=True):
+        assert torch.equal(one, other)

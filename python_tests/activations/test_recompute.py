@@ -414,9 +414,17 @@ def test_a_hook_may_replace_a_norms_output():
     assert_same(gradients(model, x), expected)
 
 
-@pytest.mark.parametrize(
-    "view", ["view(-1, 24)", "view(2, 5, 4, 6)", "transpose(0, 1)", "narrow(1, 1, 2)", "detach()"]
-)
+VIEWS = {
+    "view(-1, 24)": 0,
+    "view(2, 5, 4, 6)": 0,
+    # Where it is no view of the whole, the linear saves a copy, or the output itself.
+    "narrow(0, 1, 1)": 2 * 5,
+    "narrow(1, 1, 2)": 2 * 2,
+    "transpose(0, 1)": 2 * 5,
+}
+
+
+@pytest.mark.parametrize("view", VIEWS)
 def test_views_of_a_norms_output(view):
     class Viewed(nn.Module):
         def __init__(self):
@@ -432,9 +440,7 @@ def test_views_of_a_norms_output(view):
     expected = gradients(model, x)
     recompute_activations(model)
     assert_same(gradients(model, x), expected)
-    # Where it is no view of the whole, the linear saves a copy or the output, as ever.
-    extra = {"transpose(0, 1)": 2 * 5, "narrow(1, 1, 2)": 2 * 2}.get(view, 0)
-    assert saved_bytes(model, x).total == 8 * 24 * (2 * 5 + extra)
+    assert saved_bytes(model, x).total == 8 * 24 * (2 * 5 + VIEWS[view])
 
 
 def test_other_functions_can_read_an_input_that_is_made_again():
@@ -479,12 +485,22 @@ def test_names_and_values_stay_and_undo_restores():
     report.undo()
 
 
-def test_nothing_changes_without_gradients():
-    model, x = block(), tokens()
+def test_nothing_changes_without_gradients(monkeypatch):
+    made, model, x = recipes(monkeypatch), block(), tokens()
     expected = model(x)
     recompute_activations(model)
     with torch.no_grad():
         assert torch.equal(model(x), expected)
+    assert not made
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_linears_that_need_no_input_are_torchs_own(trained):
+    model, x = block(), tokens()
+    model.q.weight.requires_grad_(trained)
+    recompute_activations(model)
+    assert (model.q(x).grad_fn.name() == "_LinearBackward") is False
+    assert (model.q(model.norm1(x)).grad_fn.name() == "_LinearBackward") is trained
 
 
 def test_a_copy_is_a_model_of_its_own():

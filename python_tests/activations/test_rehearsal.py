@@ -16,12 +16,13 @@ from lowrank_kernels import (
     FiraAdamW,
     GaLoreAdamW,
     param_groups,
+    project_linears,
     recompute_activations,
 )
-from lowrank_kernels.activations import project_linears
 from lowrank_kernels.activations.plan import Planner, Training, plan_training
-from lowrank_kernels.activations.rehearsal import Conditions, Rehearsal, _new_states, rehearse
+from lowrank_kernels.activations.rehearsal import Conditions, Rehearsal, rehearse
 from lowrank_kernels.optim.allocations import Allocations
+from lowrank_kernels.optim.state import new_state
 from lowrank_kernels.optim.workspace import planned_alone, planned_workspace
 
 TOKENS = 96
@@ -88,10 +89,12 @@ def test_the_first_pass_with_projected_gradients(recompute):
     first, later = rehearse(twin, TOKENS, conditions)
     assert not planned.state
     assert not any("forward" in vars(module) for module in twin.modules())
-    _new_states(optimizer)
-    project_linears(model, optimizer)
+    for param in optimizer.param_groups[0]["params"]:
+        state = new_state(param, optimizer.param_groups[0], 0, optimizer.method)
+        optimizer.state[param].update(state)
     if recompute:
         recompute_activations(model)
+    project_linears(model, optimizer)
     assert_same(first, Real(model, TOKENS))
     # One whole gradient in the place of its R.
     largest = max(p.numel() for p in model.model.layers.parameters())

@@ -76,7 +76,7 @@ def test_a_view_keeps_the_whole_of_its_storage():
 
 
 class Twice(nn.Module):
-    """Multiplies by a buffer; a branch is thrown away."""
+    """Multiplies by a buffer; branches are thrown away."""
 
     def __init__(self):
         super().__init__()
@@ -84,6 +84,8 @@ class Twice(nn.Module):
 
     def forward(self, x):
         x.exp()
+        cycle = [x.exp()]
+        cycle.append(cycle)
         return x.sin() * self.factor
 
 
@@ -103,6 +105,22 @@ def test_what_is_saved_is_freed_with_the_graph():
 
     saved_bytes(Exp(), torch.randn(5, 6, requires_grad=True))
     assert freed
+
+
+def test_a_part_that_fails_does_not_own_what_comes_after():
+    class Retrying(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.wrong, self.right = nn.Linear(5, 4), nn.Linear(6, 4)
+
+        def forward(self, x):
+            try:
+                return self.wrong(x)
+            except RuntimeError:
+                return self.right(x).sin()
+
+    rows = saved_bytes(Retrying(), torch.randn(3, 6)).rows
+    assert [(row.module, row.kind) for row in rows] == [("right", "linear"), ("", "other")]
 
 
 def test_functions_tell_what_modules_do_not():

@@ -13,6 +13,7 @@ from integration.tiny_runs import (
     every_method,
     loss_of,
     process_group,
+    set_grads,
     setup,
     tiny_model,
     train,
@@ -25,7 +26,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.optim import ZeroRedundancyOptimizer
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from lowrank_kernels import FiraAdamW, param_groups
@@ -43,6 +44,9 @@ ADAMW = {
 }
 
 
+FORMATS = ({}, {"state": "int8"}, {"state": "bfloat16", "master": 24})
+
+
 def fsdp_adamw(which):
     """A run of AdamW groups under FSDP2."""
     model = fully_shard(tiny_model())
@@ -54,6 +58,35 @@ def fsdp_adamw(which):
         optimizer.step()
     assert all(isinstance(s["exp_avg"], DTensor) for s in optimizer.state.values())
     return {name: full(param) for name, param in model.named_parameters()}
+
+
+def fsdp_bfloat16(**formats):
+    """bfloat16 weights of AdamW groups under FSDP2, one large enough for codes, and what explains
+    them.
+    """
+    model = fully_shard(wide_model())
+    optimizer = FiraAdamW(list(model.named_parameters()), lr=0.01, weight_decay=0.1, **formats)
+    for seed in range(STEPS):
+        set_sharded_grads(model, seed)
+        optimizer.step()
+    assert all(isinstance(s["exp_avg"], DTensor) for s in optimizer.state.values())
+    planned = [row["state_bytes"] for row in optimizer.plan()]
+    assert planned == [row["state_bytes"] for row in optimizer.explain()]
+    reasons = {row["reason"] for row in optimizer.explain()}
+    return {name: full(param) for name, param in model.named_parameters()}, reasons
+
+
+def wide_model():
+    torch.manual_seed(0)
+    return torch.nn.Sequential(torch.nn.Linear(65, 81), torch.nn.Linear(81, 3)).bfloat16()
+
+
+def set_sharded_grads(model, seed):
+    """What FSDP2 leaves behind a backward pass in which all ranks agree."""
+    rng = torch.Generator().manual_seed(seed)
+    for param in model.parameters():
+        grad = torch.randn(param.shape, generator=rng).bfloat16()
+        param.grad = distribute_tensor(grad, param.device_mesh, param.placements)
 
 
 def fsdp_refusal():
@@ -114,6 +147,7 @@ def worker(rank, world, folder):
             "zero": zero_part(),
             "broadcast": broadcast_part(rank),
             "fsdp": {which: fsdp_adamw(which) for which in ADAMW},
+            "fsdp bfloat16": [fsdp_bfloat16(**formats) for formats in FORMATS],
             "refusal": fsdp_refusal(),
         }
         torch.save(result, folder / f"{rank}.pt")
@@ -162,6 +196,29 @@ def test_fsdp2_trains_adamw_groups_as_torch(two_ranks):
         for name, value in result["fsdp"]["torch"].items():
             assert torch.equal(result["fsdp"]["ours"][name], value), name
             assert not torch.equal(value, start[name]), name
+
+
+def test_fsdp2_trains_bfloat16_weights_in_wide_copies(two_ranks):
+    """As torch's AdamW does with float32 weights that are rounded after each step; in every format,
+    since shards keep wide moments.
+    """
+    model = wide_model().float()
+    torchs = torch.optim.AdamW(
+        model.parameters(), lr=0.01, weight_decay=0.1, eps=1e-6, foreach=False
+    )
+    for seed in range(STEPS):
+        set_grads(model, seed)
+        for param in model.parameters():
+            param.grad = param.grad.bfloat16().float()
+        torchs.step()
+        for param in model.parameters():
+            param.data = param.data.bfloat16().float()
+    for result in two_ranks:
+        for formats, (weights, reasons) in zip(FORMATS, result["fsdp bfloat16"], strict=True):
+            for name, value in model.state_dict().items():
+                assert torch.equal(weights[name].float(), value), (formats, name)
+            told = all("a DTensor keeps its dtype" in reason for reason in reasons)
+            assert told == bool(formats)
 
 
 def test_fsdp2_refuses_projected_groups_on_every_rank(two_ranks):

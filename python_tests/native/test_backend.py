@@ -173,7 +173,7 @@ def test_broadcast_gradient(grad_dtype, side):
 )
 def test_a_batch_has_the_bits_of_its_matrices(dtype, threads, side, form):
     torch.set_num_threads(threads)
-    for shape, rank in (((37, 61), 13), ((128, 200), 16)):
+    for shape, rank in (((37, 61), 13), ((29, 17), 5), ((17, 29), 5), ((128, 200), 16)):
         together = problem(shape, rank, side, form, count=7, dtype=dtype)
         apart = [step(alone(together, index)) for index in range(7)]
         step(together)

@@ -100,6 +100,19 @@ def test_a_step_has_the_bits_of_torch(shape, salt, rows_are_channels, dtype, dev
         assert ((total.view.cpu().double() - exact).abs() <= error)[finite].all()
 
 
+@DEVICES
+@SIDES
+def test_v_stays_finite_in_bfloat16(rows_are_channels, device):
+    """Of the largest squares, a thousandth of the way to Inf, and with the bits of torch."""
+    problem = Problem((200, 300), rows_are_channels, torch.bfloat16, device=device)
+    problem.moments.stored.exp_avg_sq.fill_(torch.finfo(torch.bfloat16).max)
+    problem.projected.view.fill_(2.0**64 - 2.0**40)
+    stored, _, _ = problem.expected()
+    assert stored.exp_avg_sq.isfinite().all()
+    problem.run()
+    assert_same_moments(problem.moments.stored, stored)
+
+
 @SIDES
 def test_what_is_encoded_again_stays(rows_are_channels):
     """Nothing of R is finite: all codes stay, and scales too, as a code is the largest of each."""

@@ -185,6 +185,16 @@ def test_stochastic_rounding_keeps_inf_and_nan():
     assert rounded[:, 2:].isnan().all()
 
 
+def test_what_is_finite_stays_finite(rng):
+    """Between the largest of bfloat16 and Inf."""
+    raw = torch.randint(0x7F7F0000, 0x7F800000, (20, 1000), generator=rng)
+    values = raw.int().view(torch.float32)
+    values[10:] *= -1
+    rounded = update(torch.zeros(20, 1000).bfloat16(), values, salts=(3,), step=5)
+    largest = torch.finfo(torch.bfloat16).max
+    assert torch.equal(rounded.float(), values.sign() * largest)
+
+
 @SIDES
 def test_noise_of_a_part_is_that_of_its_place(rows_are_channels, rng):
     values = torch.randn(50, 1100, generator=rng)

@@ -16,9 +16,11 @@ from ops.test_operations import (
 from ops.test_prepared import SERVED, elsewhere, in_one_place
 from oracles.low_rank import literal_step
 from pairs import pairwise
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from lowrank_kernels.ops import AdamScalars, Scalars, Side, prepare
+from lowrank_kernels.ops import AdamScalars, Matrices, Scalars, Side, prepare
 from lowrank_kernels.ops.codes import FORMATS, channel_groups, new_stored
+from lowrank_kernels.ops.dry import meta_stands_for
 from lowrank_kernels.optim.batches import step_scalars
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -216,6 +218,36 @@ def test_prepared_once_serves_a_batch_wherever_it_lies(backend_dtype, side, plac
             Given.step_batch([other], index)
             for name in ("weight", "exp_avg", "exp_avg_sq"):
                 assert torch.equal(getattr(one, name), getattr(other, name)), (name, index)
+
+
+class Products(TorchDispatchMode):
+    """The names of the products that torch is asked for."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+        self.found += [name for name in (function.__name__,) if "mm" in name]
+        return function(*arguments, **(keywords or {}))
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("backend", ["reference", "foreach", "native"])
+def test_operation_1_multiplies_nothing(backend, dtype, device):
+    """As it would run there: on the meta device."""
+    with meta_stands_for(device):
+        runs = [Given(backend, dtype, (37, 61), 13, Side.LEFT, seed=seed) for seed in range(2)]
+        given = Given.matrices(runs, 0)
+        dense = Run.matrices(runs, 0)._replace(grads=given.params)
+        for matrices, count in ((given, 0), (dense, 2)):
+            lists = ([x.to("meta") for x in each] for each in matrices[2:8])
+            matrices = Matrices(Side.LEFT, None, *lists, projected=matrices.projected)
+            operations = prepare(matrices, backend=backend)
+            with Products() as products:
+                operations.project_moments(matrices, AdamScalars(0.9, 0.999, 1e-6))
+            assert len(products.found) == count
 
 
 class Unreadable:

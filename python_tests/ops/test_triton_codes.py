@@ -35,6 +35,7 @@ from lowrank_kernels.ops.triton.codes import (
     encoded_avg_sq,
 )
 from lowrank_kernels.ops.triton.config import Config, Gpu, Problem, candidates, config_of, forced
+from lowrank_kernels.ops.triton.noise import rounded_to_bfloat16 as rounded_by_triton
 
 DEVICE = device_of("triton")
 INTERPRETED = DEVICE.type == "cpu"
@@ -66,6 +67,13 @@ def encode_kernel(
         codes, scales = encoded_avg_sq(values, tl.load(bits_ptr + group * SIZE + place))
     tl.store(codes_ptr + group * SIZE + place, codes)
     tl.store(scales_ptr + group + tl.arange(0, 1), scales)
+
+
+@triton.jit
+def round_kernel(values_ptr, bits_ptr, SIZE: tl.constexpr):
+    places = tl.program_id(0) * SIZE + tl.arange(0, SIZE)
+    bits = tl.load(bits_ptr + places).to(tl.uint32)
+    tl.store(values_ptr + places, rounded_by_triton(tl.load(values_ptr + places), bits))
 
 
 def random_scales(count, rng):
@@ -107,6 +115,21 @@ def encoded_by_torch(exp_avg, exp_avg_sq, bits):
 def assert_same(stored, other):
     for one, another in zip(stored, other, strict=True):
         assert torch.equal(one, another)
+
+
+def test_v_is_rounded_to_the_bits_of_torch(rng):
+    """Any float32, and those between the largest of bfloat16 and Inf, which stay finite."""
+    raw = torch.randint(-(2**31), 2**31, (100 * SIZE,), generator=rng)
+    raw[: 10 * SIZE] = torch.randint(0x7F7F0000, 0x7F800000, (10 * SIZE,), generator=rng)
+    values = raw.int().view(torch.float32).to(DEVICE)
+    values[: 5 * SIZE] *= -1
+    bits = torch.randint(0, 2**16, values.shape, generator=rng, dtype=torch.int32).to(DEVICE)
+    expected = rounded_to_bfloat16(values, bits)
+    assert torch.equal(expected.isfinite(), values.isfinite())
+    assert torch.equal(expected.bfloat16().float().nan_to_num(), expected.nan_to_num())
+    round_kernel[(100,)](values, bits, SIZE=SIZE)
+    assert torch.equal(values.isnan(), expected.isnan())
+    assert torch.equal(values.nan_to_num(7.0), expected.nan_to_num(7.0))
 
 
 def test_codes_are_decoded_to_the_bits_of_torch(rng):

@@ -197,6 +197,9 @@ stored = [new_stored((48, 16), *moments, channel_groups(Side.RIGHT)) for _ in "a
 matrices = Matrices(Side.RIGHT, Residual(0.25, 1.0), *(tensors(48, 32) for _ in "WG"),
                     tensors(32, 16), *columns[:2], tensors(), None,
                     *(columns[2:] or ((), ())), (3, 4))
+given = sys.argv[2] == "projected"
+if given:
+    matrices = matrices._replace(residual=None, grads=tensors(48, 16), projected=True)
 whole = tensors(48, 16) + [new_stored((48, 16), *moments, FLAT_GROUPS)]
 scalars = Scalars(AdamScalars(0.9, 0.999, 1e-8), 0.25, step_size=0.01, decay=0.0, step=17)
 with no_launch() as launches:
@@ -206,25 +209,26 @@ with no_launch() as launches:
     for _ in range(2):
         steps.append([])
         projection = operations.project_moments(matrices, scalars.adam, scalars.step)
-        factor = operations.channel_scale(matrices, projection.sums)
+        factor = None if given else operations.channel_scale(matrices, projection.sums)
         operations.back_project_update(matrices, projection, factor, scalars)
         adamw(*whole, scalars, 5)
-assert list(map(len, steps)) == [4, 4]
+assert list(map(len, steps)) == ([3, 3] if given else [4, 4])
 for by_jit, bound in zip(*steps):
     assert by_jit[:6] == bound[:6]  # the grid, the stream, the function
-    given, got = (each[-1] if isinstance(each[-1], tuple) else each for each in (by_jit, bound))
-    assert any(isinstance(x, torch.Tensor) for x in given)
-    assert list(map(type, _numbers(given))) == list(map(type, got))
+    asked, got = (each[-1] if isinstance(each[-1], tuple) else each for each in (by_jit, bound))
+    assert any(isinstance(x, torch.Tensor) for x in asked)
+    assert list(map(type, _numbers(asked))) == list(map(type, got))
     # Behind the pointers to what a step allocates, everything is the same.
-    assert _numbers(given)[8:] == got[8:]
+    assert _numbers(asked)[8:] == got[8:]
 """
 
 
+@pytest.mark.parametrize("method", ["fira", "projected"])
 @pytest.mark.parametrize("moments", ["float32", "bfloat16", "int8"])
-def test_bound_launches_hand_over_what_tritons_jit_does(moments):
+def test_bound_launches_hand_over_what_tritons_jit_does(moments, method):
     """Up to the C function that launches."""
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    command = [sys.executable, "-c", BOUND, moments]
+    command = [sys.executable, "-c", BOUND, moments, method]
     run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
 

@@ -13,10 +13,11 @@ def taken_apart(wide):
 
 
 def random_floats(count):
+    """Normal numbers that bfloat16 does not round to Inf."""
     rng = torch.Generator().manual_seed(0)
     bits = torch.randint(-(2**31), 2**31, (count,), generator=rng, dtype=torch.int64)
     wide = bits.int().view(torch.float32)
-    return wide[wide.isfinite() & (wide.abs() > 2.0**-126)]
+    return wide[wide.bfloat16().isfinite() & (wide.abs() > 2.0**-126)]
 
 
 def test_any_number_is_held_to_sixteen_bits():
@@ -51,3 +52,12 @@ def test_a_weight_that_was_changed_elsewhere_is_taken_as_it_is():
     held = joined(changed, low_bits)
     assert torch.equal(held.sign() * changed.float().sign(), torch.tensor([0.0, 0.0, 1.0, 1.0]))
     assert float((held - changed.float()).abs().max()) <= 2.0 * 2.0**-8
+
+
+def test_a_weight_that_is_not_finite_has_no_low_bits():
+    """Those of the number that it was; what is taken off Inf would make it finite, too."""
+    lost = torch.tensor([0x7F80, 0xFF80 - 2**16, 0x7FC0, 0x7F81], dtype=torch.int16)
+    lost = lost.view(torch.bfloat16).repeat(256, 1)
+    held = joined(lost, torch.arange(-128, 128).to(torch.int8).unsqueeze(1).expand(256, 4))
+    assert torch.equal(held[:, :2], lost[:, :2].float())
+    assert held[:, 2:].isnan().all()

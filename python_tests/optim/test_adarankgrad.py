@@ -420,6 +420,12 @@ def test_a_refresh_stacks_no_more_than_its_share(monkeypatch):
     monkeypatch.setattr(refresh, "BATCH_ELEMENTS", 1500)
     params, optimizer = start(count=5)
     run(params, optimizer, range(1))
+    assert batches == 10 * [640]
+    batches.clear()
+    # Elsewhere than on a CPU.
+    monkeypatch.setattr(refresh, "device_type", lambda _: "cuda")
+    params, optimizer = start(count=5)
+    run(params, optimizer, range(1))
     assert sorted(batches) == [640, 640] + 4 * [1280]
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from integration.tiny_runs import assert_same_bits
 from torch import nn
+from torch.utils._pytree import tree_map
 
 from lowrank_kernels import (
     AdaRankGradAdamW,
@@ -293,6 +294,170 @@ def test_wide_weights_and_unknown_formats_are_refused():
         optimizer.moments(single)
 
 
+@pytest.mark.parametrize("rank", [None, 4])
+def test_what_is_frozen_needs_no_format(rank):
+    """Until it is trained."""
+    weight = nn.Parameter(torch.randn(64, 80, dtype=torch.float64), requires_grad=False)
+    trained = nn.Parameter(torch.randn(64, 80))
+    group = {"params": [("weight", weight), ("trained", trained)]} | (
+        {"rank": rank} if rank else {}
+    )
+    optimizer = GaLoreAdamW([group], state="int8")
+    trained.grad = torch.randn(64, 80)
+    optimizer.step()
+    assert optimizer.plan()[0]["state_bytes"] == optimizer.explain()[0]["state_bytes"] == 0
+    weight.requires_grad_(True)
+    weight.grad = torch.randn(64, 80, dtype=torch.float64)
+    before = trained.detach().clone()
+    with pytest.raises(TypeError, match=r"weight.*float64.*state='int8'"):
+        optimizer.step()
+    assert torch.equal(trained, before)
+
+
+class Named(nn.Parameter):
+    """A parameter that a library tells apart, and that is one."""
+
+
+class Wrapped(torch.Tensor):
+    """Another tensor in its place, as quantized and sharded weights are."""
+
+    @staticmethod
+    def __new__(cls, inner):
+        own = torch.Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype)
+        own.inner = inner
+        return own
+
+    def __tensor_flatten__(self):
+        return ["inner"], None
+
+    @classmethod
+    def __torch_dispatch__(cls, operator, types, args=(), kwargs=None):
+        if operator not in cls.KNOWN:
+            raise NotImplementedError(f"no {operator}")
+        args = tree_map(lambda x: x.inner if isinstance(x, cls) else x, args)
+        result = operator(*args, **(kwargs or {}))
+        return cls(result) if operator is torch.ops.aten.detach.default else result
+
+    KNOWN = (
+        torch.ops.aten.detach.default,
+        torch.ops.aten.zeros_like.default,
+        torch.ops.aten._to_copy.default,
+        torch.ops.aten.clone.default,
+        torch.ops.aten.copy_.default,
+        torch.ops.aten.mul_.Tensor,
+        torch.ops.aten.addcdiv_.default,
+    )
+
+
+every_choice = pytest.mark.parametrize(
+    "formats", [{}, {"state": "int8"}, {"state": "bfloat16", "master": 24}], ids=str
+)
+
+
+@every_choice
+@every_dtype
+def test_subclasses_of_parameters_are_parameters(formats, dtype):
+    start = torch.randn(64, 80, generator=torch.Generator().manual_seed(0)).to(dtype)
+    weights = [Named(start.clone()), nn.Parameter(start.clone())]
+    optimizers = [GaLoreAdamW([("w", weight)], lr=0.01, **formats) for weight in weights]
+    (planned,) = optimizers[0].plan()
+    for seed in range(3):
+        grad = torch.randn(64, 80, generator=torch.Generator().manual_seed(seed)).to(dtype)
+        for weight, optimizer in zip(weights, optimizers, strict=True):
+            weight.grad = grad.clone()
+            optimizer.step()
+    (row,), (other,) = (optimizer.explain() for optimizer in optimizers)
+    assert row == other
+    assert planned["state_bytes"] == row["state_bytes"]
+    assert planned["state"] == row["state"] == formats.get("state", "float32")
+    assert torch.equal(*weights)
+
+
+@every_choice
+@every_dtype
+def test_weights_without_memory_are_trained_in_wide_copies(formats, dtype):
+    """With torch's moments, whatever was asked for, which `explain` says."""
+    start = torch.randn(64, 80, generator=torch.Generator().manual_seed(0)).to(dtype)
+    weight, wide = nn.Parameter(Wrapped(start.clone())), nn.Parameter(start.float())
+    optimizer = GaLoreAdamW([("w", weight)], lr=0.01, weight_decay=0.1, **formats)
+    torchs = torch.optim.AdamW([wide], lr=0.01, weight_decay=0.1, eps=1e-6, foreach=False)
+    (planned,) = optimizer.plan()
+    for seed in range(3):
+        weight.grad = torch.randn(64, 80, generator=torch.Generator().manual_seed(seed)).to(dtype)
+        wide.grad = weight.grad.float()
+        optimizer.step()
+        torchs.step()
+        wide.data.copy_(wide.to(dtype))
+    (row,) = optimizer.explain()
+    assert planned["state_bytes"] == row["state_bytes"] == 2 * 4 * 64 * 80 + 4
+    assert planned["state"] == row["state"] == "float32"
+    assert ("; a Wrapped keeps its dtype, and moments in float32" in row["reason"]) == bool(formats)
+    assert torch.equal(weight.inner.float(), wide)
+
+
+@pytest.mark.parametrize("state", ["float32", "int8"])
+def test_a_projected_weight_without_memory_is_refused_by_name(state):
+    """Where kernels would look for it; before anything has changed."""
+    first, wrapped = nn.Parameter(torch.randn(40, 24)), nn.Parameter(Wrapped(torch.randn(40, 24)))
+    group = {"params": [("first", first), ("second", wrapped)], "rank": 4}
+    optimizer = FiraAdamW([group], backend="native", state=state)
+    for weight in (first, wrapped):
+        weight.grad = torch.randn(40, 24)
+    before = first.detach().clone()
+    with pytest.raises(ValueError, match=r"second is a Wrapped.*native.*reference"):
+        optimizer.step()
+    assert torch.equal(first, before)
+    assert not optimizer.state[first]
+    reasons = {row["name"]: row["reason"] for row in optimizer.explain()}
+    assert "second is a Wrapped" in reasons["second"]
+
+
+@pytest.mark.parametrize("backend", ["reference", "foreach", "native"])
+@pytest.mark.parametrize(
+    "entry", ["exp_avg", "exp_avg_sq", "exp_avg_scale", "exp_avg_sq_scale"], ids=str
+)
+def test_transposed_codes_are_refused_by_name(entry, backend):
+    torch.manual_seed(0)
+    weights = [nn.Parameter(torch.randn(140, 130)) for _ in range(2)]
+    group = {"params": list(zip(("first", "second"), weights, strict=True)), "rank": 8}
+    optimizer = FiraAdamW([group], state="int8", backend=backend)
+    for weight in weights:
+        weight.grad = torch.randn(140, 130)
+    optimizer.step()
+    state = optimizer.state[weights[1]]
+    state[entry] = state[entry].T.contiguous().T
+    before = copy.deepcopy([weights, dict(optimizer.state)])
+    optimizer.basis_format = "int8"
+    with pytest.raises(ValueError, match=rf"state of second has {entry} with strides \("):
+        optimizer.step()
+    for weight, old in zip(weights, before[0], strict=True):
+        assert torch.equal(weight, old)
+    assert optimizer.state[weights[0]]["basis"].dtype is torch.float32
+    state[entry] = state[entry].contiguous()
+    optimizer.step()
+
+
+@pytest.mark.parametrize("rank", [None, 8])
+@pytest.mark.parametrize("backend", ["reference", "foreach", "native"])
+def test_v_in_bfloat16_stays_finite(backend, rank):
+    """Of the largest squares there are, where it is a thousandth of the way to Inf."""
+    weight = nn.Parameter(torch.zeros(130, 130))
+    group = {"params": [weight]} | ({"rank": rank} if rank else {})
+    optimizer = GaLoreAdamW([group], lr=0.01, state="bfloat16", backend=backend)
+    weight.grad = torch.zeros(130, 130)
+    # Of its basis, and then the largest that can be squared.
+    weight.grad[:, : rank or 1] = torch.eye(130)[:, : rank or 1]
+    optimizer.step()
+    state = optimizer.state[weight]
+    state["exp_avg_sq"].fill_(torch.finfo(torch.bfloat16).max)
+    if rank:
+        state["basis"].copy_(torch.eye(130, rank))
+    weight.grad.fill_(2.0**64 - 2.0**40)
+    for _ in range(20):
+        optimizer.step()
+    assert optimizer.moments(weight)[1].isfinite().all()
+
+
 def test_codes_without_their_scales_are_refused():
     module, optimizer = setup("fira", state="int8", basis="int8")
     train(module, optimizer, range(2))
@@ -361,8 +526,9 @@ def test_weights_of_24_bits_are_for_bfloat16():
     assert not any("low_bits" in state for state in optimizer.state.values())
     with pytest.raises(ValueError, match=r"master=24 .* stochastically"):
         setup("galore", master=24, rounding="stochastic")
-    with pytest.raises(ValueError, match="master must be 24 or None, got 16"):
-        setup("galore", master=16)
+    for master in (16, 24.0, True):
+        with pytest.raises(ValueError, match=f"master must be 24 or None, got {master}"):
+            setup("galore", master=master)
 
 
 def test_weights_of_24_bits_begin_and_end_between_steps():

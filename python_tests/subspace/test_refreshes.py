@@ -188,3 +188,20 @@ def test_a_matrix_of_another_rank_beside_it_changes_no_basis(finder):
         return optimizer.stats()[0]["captured"]
 
     assert captured(1) == pytest.approx(captured(0), rel=1e-7)
+
+
+@pytest.mark.parametrize("finder", ["randomized", "svd", "power", "random", "gaussian"])
+def test_equal_matrices_beside_it_change_no_bit_of_a_basis(finder):
+    """On a CPU: products of a batch, and of matrices at odd addresses, have other bits."""
+
+    def basis(mates):
+        params = [nn.Parameter(torch.zeros(29, 17)) for _ in range(1 + mates)]
+        named = [(f"w{number}", param) for number, param in enumerate(params)][::-1]
+        optimizer = start(named, rank=5, gap=1, subspace=together(range_finder=finder))
+        for step in range(3):
+            for seed, param in enumerate(params):
+                param.grad = random_gradient((29, 17), 10 * seed + step)
+            optimizer.step()
+        return optimizer.state[params[0]]["basis"]
+
+    assert torch.equal(basis(0), basis(3))

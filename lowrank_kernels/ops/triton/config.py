@@ -40,8 +40,9 @@ PAD_FROM = 2**20
 COMBINE_TILE = (128, 32)
 COMBINE_WARPS = 4
 
-# Directions of a group of channels whose moments a program steps where R is given.
-MOMENTS_RANK = 64
+# Directions of a group of channels whose moments a program steps where R is given. Of 64, accesses
+# by elements take 215 registers beside codes, and single rows spill; of 32 at most 128.
+MOMENTS_RANK = 32
 MOMENTS_WARPS = 8
 
 # Groups of codes of a parameter without a rank that a program has: each warp two.

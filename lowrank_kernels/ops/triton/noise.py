@@ -3,6 +3,9 @@
 import triton
 import triton.language as tl
 
+# Of bfloat16.
+_LARGEST = tl.constexpr(2.0**128 - 2.0**120)
+
 
 @triton.jit
 def _mix(value):
@@ -30,7 +33,8 @@ def noise(key, channels, places):
 
 @triton.jit
 def rounded_to_bfloat16(values, bits):
-    """float32 of which bfloat16 loses nothing."""
+    """float32 of which bfloat16 loses nothing; what is finite stays so."""
     raw = values.to(tl.uint32, bitcast=True)
     rounded = ((raw + bits) & 0xFFFF0000).to(tl.float32, bitcast=True)
+    rounded = tl.clamp(rounded, -_LARGEST, _LARGEST)
     return tl.where(tl.abs(values) < float("inf"), rounded, values)
