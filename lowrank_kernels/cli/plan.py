@@ -113,6 +113,7 @@ def facts(args: argparse.Namespace) -> dict[str, Any]:
         "without_activations": unknown,
         **{name: getattr(args, name) for name in _HOW},
         "weight_bytes": sum(map(_bytes, params)),
+        "buffer_bytes": sum(map(_bytes, model.module.buffers())),
         "gradient_bytes": sum(gradients),
         "largest_gradient_bytes": max(gradients, default=0),
         "optimizers": optimizers,

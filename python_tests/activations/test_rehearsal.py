@@ -22,6 +22,7 @@ from lowrank_kernels import (
 from lowrank_kernels.activations.plan import Planner, Training, plan_training
 from lowrank_kernels.activations.rehearsal import Conditions, Rehearsal, rehearse
 from lowrank_kernels.optim.allocations import Allocations
+from lowrank_kernels.optim.groups import is_projected
 from lowrank_kernels.optim.state import new_state
 from lowrank_kernels.optim.workspace import planned_alone, planned_workspace
 
@@ -39,8 +40,10 @@ class Real:
     def __init__(self, model, tokens, releases=False):
         self.peaks = []
         params = list(model.parameters())
+        places = torch.arange(tokens).remainder_(60).view(1, tokens)
         with Allocations() as allocations:
-            ids = torch.zeros(1, tokens, dtype=torch.int64)
+            # Equal tokens would have no basis of any rank above 1.
+            ids = places.clone()
             loss = model(input_ids=ids, labels=ids).loss
             self.saved, self.forward = allocations.live_bytes, allocations.peak_bytes
             allocations.peak_bytes = self.saved
@@ -89,9 +92,9 @@ def test_the_first_pass_with_projected_gradients(recompute):
     first, later = rehearse(twin, TOKENS, conditions)
     assert not planned.state
     assert not any("forward" in vars(module) for module in twin.modules())
-    for param in optimizer.param_groups[0]["params"]:
-        state = new_state(param, optimizer.param_groups[0], 0, optimizer.method)
-        optimizer.state[param].update(state)
+    for group in filter(is_projected, optimizer.param_groups):
+        for param in group["params"]:
+            optimizer.state[param].update(new_state(param, group, 0, optimizer.method))
     if recompute:
         recompute_activations(model)
     project_linears(model, optimizer)
