@@ -30,7 +30,7 @@ UNITS = {"": 10**9, "GB": 10**9, "MB": 10**6, "GiB": 2**30, "MiB": 2**20, "G": 2
 
 
 def card_bytes(name: str) -> int:
-    return int(CARDS[name] * 2**30)
+    return round(CARDS[name] * 2**30)
 
 
 def bytes_of(text: str) -> int:

@@ -71,7 +71,6 @@ def test_larger_models_by_closed_formulas(json_of, size, dtype):
 def test_totals_and_what_is_left(json_of):
     facts = json_of("plan --model 350m --memory 4 --tokens 0")
     assert facts["memory_bytes"] == 4 * 10**9
-    assert facts["buffer_bytes"] == 2 * 4 * 1024 // 16 // 2  # rotary frequencies, kept twice
     for needs in facts["optimizers"].values():
         workspace = max(needs["step_workspace_bytes"], needs["refresh_workspace_bytes"])
         parts = facts["weight_bytes"] + facts["gradient_bytes"] + needs["state_bytes"]
@@ -217,7 +216,7 @@ def test_the_cards(json_of):
     cards = {"rtx-4090": 23.5, "l4": 22.0, "a100-80": 79.1, "h200": 139.8, "mi300x": 191.6}
     for card, size in cards.items():
         facts = json_of(f"plan --model nano --card {card} --tokens 0 --optimizers adamw")
-        assert facts["memory_bytes"] == int(size * 2**30)
+        assert facts["memory_bytes"] == round(size * 2**30)
         assert facts["allowance_bytes"] == 768 * 2**20
 
 
