@@ -18,6 +18,7 @@ another order.
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -330,8 +331,8 @@ def recompute_activations(model: nn.Module) -> Recomputation:
     `nn.DataParallel` is not supported.
 
     Args:
-        model: with its weights, before it is sharded. Its norms and gated modules are called with a
-            few numbers, to see what they do.
+        model: before it is sharded. Its norms and gated modules are called with a
+            few numbers, to see what they do; small ones like them for a model on the meta device.
     """
     rows, taken = [], []
     for name, module in model.named_modules():
@@ -355,9 +356,10 @@ def _norm_obstacle(norm: nn.Module) -> str | None:
     leaf = not any(norm.children()) and not any(True for _ in norm.buffers())
     if not (leaf and params and all(param.dim() == 1 for param in params)):
         return _NO_CANDIDATE
-    if reason := _replaced(norm, params):
+    if reason := _replaced(norm):
         return reason
-    x = _probe(params[0].numel(), params[0])
+    norm = _with_weights(norm)
+    x = _probe(params[0].numel(), next(norm.parameters()))
     try:
         small, large = _own(norm)(norm, x), _own(norm)(norm, 16 * x)
     except Exception as error:
@@ -375,12 +377,15 @@ def _gated_obstacle(mlp: nn.Module) -> str | None:
     if not all(map(callable, parts)):
         return _NO_CANDIDATE
     gate, up, down, act = parts
-    if reason := _replaced(mlp, list(mlp.parameters())):
+    if reason := _replaced(mlp):
         return reason
     if isinstance(act, nn.Module) and any(True for _ in act.parameters()):
         return "its activation has parameters"
     if not isinstance(width := getattr(gate, "in_features", None), int):
         return "its gate_proj does not tell its in_features"
+    mlp = _with_weights(mlp)
+    gate, up, down = (getattr(mlp, name) for name in names[:3])
+    width = gate.in_features
     x = _probe(width, next(mlp.parameters()))
     try:
         # Twice the same random numbers, for dropout inside the linears.
@@ -402,7 +407,7 @@ def _linear_obstacle(linear: nn.Module) -> str | None:
         return f"{type(linear).__name__} has a forward of its own"
     if not _is_plain(linear.weight):
         return f"its weight is a {type(linear.weight).__name__}"
-    return _replaced(linear, [])
+    return _replaced(linear)
 
 
 _PARTS = (
@@ -412,13 +417,29 @@ _PARTS = (
 )
 
 
-def _replaced(module: nn.Module, params: Sequence[Tensor]) -> str | None:
+def _replaced(module: nn.Module) -> str | None:
     """What keeps a module from being looked at."""
     if "forward" in module.__dict__:
         return "its forward was replaced already"
-    if any(param.is_meta for param in params):
-        return "its weights are on the meta device"
     return None
+
+
+def _with_weights(module: nn.Module) -> nn.Module:
+    """The module; of one on the meta device a small one that computes alike."""
+    if not any(param.is_meta for param in module.parameters()):
+        return module
+    twin = copy.copy(module)
+    twin._parameters = {
+        name: param if param is None else nn.Parameter(torch.ones(param.shape))
+        for name, param in module._parameters.items()
+    }
+    sizes = {"gate_proj": (8, 16), "up_proj": (8, 16), "down_proj": (16, 8)}
+    twin._modules = dict(module._modules)
+    for name in sizes.keys() & twin._modules.keys():
+        linear = nn.Linear(*sizes[name], bias=False, device="meta").to_empty(device="cpu")
+        linear.weight.copy_(_probe(linear.in_features, linear.weight)[:1] * len(name))
+        twin._modules[name] = linear
+    return twin
 
 
 def _probe(width: int, like: Tensor) -> Tensor:

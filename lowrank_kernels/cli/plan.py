@@ -1,48 +1,60 @@
-"""How much memory training takes with each optimizer, found without taking it."""
+"""Whether a model can be trained in some memory with each optimizer, found without taking it."""
 
 import argparse
 import textwrap
 from collections import Counter, defaultdict
+from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
 
+from ..activations.plan import (
+    Planner,
+    Training,
+    TrainingPlan,
+    adamw_bytes,
+    projects,
+)
 from ..ops import requested_backend
+from ..optim import LowRankAdamW
 from ..optim.param_groups import collapsed
-from ..optim.workspace import Workspace, planned_workspace
-from ..text import GB, amount, table
+from ..text import amount, table
+from .cards import CARDS, bytes_of, card_bytes
 from .models import OPTIMIZERS, Model, add_model_arguments, backend_of, build_optimizer, model_of
 from .text import UserError
 
-SUMMARY = "say what weights, gradients, optimizer state and a step's workspace take"
+SUMMARY = "say what training takes, activations too, whether it fits, and with how many tokens"
 
 ALL_OPTIMIZERS = ("adamw", *OPTIMIZERS)
+TOKENS = 2048
 
-# Decimal GB, as data sheets have them.
-CARDS = {
-    "rtx-3060": 12,
-    "rtx-4080": 16,
-    "rtx-4090": 24,
-    "rtx-5090": 32,
-    "a100-40": 40,
-    "l40s": 48,
-    "a6000": 48,
-    "a100-80": 80,
-    "h100": 80,
-    "h200": 141,
-    "b200": 180,
-}
+# What makes a model fit, cheapest first: by an argument, its value, and whether it needs R.
+MEASURES = (
+    ("recompute", True, False),
+    ("project", True, True),
+    ("release", True, False),
+    ("state", "int8", False),
+    ("basis", "int8", False),
+    ("checkpointing", True, False),
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The model, the optimizers and the memory that they should fit into."""
+    """The model, the optimizers, how it is trained, and the memory that it should fit into."""
     add_model_arguments(parser)
     parser.set_defaults(device=None)
     names = ",".join(ALL_OPTIMIZERS)
     parser.add_argument("--optimizers", default=names, metavar="NAMES", help=f"default: {names}")
+    add = parser.add_argument
+    without = "in a micro-batch, 0 to leave activations out; default: %(default)s"
+    add("--tokens", type=int, default=TOKENS, help=without)
+    add("--recompute", action="store_true", help="recompute_activations(model): norms and products")
+    add("--project", action="store_true", help="project_linears(model, optimizer): R, no gradients")
+    add("--release", action="store_true", help="release_gradients: one gradient at a time")
+    add("--checkpointing", action="store_true", help="of the blocks, as transformers does it")
+    add("--accumulate", action="store_true", help="several backward passes a step")
     memory = parser.add_mutually_exclusive_group()
-    memory.add_argument("--memory", type=float, metavar="GB", help="to fit into; 10^9 bytes a GB")
+    memory.add_argument("--memory", metavar="AMOUNT", help="to fit into: 24GiB, 24GB or 24, in GB")
     memory.add_argument(
         "--card",
         choices=CARDS,
@@ -52,34 +64,38 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def facts(args: argparse.Namespace) -> dict[str, Any]:
-    """Bytes of a model: weights, gradients, and of each optimizer state, workspace and total.
-
-    The total counts the larger of the two workspaces, of a step and of a refresh, since they are
-    never there together.
+    """Bytes of a training run: weights, and for each optimizer gradients, state, workspaces,
+    activations, the most that is held in each part of a step, and how many tokens fit.
     """
     args.device = args.device or ("cpu" if args.card is None else "cuda")
     names = args.optimizers.split(",")
     for name in names:
         if name not in ALL_OPTIMIZERS:
             raise UserError(f"--optimizers: {name!r} is not one of {', '.join(ALL_OPTIMIZERS)}")
+    if args.tokens < 0:
+        raise UserError(f"--tokens must be at least 0, got {args.tokens}")
+    if args.release and args.accumulate:
+        raise UserError("--release and --accumulate: what is released adds up to nothing")
     memory, usual = _memory(args), backend_of(args).backend
     model = model_of(args)
+    planner = Planner(model.module, _training(args, memory))
+    tokens, unknown = _tokens(planner, args.tokens)
     params = list(model.module.parameters())
-    weights = sum(map(_bytes, params))
     gradients = [_bytes(param) for param in params if param.requires_grad]
     optimizers, backends = {}, set()
     for name in names:
-        state, workspace, remark, used = _needs(name, model, args)
-        backends |= used
-        total = weights + sum(gradients) + state + max(workspace)
-        optimizers[name] = {
-            "state_bytes": state,
-            "step_workspace_bytes": workspace.step,
-            "refresh_workspace_bytes": workspace.refresh,
-            "remark": remark,
-            "total_bytes": total,
-            "left_bytes": None if memory is None else memory - total,
-        }
+        optimizer = None if name == "adamw" else build_optimizer(name, model, args)
+        plan = planner.plan(optimizer, tokens)
+        optimizers[name] = _needs(plan, planner, optimizer, memory)
+        optimizers[name]["remark"] = None
+        if optimizer is not None:
+            rows = optimizer.plan()
+            optimizers[name]["remark"] = _more_than_adamw(rows, model, args.state)
+            backends |= {backend_of(args, row).backend for row in rows if row["projected"]}
+    ours = [name for name in names if name != "adamw"]
+    advice = None
+    if ours and memory is not None and all(each["left_bytes"] < 0 for each in optimizers.values()):
+        advice = _advice(ours[0], model, args, memory, tokens)
     return {
         "model": model.name,
         "architecture": model.architecture,
@@ -87,58 +103,114 @@ def facts(args: argparse.Namespace) -> dict[str, Any]:
         "rank": model.rank,
         "dtype": args.dtype,
         "state": args.state,
+        "basis": args.basis,
         "device": args.device,
         "backend": " and ".join(sorted(backends)) or usual,
         "predicted": _is_predicted(args),
         "memory_bytes": memory,
-        "weight_bytes": weights,
+        "allowance_bytes": planner.training.allowance,
+        "tokens": tokens,
+        "without_activations": unknown,
+        **{name: getattr(args, name) for name in _HOW},
+        "weight_bytes": sum(map(_bytes, params)),
+        "buffer_bytes": sum(map(_bytes, model.module.buffers())),
         "gradient_bytes": sum(gradients),
         "largest_gradient_bytes": max(gradients, default=0),
         "optimizers": optimizers,
+        "advice": advice,
     }
+
+
+_HOW = ("recompute", "project", "release", "checkpointing", "accumulate")
 
 
 def as_text(facts: dict[str, Any]) -> str:
     """A row an optimizer, in decimal units, and remarks below."""
-    header = ["optimizer", "state", "step", "refresh", "total"]
-    columns = ("state_bytes", "step_workspace_bytes", "refresh_workspace_bytes", "total_bytes")
+    header = ["optimizer", "state", "gradients", "activations", "step", "refresh", "peak", "in the"]
     if facts["memory_bytes"] is not None:
         header.append(f"in {amount(facts['memory_bytes'])}")
     rows, about = [], defaultdict(list)
     for name, needs in facts["optimizers"].items():
-        row = [name, *(amount(needs[key]) for key in columns)]
-        left = needs["left_bytes"]
-        if left is not None:
-            fits = f"leaves {amount(left)} for activations"
-            row.append(fits if left >= 0 else f"too large by {amount(-left)}")
+        saved = needs["activation_bytes"]
+        row = [
+            *(name, amount(needs["state_bytes"]), amount(needs["gradient_bytes"])),
+            "-" if saved is None else amount(saved),
+            *(amount(needs[f"{part}_workspace_bytes"]) for part in ("step", "refresh")),
+            *(amount(needs["total_bytes"]), needs["peak_in"]),
+        ]
+        if facts["memory_bytes"] is not None:
+            row.append(_verdict(needs, facts["tokens"]))
         rows.append(row)
-        if needs["remark"]:
-            about[needs["remark"]].append(name)
-    notes = [
-        "step and refresh: the most that is held for a while; the total counts the larger.",
-        "adamw is torch's, fused; adarankgrad's state is the most it can hold.",
-        "Stepping in the backward pass, one optimizer a parameter, holds little more than the"
-        f" largest gradient, {amount(facts['largest_gradient_bytes'])}, where each weight is used"
-        " once.",
-        *(f"{', '.join(names)}: {remark}." for remark, names in about.items()),
-    ]
-    if facts["predicted"]:
-        notes.append(
-            "The backend is predicted: there is no CUDA device here; a GPU checks kernels before"
-            " it takes them."
-        )
+        for remark in (needs["remark"], *_left_out(needs, facts)):
+            if remark:
+                about[remark].append(name)
+    how = [f"--{name}" for name in _HOW if facts[name]]
+    tokens = f"{facts['tokens']:,} tokens" if facts["tokens"] else "without activations"
     lines = [
         f"{facts['model']}: {facts['architecture']}, {facts['parameters']:,} parameters,"
         f" rank {facts['rank']}, {facts['dtype']}, state in {facts['state']},"
         f" {facts['backend']} backend on {facts['device']}",
         f"weights {amount(facts['weight_bytes'])},"
         f" gradients {amount(facts['gradient_bytes'])}; 1 GB is 10^9 bytes",
+        " ".join([tokens, *how]),
         "",
         table(header, rows),
         "",
-        *(textwrap.fill(note, 100, break_on_hyphens=False) for note in notes),
+        *(textwrap.fill(note, 100, break_on_hyphens=False) for note in _notes(facts, about)),
     ]
     return "\n".join(lines)
+
+
+def _notes(facts: dict[str, Any], about: dict[str, list[str]]) -> Iterator[str]:
+    allowance = facts["allowance_bytes"]
+    beside = (
+        f" and {amount(allowance)} for CUDA and its allocator, an estimate" if allowance else ""
+    )
+    if facts["advice"] is not None:
+        yield facts["advice"]["text"]
+    yield (
+        "peak: the most that is held at once, weights and state included"
+        f"{beside}; gradients: when a backward pass ends; activations: what it needs when it"
+        " begins; step and refresh: what these hold for a while."
+    )
+    if facts["without_activations"]:
+        yield f"Without activations: {facts['without_activations']}"
+    yield "adamw is torch's, fused; adarankgrad's state is the most it can hold."
+    if not facts["release"]:
+        yield (
+            "Stepping in the backward pass, --release, holds little more than the largest gradient,"
+            f" {amount(facts['largest_gradient_bytes'])}."
+        )
+    yield from (f"{', '.join(names)}: {remark}." for remark, names in about.items())
+    if facts["predicted"]:
+        yield (
+            "The backend is predicted: there is no CUDA device here; a GPU checks kernels before"
+            " it takes them."
+        )
+
+
+def _verdict(needs: dict[str, Any], tokens: int | None) -> str:
+    left, most = needs["left_bytes"], needs["most_tokens"]
+    words = f"fits, {amount(left)} to spare" if left >= 0 else f"too large by {amount(-left)}"
+    if tokens is None:
+        return f"{words} for activations" if left >= 0 else words
+    if most:
+        return f"{words}; up to {_rounded(most):,} tokens"
+    return f"{words}; fits with no tokens"
+
+
+def _rounded(tokens: int) -> int:
+    """Down to two digits."""
+    unit = 10 ** max(0, len(str(tokens)) - 2)
+    return tokens // unit * unit
+
+
+def _left_out(needs: dict[str, Any], facts: dict[str, Any]) -> Iterator[str]:
+    """Of what was asked for, what an optimizer cannot."""
+    if facts["project"] and not needs["projected"]:
+        yield "takes whole gradients, which are not projected"
+    if facts["release"] and not needs["released"]:
+        yield "all gradients are there at once"
 
 
 def _is_predicted(args: argparse.Namespace) -> bool:
@@ -149,30 +221,75 @@ def _is_predicted(args: argparse.Namespace) -> bool:
 
 def _memory(args: argparse.Namespace) -> int | None:
     if args.card is not None:
-        return CARDS[args.card] * GB
-    if args.memory is None:
-        return None
-    if not 0 < args.memory < float("inf"):
-        raise UserError(f"--memory must be a number of GB above 0, got {args.memory}")
-    return round(args.memory * GB)
+        return card_bytes(args.card)
+    return None if args.memory is None else bytes_of(args.memory)
+
+
+def _training(args: argparse.Namespace, memory: int | None) -> Training:
+    return Training(args.device, memory, **{name: getattr(args, name) for name in _HOW})
+
+
+def _tokens(planner: Planner, tokens: int) -> tuple[int | None, str | None]:
+    """None where the model is not run, and why it cannot be."""
+    if not tokens:
+        return None, None
+    try:
+        planner.plan(None, tokens)
+    except Exception as error:  # of any kind: it is the model's code
+        reason = textwrap.shorten(f"{type(error).__name__}: {error}", 200, placeholder=" ...")
+        return None, f"the model does not run on input_ids and labels alone: {reason}"
+    return tokens, None
 
 
 def _needs(
-    name: str, model: Model, args: argparse.Namespace
-) -> tuple[int, Workspace, str | None, set[str]]:
-    """Bytes of the state and of the workspaces, what is to be said of them, and the backends."""
-    if name == "adamw":
-        return sum(map(_adamw_bytes, model.module.parameters())), Workspace(0, 0), None, set()
-    optimizer = build_optimizer(name, model, args)
-    rows = optimizer.plan()
-    # A data sheet's GB are at most so many bytes to torch.
-    size = CARDS.get(args.card, args.memory)
-    memory = None if size is None else round(size * 2**30)
-    workspace = planned_workspace(optimizer, args.device, memory)
-    state = sum(row["state_bytes"] for row in rows)
-    remark = _more_than_adamw(rows, model, args.state)
-    used = {backend_of(args, row).backend for row in rows if row["projected"]}
-    return state, workspace, remark, used
+    plan: TrainingPlan, planner: Planner, optimizer: LowRankAdamW | None, memory: int | None
+) -> dict[str, Any]:
+    activations, total = plan.activations, plan.total
+    most = None
+    if memory is not None and plan.tokens is not None:
+        most = planner.most_tokens(optimizer, memory)
+    return {
+        "state_bytes": plan.state,
+        "gradient_bytes": plan.gradients,
+        "activation_bytes": None if activations is None else activations.saved,
+        "step_workspace_bytes": plan.workspace.step,
+        "refresh_workspace_bytes": plan.workspace.refresh,
+        "peak_bytes": plan.peaks,
+        "peak_in": plan.at,
+        "total_bytes": total,
+        "left_bytes": None if memory is None else memory - total,
+        "most_tokens": most,
+        "projected": planner.training.project and projects(optimizer),
+        "released": planner.training.release and optimizer is not None,
+    }
+
+
+def _advice(
+    name: str, model: Model, args: argparse.Namespace, memory: int, tokens: int | None
+) -> dict[str, Any]:
+    """What to add to the command so that an optimizer fits: one after the other, cheapest first."""
+    tried, added = argparse.Namespace(**vars(args)), []
+    total = 0
+    for key, value, needs_projection in MEASURES:
+        optimizer = build_optimizer(name, model, tried)
+        useless = needs_projection and not projects(optimizer)
+        if getattr(tried, key) == value or useless or (key == "release" and args.accumulate):
+            continue
+        setattr(tried, key, value)
+        added.append(f"--{key}" if value is True else f"--{key} {value}")
+        planner = Planner(model.module, _training(tried, memory))
+        optimizer = build_optimizer(name, model, tried)
+        total = planner.plan(optimizer, tokens).total
+        if total <= memory:
+            most = None if tokens is None else planner.most_tokens(optimizer, memory)
+            text = f"{name} fits with {' '.join(added)}: {amount(memory - total)} to spare"
+            text += "." if most is None else f", up to {_rounded(most):,} tokens."
+            return {"add": added, "total_bytes": total, "most_tokens": most, "text": text}
+    ways = "fewer tokens, a lower rank or more memory"
+    text = f"{name} does not fit, too large by {amount(total - memory)} even with" + (
+        f" {' '.join(added)}: {ways}." if added else f" all of this: {ways}."
+    )
+    return {"add": added, "total_bytes": total, "most_tokens": 0, "text": text}
 
 
 def _more_than_adamw(rows: list[dict[str, Any]], model: Model, form: str) -> str | None:
@@ -185,7 +302,7 @@ def _more_than_adamw(rows: list[dict[str, Any]], model: Model, form: str) -> str
     for row in rows:
         projected = row["projected"]
         ours[projected] += row["state_bytes"]
-        adamw[projected] += _adamw_bytes(params[row["name"]])
+        adamw[projected] += adamw_bytes(params[row["name"]])
         if not projected:
             plain[collapsed(row["name"])] += row["state_bytes"]
     if ours.total() <= adamw.total():
@@ -204,10 +321,5 @@ def _more_than_adamw(rows: list[dict[str, Any]], model: Model, form: str) -> str
     return f"more state than adamw's: {'; '.join(reasons)}"
 
 
-def _bytes(param: Tensor) -> int:
+def _bytes(param: torch.Tensor) -> int:
     return param.numel() * param.element_size()
-
-
-def _adamw_bytes(param: Tensor) -> int:
-    """Of torch.optim.AdamW: two moments in the weight's dtype and a float32 step."""
-    return 2 * _bytes(param) + 4 if param.requires_grad else 0

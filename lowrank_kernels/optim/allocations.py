@@ -56,7 +56,9 @@ class Allocations(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def _tensors(tree: Any) -> list[Tensor]:
-    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+    """Those with memory of their own: a wrapper's is that of what it wraps."""
+    leaves = [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+    return [x for x in leaves if type(x).__torch_dispatch__ is Tensor.__torch_dispatch__]
 
 
 def _address(tensor: Tensor) -> int:

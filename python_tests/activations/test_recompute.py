@@ -577,7 +577,6 @@ def with_parameter():
 LEFT_OUT = {
     "another forward": (lambda: Doubled(24, 24), "Doubled has a forward of its own"),
     "replaced": (replaced, "its forward was replaced already"),
-    "meta": (lambda: nn.RMSNorm(24, device="meta"), "its weights are on the meta device"),
     "activation with a parameter": (with_parameter, "its activation has parameters"),
     "another formula": (lambda: Clipped(24, 40), "does not compute down_proj(act_fn(gate_proj(x))"),
     "another signature": (lambda: TwoInputs(24, 40), "does not run on one tensor"),

@@ -1,3 +1,5 @@
+import json
+
 import pytest
 import torch
 
@@ -39,7 +41,7 @@ def test_20m_holds_what_is_planned(json_of, dtype):
         optimizer.step()
         held[name] = sum(state_bytes(state) for state in optimizer.state.values())
 
-    facts = json_of(f"plan --model 20m --dtype {dtype}")
+    facts = json_of(f"plan --model 20m --dtype {dtype} --tokens 0")
     weights = sum(param.numel() * param.element_size() for param in model.parameters())
     assert facts["weight_bytes"] == facts["gradient_bytes"] == weights
     assert {name: needs["state_bytes"] for name, needs in facts["optimizers"].items()} == held
@@ -53,7 +55,7 @@ def test_larger_models_by_closed_formulas(json_of, size, dtype):
     blocks = [(hidden, hidden)] * 4 * layers + [(hidden, ffn)] * 3 * layers  # min, max
     others = [32000 * hidden] * 2 + [hidden] * (2 * layers + 1)
     elements = sum(small * large for small, large in blocks) + sum(others)
-    facts = json_of(f"plan --model {size} --dtype {dtype}")
+    facts = json_of(f"plan --model {size} --dtype {dtype} --tokens 0")
     assert facts["parameters"] == elements
     assert facts["rank"] == rank
     assert facts["weight_bytes"] == facts["gradient_bytes"] == elements * itemsize
@@ -67,25 +69,114 @@ def test_larger_models_by_closed_formulas(json_of, size, dtype):
 
 
 def test_totals_and_what_is_left(json_of):
-    facts = json_of("plan --model 350m --memory 4")
+    facts = json_of("plan --model 350m --memory 4 --tokens 0")
     assert facts["memory_bytes"] == 4 * 10**9
     for needs in facts["optimizers"].values():
         workspace = max(needs["step_workspace_bytes"], needs["refresh_workspace_bytes"])
         parts = facts["weight_bytes"] + facts["gradient_bytes"] + needs["state_bytes"]
-        assert needs["total_bytes"] == parts + workspace
-        assert needs["left_bytes"] == 4 * 10**9 - needs["total_bytes"]
-    assert set(needs) == {
-        "state_bytes",
-        "step_workspace_bytes",
-        "refresh_workspace_bytes",
-        "remark",
-        "total_bytes",
-        "left_bytes",
-    }
+        assert needs["total_bytes"] == parts + workspace + facts["buffer_bytes"]
+        assert needs["left_bytes"] == facts["memory_bytes"] - needs["total_bytes"]
+        assert needs["activation_bytes"] is needs["most_tokens"] is None
+        assert set(needs) == {
+            *("state_bytes", "gradient_bytes", "activation_bytes", "step_workspace_bytes"),
+            *("refresh_workspace_bytes", "peak_bytes", "peak_in", "total_bytes", "left_bytes"),
+            *("most_tokens", "projected", "released", "remark"),
+        }
+
+
+def test_activations_of_a_llama_by_formula(json_of, tiny_config):
+    """As transformers computes it in half precision, and a few numbers of its own."""
+    hidden, ffn, heads, layers, vocabulary, tokens = 64, 160, 4, 3, 100, 512
+    layer = 24 * hidden + 8 * ffn + 8 + 4 * heads
+    recomputed = 12 * hidden + 4 * ffn + 4 * heads
+    # Ids, loss and labels; the last norm and the head's input; cos and sin.
+    rest = 8 + 4 * vocabulary + 8 + 4 * hidden // heads
+    for flag, formula in (
+        ("", layers * layer + 6 * hidden + 4 + 2 * hidden + rest),
+        ("--recompute", layers * recomputed + 2 * hidden + rest),
+    ):
+        line = f"plan --config {tiny_config()} --tokens {tokens} --optimizers adamw {flag}"
+        found = json_of(line)["optimizers"]["adamw"]["activation_bytes"]
+        assert 0 <= found - tokens * formula < 1024
+
+
+def test_the_head_is_the_peak_of_activations(json_of, tiny_config):
+    """Three float32 for each entry of the vocabulary and token; one is saved."""
+    facts = json_of(f"plan --config {tiny_config(vocab_size=8000)} --optimizers adamw")
+    needs = facts["optimizers"]["adamw"]
+    held = facts["weight_bytes"] + needs["state_bytes"] + needs["activation_bytes"]
+    above = needs["peak_bytes"]["backward"] - held
+    assert needs["peak_in"] == "backward"
+    assert 0.98 < above / (2048 * 8000 * 8) < 1.02
+
+
+def test_how_many_tokens_fit(json_of, command, tiny_config):
+    config = f"--config {tiny_config()} --rank 8 --device cpu"
+    line = f"plan {config} --optimizers galore --tokens 256 --memory 20MB"
+    needs = json_of(line)["optimizers"]["galore"]
+    most = needs["most_tokens"]
+    assert most > 256
+    at_most = json_of(line.replace("256", str(most)))["optimizers"]["galore"]
+    assert 0 <= at_most["left_bytes"] < 0.05 * 20e6
+    text = command(line)[1]
+    assert (
+        f"fits, {needs['left_bytes'] / 1e6:.2f} MB to spare; up to {most // 100 * 100:,} tokens"
+        in text
+    )
+
+
+def test_what_to_change_cheapest_first(json_of, command, tiny_config):
+    config = f"--config {tiny_config()} --rank 8 --device cpu --optimizers galore"
+    total = json_of(f"plan {config} --recompute")["optimizers"]["galore"]["total_bytes"]
+    line = f"plan {config} --memory {total / 1e6 + 0.001:.3f}MB"
+    advice = json_of(line)["advice"]
+    assert advice["add"] == ["--recompute"]
+    assert advice["most_tokens"] >= 2000
+    text = " ".join(command(line)[1].split())
+    assert "galore fits with --recompute: " in text
+    assert "too large by" in text
+    assert json_of(f"{line} --recompute")["advice"] is None
+    nothing = json_of(f"plan {config} --memory 1kB".replace("1kB", "0.001MB"))["advice"]
+    assert nothing["add"][-1] == "--checkpointing"
+    assert "does not fit, too large by" in nothing["text"]
+
+
+def test_projected_and_released_gradients(json_of, command, tiny_config):
+    line = f"plan --config {tiny_config()} --rank 8 --tokens 64 --optimizers adamw,galore,fira"
+    plain = json_of(line)
+    other = json_of(f"{line} --project --release")["optimizers"]
+    galore, fira, adamw = (other[name] for name in ("galore", "fira", "adamw"))
+    assert (galore["projected"], fira["projected"], adamw["projected"]) == (True, False, False)
+    assert (galore["released"], fira["released"], adamw["released"]) == (True, True, False)
+    assert galore["gradient_bytes"] == fira["gradient_bytes"] == plain["largest_gradient_bytes"]
+    assert adamw["total_bytes"] == plain["optimizers"]["adamw"]["total_bytes"]
+    text = command(f"{line} --project --release")[1]
+    assert "adamw, fira: takes whole gradients, which are not projected." in text
+    assert "adamw: all gradients are there at once." in text
+    # R in float32 in the place of G.
+    projected = json_of(f"{line} --project")["optimizers"]["galore"]["gradient_bytes"]
+    low = 3 * 4 * 8 * (4 * 64 + 3 * 160)
+    whole = 2 * (2 * 100 * 64 + 7 * 64)
+    assert low + whole <= projected <= low + whole + 2 * 64 * 160
+
+
+def test_a_model_that_does_not_run_on_tokens_has_no_activations(json_of, command, tmp_path):
+    config = {"model_type": "vit", "architectures": ["ViTForImageClassification"]}
+    config |= {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config |= {"intermediate_size": 32, "image_size": 16, "patch_size": 8}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    line = f"plan --config {tmp_path} --rank 4 --memory 1"
+    facts = json_of(line)
+    assert facts["tokens"] is None
+    assert "does not run on input_ids and labels alone" in facts["without_activations"]
+    assert "to spare for activations" in command(line)[1]
 
 
 def test_the_workspace_is_that_of_the_backend(json_of):
-    facts = {name: json_of(f"plan --model 1b --backend {name}") for name in ("reference", "native")}
+    facts = {
+        name: json_of(f"plan --model 1b --tokens 0 --backend {name}")
+        for name in ("reference", "native")
+    }
     assert {name: each["backend"] for name, each in facts.items()} == {x: x for x in facts}
     step = {x: each["optimizers"]["fira"]["step_workspace_bytes"] for x, each in facts.items()}
     full = 4 * 2048 * 5461
@@ -95,11 +186,11 @@ def test_the_workspace_is_that_of_the_backend(json_of):
 
 @pytest.mark.parametrize(("device", "expected"), [("", "cuda"), ("--device cpu", "cpu")])
 def test_a_card_is_a_cuda_device_unless_another_is_named(json_of, device, expected):
-    on_card = json_of(f"plan --model 60m --card rtx-3060 {device}")
-    on_device = json_of(f"plan --model 60m --memory 12 --device {expected}")
+    on_card = json_of(f"plan --model 60m --card rtx-3060 --tokens 0 {device}")
+    on_device = json_of(f"plan --model 60m --memory 11.7GiB --tokens 0 --device {expected}")
     assert on_card == on_device
     assert on_card["device"] == expected
-    assert json_of("plan --model 60m --memory 12")["device"] == "cpu"
+    assert json_of("plan --model 60m --memory 12 --tokens 0")["device"] == "cpu"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -107,23 +198,35 @@ def test_a_plan_for_a_card_that_is_not_there_is_predicted(command, json_of):
     """What a GPU would take, in batches as large as its memory allows."""
     pytest.importorskip("triton")
     large, small = (
-        json_of(f"plan --model 7b --optimizers fira --card {card}") for card in ("h200", "rtx-4090")
+        json_of(f"plan --model 7b --optimizers fira --card {card} --tokens 0")
+        for card in ("h200", "rtx-4090")
     )
     step = {name: x["optimizers"]["fira"]["step_workspace_bytes"] for name, x in
             (("large", large), ("small", small))}  # fmt: skip
     assert large["backend"] == small["backend"] == "triton"
     assert large["predicted"]
-    assert 141 * 2**30 // 128 * 0.9 < step["large"] < 141 * 2**30 // 128 * 1.1
-    assert step["small"] < 24 * 2**30 // 128 * 1.1
+    assert 139.8 * 2**30 // 128 * 0.9 < step["large"] < 139.8 * 2**30 // 128 * 1.1
+    assert step["small"] < 23.5 * 2**30 // 128 * 1.1
     assert "The backend is predicted" in command("plan --model nano --card h200")[1]
     for named in ("--card h200 --backend foreach", "--device cpu"):
         assert not json_of(f"plan --model nano {named}")["predicted"]
 
 
 def test_the_cards(json_of):
-    cards = ("rtx-4080", "rtx-4090", "rtx-5090", "l40s", "a6000", "h200")
-    memory = [json_of(f"plan --model nano --card {card}")["memory_bytes"] for card in cards]
-    assert memory == [size * 10**9 for size in (16, 24, 32, 48, 48, 141)]
+    cards = {"rtx-4090": 23.5, "l4": 22.0, "a100-80": 79.1, "h200": 139.8, "mi300x": 191.6}
+    for card, size in cards.items():
+        facts = json_of(f"plan --model nano --card {card} --tokens 0 --optimizers adamw")
+        assert facts["memory_bytes"] == round(size * 2**30)
+        assert facts["allowance_bytes"] == 768 * 2**20
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("24", 24e9), ("24GB", 24e9), ("24GiB", 24 * 2**30), ("1.5gib", 1.5 * 2**30), ("900MB", 9e8)],
+)
+def test_amounts_of_memory(json_of, text, size):
+    line = f"plan --model nano --tokens 0 --optimizers adamw --memory {text}"
+    assert json_of(line)["memory_bytes"] == size
 
 
 def test_the_largest_gradient(command, json_of, tiny_config):
@@ -171,12 +274,13 @@ def test_no_memory_leaves_nothing_to_say(json_of):
 
 
 def test_text(command):
-    status, out, err = command("plan --model 7b --card h200")
+    status, out, err = command("plan --model 7b --card h200 --tokens 0")
     assert (status, err) == (0, [])
     assert "6,738,415,616 parameters" in out
-    assert "141.00 GB" in out
-    assert "for activations" in out
-    assert "too large by" in command("plan --model 7b --card rtx-4090")[1]
+    assert "150.11 GB" in out
+    assert "to spare for activations" in out
+    assert "without activations" in out
+    assert "too large by" in command("plan --model 7b --card rtx-4090 --tokens 0")[1]
 
 
 def test_a_config_of_transformers(json_of, tiny_config):
@@ -202,7 +306,10 @@ def test_tied_weights_count_once(json_of, tiny_config):
         ("plan --model nano --rank many", "invalid int value: 'many'"),
         ("plan --model nano --rank 5000", "rank 5000 saves no memory"),
         ("plan --model nano --optimizers lion", "'lion' is not one of adamw, galore"),
-        ("plan --model nano --memory 0", "--memory must be a number of GB above 0"),
+        ("plan --model nano --memory 0", "--memory must be an amount above 0"),
+        ("plan --model nano --memory 3GF", "as 24, which are GB, 24GB or 24GiB, got 3GF"),
+        ("plan --model nano --tokens -1", "--tokens must be at least 0, got -1"),
+        ("plan --model nano --release --accumulate", "what is released adds up to nothing"),
         ("plan --model nano --memory 1 --card h100", "not allowed with"),
         ("plan --model nano --card tpu", "invalid choice: 'tpu'"),
     ],
