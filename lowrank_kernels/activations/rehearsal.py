@@ -21,11 +21,13 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from ..ops.dry import meta_stands_for
+from ..optim import first_bases
 from ..optim.allocations import Allocations
 from ..optim.groups import is_projected
 from ..optim.lowrank_adamw import LowRankAdamW
 from ..optim.projected_gradient import Projector, held
 from ..optim.state import planned_state
+from . import project
 from .project import project_linears
 from .recompute import recompute_activations
 
@@ -188,19 +190,19 @@ def _begin_each_kind_once(optimizer: LowRankAdamW) -> Callable[[], None]:
     """
     known: dict[object, int] = {}
 
-    def begin(param: Tensor, *, like: Tensor | None = None) -> Projector:
+    def begin(_: LowRankAdamW, param: Tensor, *, like: Tensor | None = None) -> Projector:
         key = param.shape, None if like is None else like.shape
         if key in known:
             torch.empty(known[key], dtype=torch.uint8, device="meta")
             optimizer.state[param]["basis_step"] = 0
         else:
             with Allocations() as allocations:
-                LowRankAdamW.begin(optimizer, param, like=like)
+                first_bases.begin(optimizer, param, like=like)
             known[key] = allocations.peak_bytes
         return Projector.of(optimizer.state[param])
 
-    optimizer.begin = begin  # type: ignore[method-assign,assignment]
-    return partial(delattr, optimizer, "begin")
+    project.begin = begin  # type: ignore[assignment]
+    return partial(setattr, project, "begin", first_bases.begin)
 
 
 def _pass(model: nn.Module, ids: Tensor, device_type: str) -> Rehearsal:
