@@ -198,7 +198,7 @@ def test_workspace_does_not_grow_with_the_layers(backend):
         optimizer = FiraAdamW(grouped(params, 256), backend=backend)
         sizes.append(planned_workspace(optimizer, "cpu"))
     assert sizes[0] == sizes[1]
-    assert min(sizes[0]) > 0
+    assert min(sizes[0].step, sizes[0].refresh) > 0
 
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])
