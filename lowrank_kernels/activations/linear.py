@@ -26,8 +26,8 @@ from .recompute import input_of, is_recomputed
 
 # Gives what projects a gradient once H, t x m, and x, t x n, are known; None if it cannot.
 Begin = Callable[[Tensor, Tensor], Projector | None]
-# By a basis' identity and age; the basis stays with them, so that no other takes its place.
-Products = dict[tuple[int, int], tuple[Tensor, Tensor]]
+# By a basis' identity and age and a dtype; the basis stays, so that no other takes its place.
+Products = dict[tuple[int, int, torch.dtype], tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class Use:
         assert self.projector is not None
         basis = self.projector.state["basis"]
         products = {} if self.products is None else self.products
-        key = id(basis), self.projector.basis_step
+        key = id(basis), self.projector.basis_step, x.dtype
         if key not in products:
             products[key] = basis, x @ self.projector.basis().to(x.dtype)
         return products[key][1]
@@ -85,7 +85,8 @@ class ProjectedLinear(torch.autograd.Function):
             # A copy in another dtype is not known to be made again.
             kept = input_of(x if is_recomputed(x) else cast)
         ctx.load = kept.load
-        ctx.save_for_backward(weight, *kept.tensors)
+        ctx.weight_shape, ctx.weight_dtype = weight.shape, weight.dtype
+        ctx.save_for_backward(weight if ctx.needs_input_grad[0] else None, *kept.tensors)
         return F.linear(cast, use.cast(weight), None if bias is None else use.cast(bias))
 
     @staticmethod
@@ -100,33 +101,30 @@ class ProjectedLinear(torch.autograd.Function):
         if needs_weight:
             kept = ctx.use.cast(ctx.load(saved))
             kept = kept.reshape(-1, kept.shape[-1])
-            of_weight = _weight_gradient(heads, kept, ctx.has_product, weight, ctx.use)
+            of_weight = _weight_gradient(heads, kept, ctx)
         if needs_bias:
             of_bias = heads.sum(0).to(ctx.bias_dtype)
         return of_x, of_weight, of_bias, None
 
 
-def _weight_gradient(
-    heads: Tensor, kept: Tensor, has_product: bool, weight: Tensor, use: Use
-) -> Tensor:
+def _weight_gradient(heads: Tensor, kept: Tensor, ctx: Any) -> Tensor:
     """R as the gradient of the weight, or G where there is no basis.
 
     Args:
         heads: H, t x m.
         kept: x, t x n, or x P, t x r.
-        has_product: whether it is x P.
-        weight: m x n.
-        use: of this pass.
+        ctx: of the pass.
     """
+    use: Use = ctx.use
     projector = use.projector
     if projector is None and use.begin is not None:
         projector = use.begin(heads, kept)
     if projector is None:
-        return (heads.mT @ kept).to(weight.dtype)
-    if has_product:
+        return (heads.mT @ kept).to(ctx.weight_dtype)
+    if ctx.has_product:
         projected = heads.mT @ kept
     else:
         basis = projector.basis().to(kept.dtype)
         right = projector.side is Side.RIGHT
         projected = heads.mT @ (kept @ basis) if right else (heads @ basis).mT @ kept
-    return new_gradient(projected, projector, weight.shape, weight.dtype)
+    return new_gradient(projected, projector, ctx.weight_shape, ctx.weight_dtype)

@@ -2,31 +2,21 @@
 
 from __future__ import annotations
 
-import functools
-import weakref
 from collections import Counter
-from dataclasses import replace
 from typing import Any, Literal, NamedTuple
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops.contract import Side
-from ..optim.first_bases import begin, can_begin, share_first
 from ..optim.groups import is_projected, side_of
-from ..optim.lowrank_adamw import LowRankAdamW, not_compiled
-from ..optim.projected_gradient import Projector
-from .linear import Products, ProjectedLinear, Use
+from ..optim.lowrank_adamw import LowRankAdamW
+from .layers import LastInput, Layer
 from .recompute import is_recomputing
 from .reduction import Reduction
 
 Start = Literal["activations", "gradient", "random", "dense"]
 STARTS = ("activations", "gradient", "random", "dense")
 SHARED_STARTS = ("activations", "random")
-
-# What is patched, so that a copy of a model, which is not, computes as before.
-_PATCHED: weakref.WeakKeyDictionary[nn.Module, _Layer] = weakref.WeakKeyDictionary()
 
 
 class Row(NamedTuple):
@@ -50,7 +40,7 @@ class ProjectedLinears:
         rows: a `Row` for every linear layer of the model.
     """
 
-    def __init__(self, rows: list[Row], layers: list[_Layer], reduction: Reduction) -> None:
+    def __init__(self, rows: list[Row], layers: list[Layer], reduction: Reduction) -> None:
         self.rows, self._layers, self._reduction = rows, layers, reduction
 
     def undo(self) -> None:
@@ -90,8 +80,10 @@ def project_linears(
     is what R tells of it. Names, state dicts and hooks stay; hooks on a weight see it, too.
 
     Works with autocast, GradScaler, accumulation, gradient checkpointing of both kinds, weights
-    used twice, layers used in several places and DistributedDataParallel (call this before wrapping
-    the model). In a compiled model each layer is a graph break.
+    used twice, layers used in several places and DistributedDataParallel (call this on the very
+    module that it wraps, before that; first bases are random then, the same on every rank). In a
+    compiled model each layer is a graph break. `zero_grad` has to free gradients, as it does by
+    default. Inside of transforms of torch.func a layer is what it was.
 
     Args:
         model: with the layers, on its device.
@@ -147,10 +139,9 @@ def project_linears(
             f"no linear layer has a weight whose gradient can be projected: {dict(found)}; build"
             " the optimizer's groups with lowrank_kernels.param_groups(model, rank=...)"
         )
-    inputs, reduction = _LastInput(), Reduction(model, taken)
+    inputs, reduction = LastInput(), Reduction(model, taken, optimizer)
     layers = [
-        _Layer(module, optimizer, start, _side(module, projected), inputs, reduction, share_bases)
-        for module in taken.values()
+        Layer(module, optimizer, start, inputs, reduction, share_bases) for module in taken.values()
     ]
     for layer in layers:
         layer.patch()
@@ -195,157 +186,8 @@ def _obstacle(module: nn.Linear, projected: dict[Tensor, Any]) -> str | None:
         return "its weight is frozen"
     if type(weight) is not nn.Parameter:
         return f"its weight is a {type(weight).__name__}"
+    if not weight.is_contiguous():
+        return "the elements of its rows are not adjacent"
     if "forward" in vars(module) and not is_recomputing(module):
         return "its forward is patched already"
     return None
-
-
-class _LastInput:
-    """Finds the layers that one input goes to, as q, k and v."""
-
-    def __init__(self) -> None:
-        self._x: weakref.ref[Tensor] | None = None
-        self._version = -1
-        self._users: dict[_Layer, None] = {}
-        self.products: Products = {}
-
-    def goes_to(self, x: Tensor, layer: _Layer) -> None:
-        """Called in the order of the forward pass; a layer that comes again begins another one."""
-        known = self._x is not None and self._x() is x and self._version == x._version
-        if not known or layer in self._users:
-            for user in self._users:
-                user.siblings = list(self._users)
-            self._x, self._version = weakref.ref(x), x._version
-            self._users, self.products = {}, {}
-        self._users[layer] = None
-
-    def family(self) -> list[_Layer]:
-        """The layers on the right side that it went to so far."""
-        return [user for user in self._users if user.is_on_the_right]
-
-
-class _Layer:
-    """A linear layer that is patched."""
-
-    def __init__(
-        self,
-        module: nn.Linear,
-        optimizer: LowRankAdamW,
-        start: Start,
-        side: Side,
-        inputs: _LastInput,
-        reduction: Reduction,
-        shares: bool,
-    ) -> None:
-        self._module, self._optimizer = weakref.ref(module), weakref.ref(optimizer)
-        self._start, self._side, self._inputs = start, side, inputs
-        self._reduction, self._shares = reduction, shares
-        self.siblings = [self]
-        self._forward_before = vars(module).get("forward")
-        # What is saved must not change between a forward pass and its recomputation.
-        self._decided: tuple[int, bool] = -1, False
-
-    @property
-    def is_on_the_right(self) -> bool:
-        return self._side is Side.RIGHT
-
-    def patch(self) -> None:
-        module = self._module()
-        assert module is not None
-        _PATCHED[module] = self
-        # A copied or pickled module takes the partial along, and finds no layer.
-        module.forward = functools.partial(_forward, module)  # type: ignore[method-assign]
-
-    def restore(self) -> None:
-        module = self._module()
-        if module is None or _PATCHED.pop(module, None) is not self:
-            return
-        del module.forward
-        if self._forward_before is not None:
-            module.forward = self._forward_before  # type: ignore[method-assign]
-
-    def use(self, x: Tensor, weight: Tensor) -> Use | None:
-        """How this pass forms the weight's gradient; None for whole."""
-        optimizer = self._optimizer()
-        if optimizer is None or not torch.is_grad_enabled() or not weight.requires_grad:
-            return None
-        distributed = self._reduction.enter()
-        self._inputs.goes_to(x, self)
-        use, projector = None, optimizer.wants(weight)
-        if projector is not None:
-            use = Use(projector)
-        elif self._start != "dense" and can_begin(optimizer, weight):
-            # The same on every rank, without a word between them.
-            start = "random" if distributed else self._start
-            use = self._first_use(start, x, weight, optimizer)
-        keeps = self._keeps_input(optimizer)
-        products = self._inputs.products if self._shares else None
-        dtype = _autocast_dtype(x)
-        return use and replace(use, keeps_input=keeps, dtype=dtype, products=products)
-
-    def bases(self, optimizer: LowRankAdamW) -> dict[int, int] | None:
-        """The rank of x P by its basis; None if x itself is needed."""
-        module = self._module()
-        state = None if module is None else optimizer.state.get(module.weight)
-        if not state or self._side is Side.LEFT:
-            return None
-        return {id(state["basis"]): state["rank"]}
-
-    def _keeps_input(self, optimizer: LowRankAdamW) -> bool:
-        """x is saved once for all of its layers, x P for each."""
-        module = self._module()
-        assert module is not None
-        state = optimizer.state.get(module.weight)
-        step = int(state["step"]) if state else 0
-        if self._decided[0] != step:
-            every = [sibling.bases(optimizer) for sibling in self.siblings]
-            ranks = {basis: rank for bases in every for basis, rank in (bases or {}).items()}
-            whole = sum(ranks.values()) >= module.weight.shape[1]
-            self._decided = step, whole or None in every
-        # In the first step it is wanted for the basis.
-        return self._decided[1] or (step == 0 and self._start == "gradient")
-
-    def _first_use(
-        self, start: str, x: Tensor, weight: Tensor, optimizer: LowRankAdamW
-    ) -> Use | None:
-        def from_gradient(heads: Tensor, x: Tensor) -> Projector | None:
-            return optimizer.wants(weight) or begin(optimizer, weight, gradient=heads.mT @ x)
-
-        def from_heads(heads: Tensor, x: Tensor) -> Projector | None:
-            return optimizer.wants(weight) or begin(optimizer, weight, like=heads.mT)
-
-        if start == "gradient":
-            return Use(None, from_gradient)
-        if start == "activations" and self._side is Side.LEFT:
-            return Use(None, from_heads)
-        like = x.detach().reshape(-1, x.shape[-1]) if start == "activations" else None
-        projector = begin(optimizer, weight, like=like)
-        if projector is None:
-            return None
-        if self._shares:
-            self._join(optimizer)
-        return Use(Projector.of(optimizer.state[weight]))
-
-    def _join(self, optimizer: LowRankAdamW) -> None:
-        """Takes the basis of the layer that the same input went to first, if that suits both."""
-        modules = [layer._module() for layer in self._inputs.family()]
-        share_first(optimizer, [module.weight for module in modules if module is not None])
-
-
-@not_compiled
-def _forward(module: nn.Linear, x: Tensor) -> Tensor:
-    """In the place of `nn.Linear.forward`."""
-    layer, weight = _PATCHED.get(module), module.weight
-    use = None if layer is None else layer.use(x, weight)
-    if use is None:
-        return F.linear(x, weight, module.bias)
-    projected: Tensor = ProjectedLinear.apply(x, weight, module.bias, use)  # type: ignore[no-untyped-call]
-    return projected
-
-
-def _autocast_dtype(x: Tensor) -> torch.dtype | None:
-    """In which autocast would compute a linear layer; None without it."""
-    kind = x.device.type
-    if x.dtype is torch.float64 or not torch.amp.is_autocast_available(kind):
-        return None
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None

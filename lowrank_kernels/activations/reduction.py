@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from ..optim.families import BASIS
+from ..optim.lowrank_adamw import LowRankAdamW
 from ..optim.projected_gradient import held
 
 # Of a bucket that is sent at once, as DistributedDataParallel has it.
@@ -20,23 +23,29 @@ class Reduction:
 
     It happens at the end of each backward pass in which that synchronizes, before anyone reads a
     norm: what was accumulated under `no_sync` goes along, and each rank sends r / n of what it
-    would. They are sent in the dtype of the weights, as other gradients are. A weight that a rank
-    has not used counts as zero there.
+    would. They are sent in the dtype of the weights, as other gradients are. Every rank has to use
+    every layer. Weights, and bases that are there before the first pass under the wrapper, are
+    those of the first rank from then on.
 
     Args:
         model: as it is going to be wrapped.
         layers: linear layers of it by name.
+        optimizer: of their weights.
     """
 
-    def __init__(self, model: nn.Module, layers: dict[str, nn.Linear]) -> None:
-        self._model = weakref.ref(model)
+    def __init__(
+        self, model: nn.Module, layers: dict[str, nn.Linear], optimizer: LowRankAdamW
+    ) -> None:
+        self._model, self._optimizer = weakref.ref(model), weakref.ref(optimizer)
         self._names = {f"{name}.weight" for name in layers}
         # One weight may be of several layers.
         self._weights = list(dict.fromkeys(layer.weight for layer in layers.values()))
-        self._wrapper: nn.parallel.DistributedDataParallel | None = None
+        self._wrapper: weakref.ref[nn.parallel.DistributedDataParallel] | None = None
         self._synchronizes = self._queued = False
+        # torch's hooks of parameters are not seen by Python's garbage collector.
+        hook = _Hook(weakref.ref(self))
         self._handles = [
-            weight.register_post_accumulate_grad_hook(self._accumulated)  # type: ignore[no-untyped-call]
+            weight.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
             for weight in self._weights
         ]
         ignored = getattr(model, "_ddp_params_and_buffers_to_ignore", ())
@@ -46,7 +55,7 @@ class Reduction:
 
     def end(self) -> None:
         """Raises RuntimeError if a wrapper counts on this."""
-        if self._wrapper is not None:
+        if self._wrapper is not None and self._wrapper() is not None:
             raise RuntimeError(
                 "DistributedDataParallel leaves these weights to project_linears: wrap the model"
                 " anew to undo it"
@@ -61,19 +70,28 @@ class Reduction:
             ]
 
     def enter(self) -> bool:
-        """Called in every forward pass; whether a wrapper is at work."""
+        """Called in every forward pass; whether other ranks may be at work."""
         if not dist.is_available() or not dist.is_initialized():
             return False
         wrapper = nn.parallel.DistributedDataParallel._get_active_ddp_module()  # type: ignore[no-untyped-call]
-        if wrapper is None:
-            return self._wrapper is not None
-        if wrapper is not self._wrapper:
-            self._wrapper = wrapper
-            with torch.no_grad():
-                for weight in self._weights:
-                    dist.broadcast(weight.detach(), _first_rank(wrapper), wrapper.process_group)
-        self._synchronizes = wrapper.require_backward_grad_sync
-        return True
+        if wrapper is not None:
+            if self._wrapper is None or self._wrapper() is not wrapper:
+                self._wrapper = weakref.ref(wrapper)
+                self._agree(wrapper)
+            self._synchronizes = wrapper.require_backward_grad_sync
+            # Of a backward pass that failed.
+            self._queued = False
+        return dist.get_world_size() > 1
+
+    @torch.no_grad()
+    def _agree(self, wrapper: nn.parallel.DistributedDataParallel) -> None:
+        """Takes over what the first rank has."""
+        optimizer = self._optimizer()
+        states = {} if optimizer is None else optimizer.state
+        for weight in self._weights:
+            state = states.get(weight, {})
+            for own in (weight.detach(), *(state[name] for name in BASIS if name in state)):
+                dist.broadcast(own, _first_rank(wrapper), wrapper.process_group)
 
     def _accumulated(self, weight: Tensor) -> None:
         if self._wrapper is None or not self._synchronizes or self._queued:
@@ -85,7 +103,7 @@ class Reduction:
     @torch.no_grad()
     def _average(self) -> None:
         self._queued = False
-        wrapper = self._wrapper
+        wrapper = None if self._wrapper is None else self._wrapper()
         assert wrapper is not None
         group = wrapper.process_group
         count = dist.get_world_size(group)
@@ -119,6 +137,17 @@ class Reduction:
         if bucket:
             assert dtype is not None
             yield bucket, dtype
+
+
+class _Hook(NamedTuple):
+    """Of a weight, in torch's hands."""
+
+    reduction: weakref.ref[Reduction]
+
+    def __call__(self, weight: Tensor) -> None:
+        reduction = self.reduction()
+        if reduction is not None:
+            reduction._accumulated(weight)
 
 
 def _first_rank(wrapper: nn.parallel.DistributedDataParallel) -> int:

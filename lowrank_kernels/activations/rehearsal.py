@@ -27,7 +27,7 @@ from ..optim.groups import is_projected
 from ..optim.lowrank_adamw import LowRankAdamW
 from ..optim.projected_gradient import Projector, held
 from ..optim.state import planned_state
-from . import project
+from . import layers
 from .project import project_linears
 from .recompute import recompute_activations
 
@@ -201,8 +201,8 @@ def _begin_each_kind_once(optimizer: LowRankAdamW) -> Callable[[], None]:
             known[key] = allocations.peak_bytes
         return Projector.of(optimizer.state[param])
 
-    project.begin = begin  # type: ignore[assignment]
-    return partial(setattr, project, "begin", first_bases.begin)
+    layers.begin = begin  # type: ignore[assignment]
+    return partial(setattr, layers, "begin", first_bases.begin)
 
 
 def _pass(model: nn.Module, ids: Tensor, device_type: str) -> Rehearsal:

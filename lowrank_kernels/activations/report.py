@@ -18,6 +18,7 @@ from torch.overrides import TorchFunctionMode
 
 from ..optim.projected_gradient import held
 from ..text import amount, table
+from .layers import looking_on
 
 ACTIVATIONS = (
     "relu",
@@ -128,7 +129,7 @@ def saved_bytes(
         stack.enter_context(_kept_buffers(model))
         stack.enter_context(torch.enable_grad())
         log = _Log()
-        with _watched(model, log), saved_tensors_hooks(log.pack, log.unpack):
+        with looking_on(), _watched(model, log), saved_tensors_hooks(log.pack, log.unpack):
             output = model(*args, **kwargs)
             log.enter(("loss", "loss"))
             scalar = _scalar_of(output) if loss is None else loss(output)

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
 from .. import ops
-from ..ops import Choice, Scalars
+from ..ops import Choice, Scalars, Side
 from ..ops.dispatch import ENVIRONMENT_VARIABLE
 from ..ops.tensors import READER
 from ..subspace import Readback, Subspace, is_due, next_look, refresh_bases
@@ -65,6 +65,7 @@ from .groups import (
     named_groups,
     named_params,
     normalized,
+    side_of,
     size_of,
 )
 from .parts import Method, ResidualForm, Rounding
@@ -195,6 +196,7 @@ class LowRankAdamW(Optimizer):
     """
 
     _room_memory = staticmethod(new_memory)
+    _grouped: tuple[list[int], dict[Tensor, Group]]
 
     def __new__(cls, *args: Any, **options: Any) -> "LowRankAdamW":
         """Says where the options of groups belong, which many try here first, and which arguments
@@ -428,11 +430,20 @@ class LowRankAdamW(Optimizer):
         due = next_look(state, steps, gap, phase, self.subspace) <= steps
         return None if due else Projector.of(state)
 
+    def side_of(self, param: Tensor) -> Side:
+        """Which side of a projected parameter's gradient its basis multiplies, or is going to."""
+        state = self.state.get(param)
+        if state:
+            return Side(state["side"])
+        return side_of(self._group_of(param)["proj_type"], param.shape[0], param.shape[1])
+
     def _group_of(self, param: Tensor) -> Group:
         """The group that a parameter is in."""
-        if param not in self._groups:
-            self._groups |= {p: group for group in self.param_groups for p in group["params"]}
-        return self._groups[param]
+        ids, groups = self._grouped
+        if ids != list(map(id, self.param_groups)) or param not in groups:
+            groups = {own: group for group in self.param_groups for own in group["params"]}
+            self._grouped = list(map(id, self.param_groups)), groups
+        return groups[param]
 
     def __repr__(self) -> str:
         return report.described(self, super().__repr__())
@@ -513,7 +524,7 @@ class LowRankAdamW(Optimizer):
         self._options: list[object] = []
         self._counted: dict[Tensor, int] = {}
         self._readback = Readback()
-        self._groups: dict[Tensor, Group] = {}
+        self._grouped = [], {}
 
     @property
     def corrected(self) -> bool:

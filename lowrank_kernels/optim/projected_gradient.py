@@ -58,6 +58,11 @@ class Projector(NamedTuple):
             )
         return loaded_basis(self.state)
 
+    def project(self, gradient: Tensor) -> Tensor:
+        """R of a whole gradient."""
+        dtype = moment_dtype(gradient.dtype)
+        return project(gradient.to(dtype), self.basis().to(dtype), self.side)
+
     def is_same(self, other: "Projector | None") -> bool:
         """Whether what they project may be added up."""
         if other is None:
@@ -129,36 +134,33 @@ class ProjectedGradient(Tensor):
     ) -> Any:
         served = _SERVED.get(function)
         if served is None:
-            raise TypeError(
-                f"{function} needs a whole gradient, and this weight's is known by its projection"
-                " alone, for lowrank_kernels.project_linears is at work: step it with the optimizer"
-                " given there, or take .dense() for what lies in the span of its basis"
-            )
+            raise TypeError(_needs_all(function))
         return served(function, args, kwargs or {})
 
     def _with(self, held: Tensor) -> "ProjectedGradient":
-        return ProjectedGradient(held, self.projector, self.shape, self.dtype)
+        other = ProjectedGradient(held, self.projector, self.shape, self.dtype)
+        other._empty = self._empty
+        return other
 
-    def _projected(self, other: Tensor) -> Tensor:
-        """What of another gradient of this weight can be added to the one that is held.
-
-        A dense one comes from a use of the weight outside of its linear layer.
-        """
-        if isinstance(other, ProjectedGradient):
-            if self.projector is None:
-                return other.dense()
-            if other.projector is not None:
-                if not self.projector.is_same(other.projector):
-                    raise RuntimeError(
-                        f"gradients of a {tuple(self.shape)} weight with different bases cannot be"
-                        " added up: call zero_grad() after each step"
-                    )
-                return other.held
-            other = other.held
-        if self.projector is None:
-            return other
-        dtype = self.held.dtype
-        return project(other.to(dtype), self.projector.basis().to(dtype), self.projector.side)
+    def _add(self, other: Tensor, alpha: float = 1) -> None:
+        """In place. A dense one comes from a use of the weight outside of its layer."""
+        theirs = other.projector if isinstance(other, ProjectedGradient) else None
+        if self._empty:
+            # What was set to zero may have been of a basis that is gone.
+            self.held, self.projector = held(other) * alpha, theirs
+            self._empty = False
+        elif self.projector is None and theirs is not None:
+            self.held, self.projector = theirs.project(self.held), theirs
+            self.held.add_(held(other), alpha=alpha)
+        elif self.projector is not None and theirs is None:
+            self.held.add_(self.projector.project(held(other)), alpha=alpha)
+        elif self.projector is None or self.projector.is_same(theirs):
+            self.held.add_(held(other), alpha=alpha)
+        else:
+            raise RuntimeError(
+                f"gradients of a {tuple(self.shape)} weight with different bases cannot be added"
+                " up: call zero_grad() after each step"
+            )
 
 
 def held(gradient: Tensor) -> Tensor:
@@ -188,6 +190,17 @@ def new_gradient(
     return ProjectedGradient(wide, projector, shape, dtype)
 
 
+def _needs_all(function: Any) -> str:
+    text = (
+        f"{function} needs a whole gradient, and of this one only a projection is known, for"
+        " lowrank_kernels.project_linears is at work: step it with the optimizer given there, or"
+        " take .dense() for what lies in the span of its basis"
+    )
+    if function is aten.mul.out:
+        text += ". DistributedDataParallel has to wrap the very module that was given there"
+    return text
+
+
 def _every(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """As the operation, on what is held."""
     return function(*_unwrapped(args), **kwargs)
@@ -198,13 +211,24 @@ def _unwrapped(args: Iterable[Any]) -> list[Any]:
             else held(x) if isinstance(x, Tensor) else x for x in args]  # fmt: skip
 
 
-def _in_place(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    _every(function, args, kwargs)
-    return args[0]
+def _scaled(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """By one number: any other factor is of the shape of G."""
+    first, factor = args
+    if not isinstance(first, ProjectedGradient) or isinstance(factor, ProjectedGradient):
+        raise TypeError(_needs_all(function))
+    if isinstance(factor, Tensor) and factor.numel() != 1:
+        raise TypeError(_needs_all(function))
+    if function in (aten.mul_.Tensor, aten.div_.Tensor, aten.mul_.Scalar, aten.div_.Scalar):
+        function(first.held, factor)
+        return first
+    return first._with(function(first.held, factor))
 
 
-def _anew(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    return args[0]._with(function(args[0].held, *args[1:], **kwargs))
+def _all_scaled(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    factors = args[1] if isinstance(args[1], (list, tuple)) else [args[1]]
+    if any(isinstance(factor, Tensor) and factor.numel() != 1 for factor in factors):
+        raise TypeError(_needs_all(function))
+    return _every(function, args, kwargs)
 
 
 def _norm(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -219,28 +243,26 @@ def _norm(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 def _add(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     first, other = args
+    alpha = kwargs.get("alpha", 1)
+    if not (isinstance(first, Tensor) and isinstance(other, Tensor)):
+        raise TypeError(_needs_all(function))
     if not isinstance(first, ProjectedGradient):
+        if alpha != 1:
+            raise TypeError(_needs_all(function))
         first, other = other, first
-    return _sum_in_place(first._with(first.held.clone()), other, first._empty, **kwargs)
+    total = first._with(first.held.clone())
+    total._add(other, alpha)
+    return total
 
 
 def _add_(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     first, other = args
-    if not isinstance(first, ProjectedGradient):
-        return first.add_(other.dense(), **kwargs)
-    return _sum_in_place(first, other, first._empty, **kwargs)
-
-
-def _sum_in_place(
-    first: ProjectedGradient, other: Tensor, empty: bool, alpha: float = 1
-) -> ProjectedGradient:
-    if empty:
-        # What was set to zero may have been of a basis that is gone.
-        first.held = held(other).clone()
-        first.projector = other.projector if isinstance(other, ProjectedGradient) else None
-        first._empty = False
-    else:
-        first.held.add_(first._projected(other), alpha=alpha)
+    if not isinstance(first, ProjectedGradient) or not isinstance(other, Tensor):
+        raise TypeError(
+            f"{_needs_all(function)}; a gradient that is there must not be whole: zero_grad()"
+            " has to free it, set_to_none=True"
+        )
+    first._add(other, **kwargs)
     return first
 
 
@@ -259,29 +281,36 @@ def _unscale(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> An
         function([gradient], found_inf, inverse)
 
 
+def _same(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return args[0]._with(args[0].held)
+
+
+def _copy(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return args[0]._with(args[0].held.clone())
+
+
 _SERVED: dict[Any, Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]] = {
-    aten.detach.default: lambda f, args, kwargs: args[0]._with(args[0].held),
-    aten.alias.default: lambda f, args, kwargs: args[0]._with(args[0].held),
-    aten.clone.default: lambda f, args, kwargs: args[0]._with(args[0].held.clone()),
-    aten.neg.default: _anew,
-    aten.mul.Tensor: _anew,
-    aten.mul.Scalar: _anew,
-    aten.div.Tensor: _anew,
-    aten.div.Scalar: _anew,
-    aten.mul_.Tensor: _in_place,
-    aten.mul_.Scalar: _in_place,
-    aten.div_.Tensor: _in_place,
-    aten.div_.Scalar: _in_place,
+    aten.detach.default: _same,
+    aten.alias.default: _same,
+    aten.clone.default: _copy,
+    aten.mul.Tensor: _scaled,
+    aten.mul.Scalar: _scaled,
+    aten.div.Tensor: _scaled,
+    aten.div.Scalar: _scaled,
+    aten.mul_.Tensor: _scaled,
+    aten.mul_.Scalar: _scaled,
+    aten.div_.Tensor: _scaled,
+    aten.div_.Scalar: _scaled,
     aten.add.Tensor: _add,
     aten.add_.Tensor: _add_,
     aten.zero_.default: _zero_,
     aten._foreach_zero_.default: _zero_,
     aten.linalg_vector_norm.default: _norm,
     aten._foreach_norm.Scalar: _norm,
-    aten._foreach_mul_.Tensor: _every,
-    aten._foreach_mul_.Scalar: _every,
-    aten._foreach_mul_.List: _every,
-    aten._foreach_div_.Tensor: _every,
-    aten._foreach_div_.Scalar: _every,
+    aten.isnan.default: _every,
+    aten._foreach_mul_.Tensor: _all_scaled,
+    aten._foreach_mul_.Scalar: _all_scaled,
+    aten._foreach_div_.Tensor: _all_scaled,
+    aten._foreach_div_.Scalar: _all_scaled,
     aten._amp_foreach_non_finite_check_and_unscale_.default: _unscale,
 }

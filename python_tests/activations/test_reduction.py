@@ -1,5 +1,6 @@
 """Projected layers under DistributedDataParallel, on two gloo processes."""
 
+import functools
 from unittest import mock
 
 import pytest
@@ -8,6 +9,7 @@ import torch.distributed as dist
 from integration.tiny_runs import GAP, STEPS, process_group, tiny_model
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
 
 from lowrank_kernels import GaLoreAdamW
 from lowrank_kernels.activations import project_linears
@@ -66,10 +68,28 @@ def run(rank, start):
     return model.state_dict(), norms, sent, refusal
 
 
+def run_after_a_pass(rank, reentrant):
+    """Weights after steps of a wrapped model that every rank has run by itself before, under
+    gradient checkpointing.
+    """
+    model, optimizer, _ = setup(rank, "activations")
+    loss_of(model, 0, rank, 0)
+    block = functools.partial(checkpoint, model.forward, use_reentrant=reentrant)
+    model.forward = lambda x: block(x.requires_grad_())
+    wrapped = DistributedDataParallel(model)
+    for step in range(3):
+        loss_of(wrapped, step, rank, 0).backward()
+        finish(wrapped, optimizer)
+    return model.state_dict()
+
+
 def worker(rank, world, folder):
     torch.set_num_threads(1)
     with process_group(rank, world, folder / "store"):
-        torch.save({start: run(rank, start) for start in STARTS}, folder / f"{rank}.pt")
+        result = {start: run(rank, start) for start in STARTS}
+        for reentrant in (False, True):
+            result[reentrant] = run_after_a_pass(rank, reentrant)
+        torch.save(result, folder / f"{rank}.pt")
 
 
 @pytest.fixture(scope="module")
@@ -92,6 +112,13 @@ def test_ranks_agree_with_each_other_and_with_one_process_on_all_data(two_ranks,
     for name, value in model.state_dict().items():
         assert torch.equal(first[name], second[name]), name
         torch.testing.assert_close(first[name], value, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_ranks_agree_under_checkpointing_and_after_a_pass_of_their_own(two_ranks, reentrant):
+    first, second = (result[reentrant] for result in two_ranks)
+    for name, value in first.items():
+        assert torch.equal(value, second[name]), name
 
 
 def test_what_is_sent_is_r(two_ranks):
