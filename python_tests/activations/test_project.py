@@ -776,7 +776,7 @@ def test_only_numbers_scale_it_and_nothing_else_is_added():
     )
     for attempt in attempts:
         # Python's operators tell of their operands instead.
-        with pytest.raises(TypeError, match="only a projection is known|unsupported operand"):
+        with pytest.raises(TypeError, match=r"only a projection is known|unsupported operand"):
             attempt()
     assert torch.equal(gradient.held, before)
     other = gradient.clone()
