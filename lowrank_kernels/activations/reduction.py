@@ -21,11 +21,11 @@ BUCKET_BYTES = 25 * 2**20
 class Reduction:
     """Averages the gradients of some weights that DistributedDataParallel is told to ignore.
 
-    It happens at the end of each backward pass in which that synchronizes, before anyone reads a
-    norm: what was accumulated under `no_sync` goes along, and each rank sends r / n of what it
-    would. They are sent in the dtype of the weights, as other gradients are. Every rank has to use
-    every layer. Weights, and bases that are there before the first pass under the wrapper, are
-    those of the first rank from then on.
+    It happens at the end of each backward pass in which that synchronizes, of a checkpointed part
+    by itself, before anyone reads a norm: what was accumulated under `no_sync` goes along, and each
+    rank sends r / n of what it would. They are sent in the dtype of the weights, as other gradients
+    are. Ranks have to use the same layers. Weights, and bases that are there before the first pass
+    under the wrapper, are those of the first rank from then on.
 
     Args:
         model: as it is going to be wrapped.
@@ -41,7 +41,8 @@ class Reduction:
         # One weight may be of several layers.
         self._weights = list(dict.fromkeys(layer.weight for layer in layers.values()))
         self._wrapper: weakref.ref[nn.parallel.DistributedDataParallel] | None = None
-        self._synchronizes = self._queued = False
+        self._synchronizes = False
+        self._pending: list[Tensor] = []
         # torch's hooks of parameters are not seen by Python's garbage collector.
         hook = _Hook(weakref.ref(self))
         self._handles = [
@@ -80,7 +81,7 @@ class Reduction:
                 self._agree(wrapper)
             self._synchronizes = wrapper.require_backward_grad_sync
             # Of a backward pass that failed.
-            self._queued = False
+            self._pending = []
         return dist.get_world_size() > 1
 
     @torch.no_grad()
@@ -94,15 +95,14 @@ class Reduction:
                 dist.broadcast(own, _first_rank(wrapper), wrapper.process_group)
 
     def _accumulated(self, weight: Tensor) -> None:
-        if self._wrapper is None or not self._synchronizes or self._queued:
+        if self._wrapper is None or not self._synchronizes:
             return
-        self._queued = True
-        engine = torch.autograd.Variable._execution_engine
-        engine.queue_callback(self._average)
+        if not self._pending:
+            torch.autograd.Variable._execution_engine.queue_callback(self._average)
+        self._pending.append(weight)
 
     @torch.no_grad()
     def _average(self) -> None:
-        self._queued = False
         wrapper = None if self._wrapper is None else self._wrapper()
         assert wrapper is not None
         group = wrapper.process_group
@@ -117,15 +117,9 @@ class Reduction:
     def _buckets(self) -> Iterator[tuple[list[Tensor], torch.dtype]]:
         bucket: list[Tensor] = []
         size, dtype = 0, None
-        for weight in self._weights:
-            if not weight.requires_grad:
-                continue
-            if weight.grad is None:
-                raise RuntimeError(
-                    f"a projected weight of shape {tuple(weight.shape)} has no gradient on this"
-                    " rank: under DistributedDataParallel every layer has to take part in each"
-                    " backward pass"
-                )
+        pending, self._pending = self._pending, []
+        for weight in pending:
+            assert weight.grad is not None
             grad = held(weight.grad)
             if bucket and (weight.dtype is not dtype or size >= BUCKET_BYTES):
                 assert dtype is not None
