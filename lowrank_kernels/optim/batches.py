@@ -21,7 +21,13 @@ from .families import joined
 from .groups import OPTIONS, Group, is_projected
 from .parts import Method, residual_of
 from .plain import Plain
-from .projected_gradient import GRAD, grads_of, held, is_projected_gradient
+from .projected_gradient import (
+    GRAD,
+    ProjectedGradient,
+    grads_of,
+    held,
+    is_projected_gradient,
+)
 from .room import Room
 from .state import State
 
@@ -94,7 +100,9 @@ class Batch:
 
     def matrices(self) -> Matrices:
         """The tensors of this step."""
-        grads = grads_of(self.params)
+        grads = list(map(GRAD, self.params))
+        if self.projected:
+            grads = grads_of(self.params)
         if self._resolves:
             grads = [resolved(grad) for grad in grads]
         if self.group["maximize"]:
@@ -213,7 +221,10 @@ class Prepared:
             if batch.projected:
                 for member in batch.members:
                     check_projector(member.name, member.param, member.state)
-        now = list(map(Tensor.data_ptr, grads_of(self._params)))
+        grads = list(map(GRAD, self._params))
+        if ProjectedGradient in map(type, grads):
+            grads = grads_of(self._params)
+        now = list(map(Tensor.data_ptr, grads))
         if now != self._addresses:
             if overlap(list(map(Tensor.data_ptr, self._params)) + now, self._extents):
                 check_shared(self._owners)
@@ -344,7 +355,11 @@ def facts_of(
             numbers += map(_NUMBERS, found) if projected else ()
         except KeyError:
             return None
-    grads = grads_of(params)
+    grads: list[Tensor] = list(map(GRAD, params))
+    given: list[bool] = []
+    # Asked here, so that other gradients are asked no more.
+    if ProjectedGradient in map(type, grads):
+        given, grads = list(map(is_projected_gradient, grads)), grads_of(params)
     if any(map(operator.is_not, map(_MEMORY_LAYOUT, grads), itertools.repeat(torch.strided))):
         return None
     try:
@@ -356,7 +371,7 @@ def facts_of(
         written,
         [
             READER.layouts(grads),
-            *map(is_projected_gradient, map(GRAD, params)),
+            *given,
             *map(Tensor.is_neg, params + grads),
             *map(Tensor._is_zerotensor, grads),
         ],

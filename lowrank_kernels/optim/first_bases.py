@@ -1,6 +1,7 @@
 """First bases of parameters that have no gradient yet, for layers that never form one."""
 
 import zlib
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
@@ -9,7 +10,7 @@ from ..subspace import Due, Subspace, refresh_bases
 from .batches import seed_of
 from .families import share
 from .groups import Group, named_groups
-from .lowrank_adamw import LowRankAdamW, without_autocast
+from .lowrank_adamw import LowRankAdamW
 from .projected_gradient import Projector
 from .state import new_state
 
@@ -53,7 +54,9 @@ def begin(
         subspace, matrix = Subspace("random"), param.new_ones(()).expand(param.shape)
     betas = (float(group["betas"][0]), float(group["betas"][1]))
     due = Due(name, matrix, state, group["rank"], 0, seed_of(state["salt"], 0), betas)
-    with without_autocast():
+    kind = param.device.type
+    casts = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    with torch.autocast(kind, enabled=False) if casts else nullcontext():
         refresh_bases([due], subspace)
     if gradient is None:
         state["captured"] = 0.0  # of a gradient, which nobody has seen

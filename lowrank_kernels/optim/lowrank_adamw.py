@@ -294,7 +294,9 @@ class LowRankAdamW(Optimizer):
 
     def _step(self) -> None:
         """What changed? New bases where they are due; then each batch."""
-        with without_autocast():
+        with ExitStack() as stack:
+            for device_type in filter(torch.is_autocast_enabled, AUTOCAST_DEVICES):
+                stack.enter_context(torch.autocast(device_type, enabled=False))
             prepared = self._prepared()
             refreshed = False
             for batches in prepared.by_group:
@@ -722,14 +724,6 @@ class LowRankAdamW(Optimizer):
         )
         check_addressable(name, param, choice.backend)
         return choice
-
-
-def without_autocast() -> ExitStack:
-    """A context in which no operation is cast."""
-    with ExitStack() as stack:
-        for device_type in filter(torch.is_autocast_enabled, AUTOCAST_DEVICES):
-            stack.enter_context(torch.autocast(device_type, enabled=False))
-        return stack.pop_all()
 
 
 def _capturing() -> bool:

@@ -157,9 +157,11 @@ def _peak_of_refresh(optimizer: LowRankAdamW, group: Group, members: list[Member
 
 
 def _peak_of_step(optimizer: LowRankAdamW, batches: list[Batch]) -> int:
-    """Of the first batch, which is the largest."""
+    """Of the first batch, which is the largest, with new bases, of which criteria measure most."""
     for batch in batches:
         batch.counts = [1] * len(batch.members)
+        for state in batch.states:
+            state["basis_step"] = 1
 
     def step() -> None:
         scalars, *_ = scalars_of(batches, optimizer.method)

@@ -81,8 +81,10 @@ def test_constructor_arguments():
         FiraAdamW([group()], residual=None)
     with pytest.raises(ValueError, match="range_finder must be one of svd, randomized"):
         FiraAdamW([group()], subspace="qr")
-    with pytest.raises(TypeError, match="unexpected keyword"):
+    with pytest.raises(TypeError, match="amsgrad: of galore_torch or fira"):
         FiraAdamW([group()], amsgrad=True)
+    with pytest.raises(TypeError, match="unexpected keyword"):
+        FiraAdamW([group()], amsgrade=True)
 
 
 def sparse_grad():

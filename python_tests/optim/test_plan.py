@@ -261,4 +261,4 @@ def test_frozen_parameters_have_neither_gradient_nor_state():
     for row in optimizer.plan():
         assert row["weight_bytes"] > 0
         assert row["gradient_bytes"] == row["state_bytes"] == 0
-    assert planned_workspace(optimizer, "cpu") == (0, 0)
+    assert planned_workspace(optimizer, "cpu") == (0, 0, 0)
