@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
@@ -85,6 +85,10 @@ class Layer:
         optimizer: see `project_linears`, as for `start` and `shares`.
         inputs: of all layers of a model.
         reduction: of all layers of a model.
+
+    Attributes:
+        begin: gives first bases, `first_bases.begin`.
+        siblings: the layers that its input goes to, itself among them.
     """
 
     def __init__(
@@ -100,6 +104,7 @@ class Layer:
         self._optimizer = weakref.ref(optimizer)
         self._start, self._inputs = start, inputs
         self._reduction, self._shares = reduction, shares
+        self.begin: Callable[..., Projector | None] = begin
         self.siblings = [self]
         self._forward_before = vars(module).get("forward")
         # What is saved must not change between a forward pass and its recomputation.
@@ -176,10 +181,10 @@ class Layer:
         self, start: str, x: Tensor, given: _Input, weight: Tensor, optimizer: LowRankAdamW
     ) -> Use | None:
         def from_gradient(heads: Tensor, x: Tensor) -> Projector | None:
-            return optimizer.wants(weight) or begin(optimizer, weight, gradient=heads.mT @ x)
+            return optimizer.wants(weight) or self.begin(optimizer, weight, gradient=heads.mT @ x)
 
         def from_heads(heads: Tensor, x: Tensor) -> Projector | None:
-            return optimizer.wants(weight) or begin(optimizer, weight, like=heads.mT)
+            return optimizer.wants(weight) or self.begin(optimizer, weight, like=heads.mT)
 
         if start == "gradient":
             return Use(None, from_gradient)
@@ -187,7 +192,7 @@ class Layer:
         if start == "activations" and side is Side.LEFT:
             return Use(None, from_heads)
         like = x.detach().reshape(-1, x.shape[-1]) if start == "activations" else None
-        projector = begin(optimizer, weight, like=like)
+        projector = self.begin(optimizer, weight, like=like)
         if projector is None:
             return None
         if self._shares and side is Side.RIGHT:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 from torch import Tensor, nn
 
-from ..ops.contract import Side
-from ..optim.groups import is_projected, side_of
+from ..optim.groups import is_projected
 from ..optim.lowrank_adamw import LowRankAdamW
 from .layers import LastInput, Layer
 from .recompute import is_recomputing
@@ -38,10 +37,11 @@ class ProjectedLinears:
 
     Attributes:
         rows: a `Row` for every linear layer of the model.
+        layers: those that are taken.
     """
 
     def __init__(self, rows: list[Row], layers: list[Layer], reduction: Reduction) -> None:
-        self.rows, self._layers, self._reduction = rows, layers, reduction
+        self.rows, self.layers, self._reduction = rows, layers, reduction
 
     def undo(self) -> None:
         """Gives every layer its own forward again.
@@ -50,9 +50,9 @@ class ProjectedLinears:
             RuntimeError: DistributedDataParallel has wrapped the model since and counts on this.
         """
         self._reduction.end()
-        for layer in self._layers:
+        for layer in self.layers:
             layer.restore()
-        self._layers = []
+        self.layers = []
 
     def __str__(self) -> str:
         taken = sum(row.taken for row in self.rows)
@@ -115,12 +115,8 @@ def project_linears(
         raise ValueError(
             f"share_bases=True goes with start={' or '.join(SHARED_STARTS)} and without a criterion"
         )
-    projected = {
-        param: group
-        for group in optimizer.param_groups
-        for param in group["params"]
-        if is_projected(group)
-    }
+    groups = filter(is_projected, optimizer.param_groups)
+    projected = {param for group in groups for param in group["params"]}
     rows: list[Row] = []
     taken: dict[str, nn.Linear] = {}
     for name, module in model.named_modules():
@@ -129,10 +125,8 @@ def project_linears(
         reason = _obstacle(module, projected)
         if reason is None:
             taken[name] = module
-            side = _side(module, projected)
-            rows.append(Row(name, True, f"{side.name.lower()} side"))
-        else:
-            rows.append(Row(name, False, reason))
+        side = "" if reason else f"{optimizer.side_of(module.weight).name.lower()} side"
+        rows.append(Row(name, reason is None, reason or side))
     if not taken:
         found = Counter(row.reason for row in rows)
         raise ValueError(
@@ -146,11 +140,6 @@ def project_linears(
     for layer in layers:
         layer.patch()
     return ProjectedLinears(rows, layers, reduction)
-
-
-def _side(module: nn.Linear, projected: dict[Tensor, Any]) -> Side:
-    rows, cols = module.weight.shape
-    return side_of(projected[module.weight]["proj_type"], rows, cols)
 
 
 def _check(model: nn.Module, optimizer: LowRankAdamW, start: str) -> None:
@@ -173,7 +162,7 @@ def _check(model: nn.Module, optimizer: LowRankAdamW, start: str) -> None:
             raise ValueError("call project_linears before DistributedDataParallel wraps the model")
 
 
-def _obstacle(module: nn.Linear, projected: dict[Tensor, Any]) -> str | None:
+def _obstacle(module: nn.Linear, projected: set[Tensor]) -> str | None:
     """Why a layer cannot be taken."""
     weight = module._parameters.get("weight")
     if type(module) is not nn.Linear and type(module).forward is not nn.Linear.forward:

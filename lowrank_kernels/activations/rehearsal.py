@@ -9,10 +9,9 @@ the loss, of a block's backward pass, of the first bases.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -27,8 +26,7 @@ from ..optim.groups import is_projected
 from ..optim.lowrank_adamw import LowRankAdamW
 from ..optim.projected_gradient import Projector, held
 from ..optim.state import planned_state
-from . import layers
-from .project import project_linears
+from .project import ProjectedLinears, project_linears
 from .recompute import recompute_activations
 
 
@@ -144,8 +142,9 @@ def rehearse(model: nn.Module, tokens: int, conditions: Conditions) -> list[Rehe
                 undo.append(recompute_activations(model).undo)
             if optimizer is not None:
                 _new_states(optimizer)
-                undo.append(project_linears(model, optimizer).undo)
-                undo.append(_begin_each_kind_once(optimizer))
+                report = project_linears(model, optimizer)
+                undo.append(report.undo)
+                _begin_each_kind_once(report, optimizer)
             passes = [_pass(model, ids, conditions.device_type)]
             if optimizer is not None:
                 _to_a_later_step(optimizer)
@@ -184,7 +183,7 @@ def _new_states(optimizer: LowRankAdamW) -> None:
             optimizer.state[param].update(planned_state(param, group, optimizer.method))
 
 
-def _begin_each_kind_once(optimizer: LowRankAdamW) -> Callable[[], None]:
+def _begin_each_kind_once(report: ProjectedLinears, optimizer: LowRankAdamW) -> None:
     """First bases of matrices that are alike take the same: the second and later ones allocate so
     much at once, which is faster than the operations of a factorization.
     """
@@ -201,8 +200,8 @@ def _begin_each_kind_once(optimizer: LowRankAdamW) -> Callable[[], None]:
             known[key] = allocations.peak_bytes
         return Projector.of(optimizer.state[param])
 
-    layers.begin = begin  # type: ignore[assignment]
-    return partial(setattr, layers, "begin", first_bases.begin)
+    for layer in report.layers:
+        layer.begin = begin
 
 
 def _pass(model: nn.Module, ids: Tensor, device_type: str) -> Rehearsal:
