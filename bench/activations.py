@@ -5,11 +5,10 @@
     python -m bench.activations --quick        # seconds, figures of no use
 
 A run is forward, backward, step and `zero_grad`, with random weights and inputs. Arms take turns,
-and the first of a round changes. Each takes a usual step, and a step in which one matrix, or one
-set of those that share a basis, has it renewed, together with the step after that, for which
-gradients are laid out anew. Layers take turns in training, so that each set costs what that is more
-than two usual steps once in T = 200 steps: "mean" is a usual step with a T-th of what all sets
-cost, "renewal" what one does. Sets that are alike are measured by one of them.
+and the first of a round changes. Each takes a usual step, then one in which all bases are renewed
+and the step after it, for which gradients are laid out anew. In training layers take turns to be
+renewed, all of them in T = 200 steps: "mean" is a usual step with a T-th of what those two took
+more than two usual ones.
 
 Products are FLOPs: of forward and backward as torch counts them, with attention as if it were not
 causal, and of the step as its method has them. By them alone an arm would be as many times as fast
@@ -33,7 +32,6 @@ import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -118,20 +116,12 @@ class Model(nn.Module):
         return F.cross_entropy(logits.flatten(0, 1).float(), ids.roll(-1, 1).flatten())
 
 
-class Turn(NamedTuple):
-    """Matrices whose bases are renewed together, and how many such sets there are."""
-
-    params: list[Tensor]
-    count: int
-
-
 class Arm:
     """A model and its optimizer, which have taken a step, and the inputs of the next ones.
 
     Attributes:
         name: of the method.
         projects: whether its layers hand R over.
-        turns: what is renewed together, by kinds; none if nothing is.
     """
 
     def __init__(self, name: str, case: Case, device: torch.device, backend: str):
@@ -154,7 +144,6 @@ class Arm:
         self.optimizer = METHODS[name].optimizer_of(self.model, groups, 1e-5, recipe)
         self.run()
         self._settle()
-        self.turns = self._turns()
 
     @property
     def projected(self) -> dict[str, Tensor]:
@@ -199,15 +188,6 @@ class Arm:
             state = self.optimizer.state[param]
             state["step"].fill_(FAR)
             state["basis_step"] = FAR
-
-    def _turns(self) -> list[Turn]:
-        families: dict[object, list[Tensor]] = {}
-        for name, param in self.projected.items():
-            families.setdefault(self.optimizer.state[param].get("family", name), []).append(param)
-        alike: dict[object, list[list[Tensor]]] = {}
-        for params in families.values():
-            alike.setdefault(tuple(param.shape for param in params), []).append(params)
-        return [Turn(equal[0], len(equal)) for equal in alike.values()]
 
 
 class Saved(saved_tensors_hooks):
@@ -265,7 +245,7 @@ def costs(arm: Arm, case: Case) -> dict:
         "step_flops": step_flops(arm, case.rank),
     }
     arm.finish()
-    due = [param for turn in arm.turns for param in turn.params]
+    due = list(arm.projected.values())
     arm.let_be_due(due)
     arm.backward(arm.forward())
     _check_gradients(arm, case, due)
@@ -344,74 +324,43 @@ def wrong_r(name: str, device: torch.device) -> str | None:
 class Stopwatch:
     """A candidate of `interleaved` that keeps the clocks of its steps.
 
-    With turns a run is a step in which one of them is due, by the round, and the step after it.
+    Where bases are due, a run is a step that renews them and the step after it.
     """
 
-    def __init__(self, arm: Arm, turns: Sequence[Turn] = ()):
-        self._arm, self._turns = arm, turns
-        self._clocks: list[tuple[int, list[StepClock]]] = []
+    def __init__(self, arm: Arm, due: Sequence[Tensor] = ()):
+        self._arm, self._due = arm, due
+        self._clocks: list[list[StepClock]] = []
 
     def __call__(self, turn: int) -> None:
-        if not self._turns:
-            self._clocks.append((0, [self._arm.run()]))
-            return
-        kind = turn % len(self._turns)
-        due = self._turns[kind].params
-        self._clocks.append((kind, [self._arm.run(due), self._arm.run()]))
+        steps = [self._due, ()] if self._due else [()]
+        self._clocks.append([self._arm.run(due) for due in steps])
 
-    def read(self, rounds: int) -> list[tuple[int, list[tuple[float, float]]]]:
-        """Of the last rounds: the kind of turn, and seconds of each step and of its optimizer."""
-        return [(kind, [clock.read() for clock in own]) for kind, own in self._clocks[-rounds:]]
+    def read(self, rounds: int) -> list[list[tuple[float, float]]]:
+        """Of each of the last rounds: seconds of its steps and of their optimizer's part."""
+        return [[clock.read() for clock in own] for own in self._clocks[-rounds:]]
 
 
 def timed(arms: list[Arm], device: torch.device, rounds: int) -> dict[str, dict]:
     """Seconds of every arm, as a row has them."""
     usual = {arm.name: Stopwatch(arm) for arm in arms}
-    turning = {arm.name: Stopwatch(arm, arm.turns) for arm in arms if arm.turns}
-    candidates = usual | {f"{name} in turn": watch for name, watch in turning.items()}
+    due = {arm.name: list(arm.projected.values()) for arm in arms if arm.projected}
+    renewing = {arm.name: Stopwatch(arm, due[arm.name]) for arm in arms if arm.projected}
+    candidates = usual | {f"{name}, new bases": watch for name, watch in renewing.items()}
     interleaved(candidates, device, rounds, lead=LEAD_OF_STEPS, idle=1)
     found = {}
-    for arm in arms:
-        steps = [step for _, (step,) in usual[arm.name].read(rounds)]
-        whole = Samples([seconds for seconds, _ in steps])
-        own = result(whole) | {
-            "passes": result(Samples([seconds - step for seconds, step in steps])),
-            "step": result(Samples([step for _, step in steps])),
-        }
-        turns = []
-        if arm.turns:
-            turns = list(turn_rows(arm.turns, turning[arm.name].read(rounds), whole.seconds))
-        more = sum(turn["count"] * turn["more_ms"] for turn in turns)
-        found[arm.name] = own | {"turns": turns, "mean_ms": own["ms"] + more / INTERVAL}
+    for name, watch in usual.items():
+        steps = [step for (step,) in watch.read(rounds)]
+        own = result(Samples([seconds for seconds, _ in steps]))
+        own["passes"] = result(Samples([seconds - step for seconds, step in steps]))
+        own["step"] = result(Samples([step for _, step in steps]))
+        own["renewal_ms"] = 0.0
+        if name in renewing:
+            pairs = [sum(seconds for seconds, _ in pair) for pair in renewing[name].read(rounds)]
+            more = [pair - 2 * seconds for pair, (seconds, _) in zip(pairs, steps, strict=True)]
+            own["renewal_ms"] = 1e3 * statistics.median(more)
+        own["mean_ms"] = own["ms"] + own["renewal_ms"] / INTERVAL
+        found[name] = own
     return found
-
-
-def turn_rows(
-    turns: Sequence[Turn],
-    pairs: list[tuple[int, list[tuple[float, float]]]],
-    usual: Sequence[float],
-) -> Iterator[dict]:
-    """What turns cost beyond the usual steps of their rounds.
-
-    Of a kind that no round was left for it is what the others cost.
-    """
-    every = [
-        (kind, first, second, first + second - 2 * seconds)
-        for (kind, ((first, _), (second, _))), seconds in zip(pairs, usual, strict=True)
-    ]
-    for kind, turn in enumerate(turns):
-        own = [each for each in every if each[0] == kind] or every
-        first, second, more = (
-            1e3 * statistics.median(each[place] for each in own) for place in (1, 2, 3)
-        )
-        yield {
-            "shapes": [list(param.shape) for param in turn.params],
-            "count": turn.count,
-            "ms": first,
-            "after_ms": second,
-            "more_ms": more,
-            "samples": len(own),
-        }
 
 
 def bench_case(case: Case, wrong: dict[str, str], options: argparse.Namespace) -> dict:
@@ -504,7 +453,7 @@ def table(record: dict, rows: list[dict]) -> Table:
     found = new_table(
         f"{place['device']}, {place['threads']} threads; forward, backward and step,"
         f" ours by the {record['backend']} backend",
-        f"{SPREAD}; mean: with new bases, every {INTERVAL} steps in turn;"
+        f"{SPREAD}; mean: with a {INTERVAL}th of what new bases take;"
         f" {missing_text(record['missing'])}",
         ("model", "dtype", "tokens", "r", "arm", "ms"),
         (
@@ -531,12 +480,10 @@ def model_text(row: dict) -> str:
 
 
 def _figures(own: dict) -> list[str]:
-    count = sum(turn["count"] for turn in own["turns"])
-    more = sum(turn["count"] * turn["more_ms"] for turn in own["turns"])
     return [
         f"{own['passes']['ms']:.1f}",
         f"{own['step']['ms']:.1f}",
-        f"{more / count:.1f}" if count else "",
+        f"{own['renewal_ms']:.1f}" if own["renewal_ms"] else "",
         f"{own['mean_ms']:.1f}",
         *(f"{own[key]:.2f}" if key in own else "" for key in ("times_as_fast", "predicted")),
         f"{own['tokens_per_second']:,.0f}",

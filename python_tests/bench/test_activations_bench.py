@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from bench import activations
-from bench.activations import BLOCKS, INTERVAL, MODELS, Arm, Case, Saved, Turn, costs, turn_rows
+from bench.activations import BLOCKS, INTERVAL, MODELS, Arm, Case, Saved, costs
 from bench.figures import FIGURES, Records
 from lowrank_kernels.activations import linear
 from lowrank_kernels.optim.projected_gradient import held
@@ -106,22 +106,8 @@ def test_what_is_saved_counts_once_and_weights_not_at_all():
     assert saved.bytes() == 0
 
 
-def test_sets_that_are_renewed_together_and_how_many_there_are():
-    case = Case(MODELS, "nano", 4, 64, 1, 32, RANK, "fp32")
-    names = ("adamw", "galore", "galore-projected", "galore-projected-shared")
-    found = {
-        name: [(len(turn.params), turn.count) for turn in arm(name, case).turns] for name in names
-    }
-    assert found == {
-        "adamw": [],
-        "galore": [(1, 16), (1, 8), (1, 4)],
-        "galore-projected": [(1, 16), (1, 8), (1, 4)],
-        "galore-projected-shared": [(3, 4), (1, 4), (2, 4), (1, 4)],
-    }
-
-
 @pytest.mark.parametrize("name", ["galore", "galore-projected", "galore-projected-shared", "fira"])
-def test_a_turn_renews_its_bases_and_no_other_and_usual_steps_none(name):
+def test_bases_that_are_due_are_renewed_and_usual_steps_renew_none(name):
     one = arm(name)
     states = {key: one.optimizer.state[param] for key, param in one.projected.items()}
 
@@ -131,37 +117,26 @@ def test_a_turn_renews_its_bases_and_no_other_and_usual_steps_none(name):
         return {key for key, state in states.items() if state["refreshes"] > before[key]}
 
     assert renewed([]) == set()
-    for turn in one.turns:
-        due = {id(param) for param in turn.params}
-        assert renewed(turn.params) == {k for k, p in one.projected.items() if id(p) in due}
-        assert renewed([]) == set()
+    assert renewed(list(one.projected.values())) == set(states)
+    assert renewed([]) == set()
 
 
-def test_what_turns_cost_and_their_share_of_the_mean_by_hand():
-    """Of a round is taken off what a usual step took in that round."""
-    turns = [Turn([torch.empty(2, 3)], 4), Turn([torch.empty(3, 2)], 2)]
-    usual = [1.0, 1.1, 2.0]
-    pairs = [
-        (0, [(1.5, 0.1), (1.2, 0.1)]),
-        (1, [(1.6, 0.1), (1.3, 0.1)]),
-        (0, [(2.5, 0.1), (2.0, 0.1)]),
-    ]
-    first, second = turn_rows(turns, pairs, usual)
-    assert first["more_ms"] == pytest.approx(600)
-    assert (first["ms"], first["after_ms"], first["count"]) == (2000, 1600, 4)
-    assert second["more_ms"] == pytest.approx(700)
-    assert first["samples"] + second["samples"] == 3
+def test_what_new_bases_cost_and_their_share_of_the_mean_by_hand():
+    """300 ms in the step that renews them and 100 ms in the next."""
+    after = []
 
-    def clock(seconds):
+    def run(due=()):
+        seconds = 1.3 if due else 1.1 if after else 1.0
+        after[:] = [True] if due else []
         return SimpleNamespace(read=lambda: (seconds, 0.2))
 
-    one = SimpleNamespace(name="galore", turns=[Turn([torch.empty(2, 3)], 40)])
-    one.run = lambda due=(): clock(1.3 if due else 1.0)
+    one = SimpleNamespace(name="galore", projected={"w": torch.empty(2, 3)}, run=run)
     found = activations.timed([one], CPU, rounds=3)["galore"]
     assert found["ms"] == pytest.approx(1000)
     assert found["passes"]["ms"] == pytest.approx(800)
     assert found["step"]["ms"] == pytest.approx(200)
-    assert found["mean_ms"] == pytest.approx(1000 + 40 * 300 / INTERVAL)
+    assert found["renewal_ms"] == pytest.approx(400)
+    assert found["mean_ms"] == pytest.approx(1000 + 400 / INTERVAL)
 
 
 def wrong_arms(out, *words):
@@ -197,7 +172,7 @@ def test_an_arm_whose_gradients_are_whole_is_not_timed(monkeypatch, tmp_path):
 
 def test_an_arm_that_renews_no_basis_is_not_timed(monkeypatch, tmp_path):
     monkeypatch.setattr(Arm, "let_be_due", lambda self, params: None)
-    assert "0 whole of 3 whose bases are due" in wrong_arms(tmp_path / "r.json")
+    assert "0 whole of 7 whose bases are due" in wrong_arms(tmp_path / "r.json")
 
 
 def test_stopped_it_goes_on_behind_the_last_case_and_anew_for_another_command(
