@@ -6,9 +6,10 @@
 Needs no device: `lowrank_kernels.activations.plan` counts a step of the model as transformers
 computes it, bfloat16, attention by flash kernels, one sequence; see `plan_training` for what is
 counted. Weights, gradients, state, temporaries, activations and loss lie on the card, and 0.8 GB
-are left to CUDA, an estimate. Nothing is offloaded and no block is computed again. GaLore hands R
-over and Fira a gradient at a time, both with their inputs of linears computed again and each
-gradient released; AdamW beside them has its gradients at once.
+are left to CUDA, an estimate. Nothing is offloaded and no block is computed again. AdamW has its
+gradients at once; GaLore and Fira, their state in int8, are planned so, too, and with what
+`lowrank_kernels.activations` has for them: gradients projected (GaLore) and released, and inputs of
+linears computed again.
 
 24GB are 24 x 10^9 bytes, 24GiB 24 x 2^30. A card of "24 GB" gives torch 23.5 GiB, 25.2 GB.
 """
@@ -29,29 +30,31 @@ from lowrank_kernels.cli.cards import bytes_of
 # Of a model's own rank.
 SHARES = (1, 2, 4)
 BASES = ("weight", "int8")
-METHODS: dict[str, tuple[type[LowRankAdamW], dict[str, bool]]] = {
-    "galore": (GaLoreAdamW, {"recompute": True, "project": True, "release": True}),
-    "fira": (FiraAdamW, {"recompute": True, "release": True}),
+# What a method is trained with, in turn.
+METHODS: dict[str, tuple[type[LowRankAdamW], tuple[tuple[str, ...], ...]]] = {
+    "galore": (GaLoreAdamW, ((), ("project", "release"), ("project", "release", "recompute"))),
+    "fira": (FiraAdamW, ((), ("release",), ("release", "recompute"))),
 }
 TOKENS = 2048
 
 
 def rows_of(model: str, memories: list[str]) -> list[dict]:
-    """A row a method, rank and basis; AdamW first."""
+    """A row a method, what it is trained with, rank and basis; AdamW first."""
     module = on_meta(model, "bf16")
     sizes = {text: bytes_of(text) for text in memories}
-    memory = min(sizes.values())
-    plain = Planner(module, Training("cuda", memory))
-    rows = [{"model": model, "optimizer": "adamw", **_row(plain, None, sizes)}]
-    for name, (kind, how) in METHODS.items():
-        planner = Planner(module, Training("cuda", memory, **how))
-        ranks = [PRESETS[model].rank // share for share in SHARES]
-        cases = [(rank, basis) for rank in ranks for basis in BASES]
-        for rank, basis in progress(cases, f"{name}, {model}"):
-            optimizer = kind(param_groups(module, rank), state="int8", basis=basis)
-            formats = {"rank": rank, "state": "int8", "basis": basis}
-            found = _row(planner, optimizer, sizes)
-            rows.append({"model": model, "optimizer": name, **formats, **how, **found})
+    plain = Planner(module, Training("cuda", min(sizes.values())))
+    rows = [{"model": model, "optimizer": "adamw", "with": [], **_row(plain, None, sizes)}]
+    cases = [(name, how) for name, (_, ways) in METHODS.items() for how in ways]
+    for name, how in progress(cases, model):
+        training = Training("cuda", min(sizes.values()), **dict.fromkeys(how, True))
+        planner = Planner(module, training) if how else plain
+        for share in SHARES:
+            for basis in BASES:
+                formats = {"rank": PRESETS[model].rank // share, "state": "int8", "basis": basis}
+                groups = param_groups(module, formats["rank"])
+                optimizer = METHODS[name][0](groups, state="int8", basis=basis)
+                found = _row(planner, optimizer, sizes)
+                rows.append({"model": model, "optimizer": name, "with": how, **formats, **found})
     return rows
 
 
@@ -76,13 +79,14 @@ def table(rows: list[dict]) -> Table:
     found = new_table(
         f"bytes of a step with {TOKENS} tokens, and how many tokens fit",
         "GB are 10^9 bytes; state in int8; activations: when the backward pass begins",
-        ("LLaMA", "optimizer", "r", "basis"),
+        ("LLaMA", "optimizer", "with", "r", "basis"),
         ("weights GB", "state GB", "activations GB", "peak GB", *(f"in {m}" for m in memories)),
     )
     for row in rows:
         sizes = (row[f"{key}_bytes"] for key in ("weight", "state", "activation", "total"))
         found.add_row(
-            *(row["model"], row["optimizer"], str(row.get("rank", "")), row.get("basis", "")),
+            *(row["model"], row["optimizer"], ", ".join(row["with"])),
+            *(str(row.get("rank", "")), row.get("basis", "")),
             *(f"{size / 1e9:.2f}" for size in sizes),
             *(f"{row['most_tokens'][memory]:,}" for memory in memories),
         )
@@ -97,7 +101,7 @@ def main(arguments: list[str] | None = None) -> None:
     rows = [row for model in options.models for row in rows_of(model, memories)]
     if options.out:
         write_lines(options.out, head("fits", "cpu", options.arguments), "rows", rows)
-    show(table(rows), 130)
+    show(table(rows), 150)
 
 
 if __name__ == "__main__":
