@@ -434,6 +434,65 @@ TIMES = {
 
 
 @figure
+def fits(records: Records) -> str:
+    """AdamW, GaLore and Fira at the model's own rank, and with all there is for lower ranks, too."""
+    rows = records["fits"]["rows"]
+    own = max(row.get("rank", 0) for row in rows)
+    chosen = [row for row in rows if row.get("basis") in (None, "int8")]
+    last = {row["optimizer"]: row["with"] for row in chosen}
+    return _fits(
+        records,
+        [
+            row
+            for row in chosen
+            if row.get("rank") in (None, own) or row["with"] == last[row["optimizer"]]
+        ],
+    )
+
+
+@figure
+def all_fits(records: Records) -> str:
+    return _fits(records, records["fits"]["rows"])
+
+
+def _fits(records: Records, rows: list[dict]) -> str:
+    memories = list(rows[0]["most_tokens"])
+    kinds = ("weight", "state", "gradient", "activation", "total")
+    lines = [
+        (
+            _trained_text(row),
+            row.get("rank", ""),
+            row.get("basis", ""),
+            *(f"{row[f'{kind}_bytes'] / 1e9:.2f}" for kind in kinds),
+            *(f"**{row['most_tokens'][text]:,}**" for text in memories),
+        )
+        for row in rows
+    ]
+    headings = (f"LLaMA {rows[0]['model']}", "r", "basis", "weights GB", "state", "gradients")
+    headings += (f"activations of {rows[0]['tokens']:,} tokens", "peak")
+    headings += tuple(f"tokens that fit in {text}" for text in memories)
+    return table(headings, lines, source(records, "fits"))
+
+
+def _trained_text(row: dict) -> str:
+    text = " + ".join(f"`{name}`" for name in row["with"])
+    return f"{row['optimizer']}, {text}" if text else row["optimizer"]
+
+
+@figure
+def peak(records: Records) -> str:
+    lines = [
+        (
+            row["arm"],
+            *(f"{row[f'{kind}_bytes'] / 1e6:.1f}" for kind in ("planned", "measured")),
+            f"{100 * (row['ratio'] - 1):+.1f} %",
+        )
+        for row in records["peak-cpu"]["rows"]
+    ]
+    return table(("", "planned MB", "resident MB", ""), lines, source(records, "peak-cpu"))
+
+
+@figure
 def accounting(records: Records) -> str:
     lines = [
         (

@@ -189,5 +189,38 @@ def _memory_label(row: dict) -> str:
     return ", ".join([row["optimizer"], *formats])
 
 
+def draw_fits(record: dict, path: Path) -> None:
+    """What a step of a large model holds, by kind, with and without what makes it less."""
+    rows = [row for row in record["rows"] if row.get("basis") in (None, "int8")]
+    own = max(row.get("rank", 0) for row in rows)
+    rows = [row for row in rows if row.get("rank") in (None, own)]
+    kinds = {"weight": "weights", "state": "state", "gradient": "gradients"}
+    kinds["activation"] = f"activations, {rows[0]['tokens']:,} tokens"
+    names = [", ".join([row["optimizer"], *row["with"]]) for row in rows]
+    figure = Figure(figsize=(9, 4.4), layout="constrained")
+    axes, left = figure.subplots(), np.zeros(len(rows))
+    for (kind, label), shade in zip(kinds.items(), ("0.55", *COLOURS[:3]), strict=True):
+        sizes = np.array([row[f"{kind}_bytes"] / 1e9 for row in rows])
+        axes.barh(names, sizes, left=left, color=shade, label=label, height=0.66)
+        left += sizes
+    peaks = [row["total_bytes"] / 1e9 for row in rows]
+    axes.plot(peaks, names, "D", color="black", label="held at once, at the most")
+    for place, value in enumerate(peaks):
+        axes.annotate(f"{value:.1f}", (value, place), (7, 0), textcoords="offset points", va="center")
+    axes.axvline(24, color="black", linestyle=":", linewidth=1)
+    axes.annotate("24 GB", (24, 1), (4, -2), ("data", "axes fraction"), "offset points", va="top")
+    axes.invert_yaxis()
+    axes.set_xlabel("GB (1e9 bytes)")
+    axes.margins(x=0.06)
+    tidy(axes)
+    axes.grid(axis="y", visible=False)
+    axes.legend(frameon=False)
+    model = f"LLaMA {rows[0]['model']}, bfloat16, r {own}, state in int8"
+    figure.suptitle(f"What a step holds, planned: {model}", fontweight="bold")
+    figure.savefig(path, dpi=130)
+
+
 # By the bench whose record of a device each draws.
 PICTURES = {"kernels": draw_roofline, "ranks": draw_ranks, "sizes": draw_sizes}
+# By the bench whose record, of no device, each draws.
+COUNTED = {"memory": draw_memory, "fits": draw_fits}

@@ -57,9 +57,10 @@ def draw(records: Records, folder: Path, shown: str) -> list[Path]:
             if f"{name}-{device}" in records:
                 pictures.append(folder / f"{name}-{device}.png")
                 paint(records[f"{name}-{device}"], pictures[-1])
-    if "memory" in records:
-        pictures.append(folder / "memory.png")
-        plots.draw_memory(records["memory"], pictures[-1])
+    for name, paint in plots.COUNTED.items():
+        if name in records:
+            pictures.append(folder / f"{name}.png")
+            paint(records[name], pictures[-1])
     for place in sorted(path.parent.name for path in records.folder.glob("*/pretrain.json")):
         found = records[f"{place}/pretrain"]
         about = Settings(**found["settings"]), DataSummary(**found["data"])
