@@ -359,16 +359,42 @@ RIVALS = {
 @figure
 def format_losses(records: Records) -> str:
     """What fewer bits cost in loss, paired by seed."""
-    if "formats" not in records:
+    return _losses(records, "formats")
+
+
+@figure
+def projected_losses(records: Records) -> str:
+    """What first and shared bases of layers that hand R over cost in loss."""
+    return _losses(records, "projected-losses")
+
+
+def _losses(records: Records, name: str) -> str:
+    if name not in records:
         return f"\n{NOT_MEASURED}\n"
-    record = records["formats"]
+    record = records[name]
     lines = [(row["arm"], f"{row['lr']:g}", *difference_texts(row)) for row in record["rows"]]
     runs = "".join(f"; `{each['command']}`" for each in record["comparisons"])
     headings = ("arm", "lr", "seeds", "mean", "standard error", "mean + 2 standard errors, sizes")
-    return table(headings, lines, source(records, "formats") + runs)
+    return table(headings, lines, source(records, name) + runs)
 
 
 PROJECTED = "activations-cpu"
+
+
+@figure
+def projected_speed(records: Records) -> str:
+    """How many times as fast as AdamW, least to most, at each share of the hidden size."""
+    if PROJECTED not in records:
+        return NOT_MEASURED
+    found: dict[int, list[float]] = {}
+    for row in by(records[PROJECTED]["rows"], part="blocks"):
+        share = PRESETS[row["shape"]].hidden // row["rank"]
+        arm = row["results"]["galore-projected"]
+        found.setdefault(share, []).append(arm["times_as_fast"])
+    texts = (
+        f"{_range(speeds)} times as fast at r = h / {share}" for share, speeds in found.items()
+    )
+    return " and ".join(texts)
 
 
 @figure
@@ -379,7 +405,8 @@ def projected_blocks(records: Records) -> str:
 
 @figure
 def projected_models(records: Records) -> str:
-    return _projected(records, "models", {"tokens/s": _tokens_text} | TIMES)
+    texts = {"tokens/s": _tokens_text} | TIMES
+    return _projected(records, "models", texts, name="activations-models-cpu")
 
 
 @figure
@@ -395,12 +422,13 @@ def _projected(
     part: str | None,
     texts: dict[str, Callable[[dict], str]],
     alike: tuple[str, ...] = (),
+    name: str = PROJECTED,
 ) -> str:
     """A row for every case of a part, of those that are alike but for some facts one, and arm."""
-    if PROJECTED not in records:
+    if name not in records:
         return f"\n{NOT_MEASURED}\n"
     lines, seen = [], []
-    for row in records[PROJECTED]["rows"]:
+    for row in records[name]["rows"]:
         case = {key: row[key] for key in row if key in CASE and key not in alike}
         if part not in (None, row["part"]) or case in seen:
             continue
@@ -408,10 +436,10 @@ def _projected(
         shape = row["shape"] if row["part"] == "models" else f"{row['layers']} of {row['shape']}"
         size = f"{row['sequences'] * row['length']}" if alike else (
             f"{row['sequences']} x {row['length']}")  # fmt: skip
-        name = f"{shape}, {size} tokens, r {row['rank']}, {row['dtype']}"
+        about = f"{shape}, {size} tokens, r {row['rank']}, {row['dtype']}"
         for arm, own in row["results"].items():
-            lines.append((name, arm, *(text(own) for text in texts.values())))
-    return table(("LLaMA", "", *texts), lines, source(records, PROJECTED))
+            lines.append((about, arm, *(text(own) for text in texts.values())))
+    return table(("LLaMA", "", *texts), lines, source(records, name))
 
 
 def _tokens_text(own: dict) -> str:
@@ -435,7 +463,7 @@ TIMES = {
 
 @figure
 def fits(records: Records) -> str:
-    """AdamW, GaLore and Fira at the model's own rank, and with all there is for lower ranks, too."""
+    """AdamW, GaLore and Fira at the model's own rank, and at lower ones with all there is."""
     rows = records["fits"]["rows"]
     own = max(row.get("rank", 0) for row in rows)
     chosen = [row for row in rows if row.get("basis") in (None, "int8")]

@@ -239,6 +239,7 @@ PROJECTED = {
     "projected-random": {"start": "random"},
     "projected-gradient": {"start": "gradient"},
     "projected-shared": {"start": "activations", "share_bases": True},
+    "projected-gradient-shared": {"start": "gradient", "share_bases": True},
 }
 
 # What an arm of a method is judged by: the method itself, or its arm of this name.

@@ -206,7 +206,8 @@ def draw_fits(record: dict, path: Path) -> None:
     peaks = [row["total_bytes"] / 1e9 for row in rows]
     axes.plot(peaks, names, "D", color="black", label="held at once, at the most")
     for place, value in enumerate(peaks):
-        axes.annotate(f"{value:.1f}", (value, place), (7, 0), textcoords="offset points", va="center")
+        beside = {"textcoords": "offset points", "va": "center"}
+        axes.annotate(f"{value:.1f}", (value, place), (7, 0), **beside)
     axes.axvline(24, color="black", linestyle=":", linewidth=1)
     axes.annotate("24 GB", (24, 1), (4, -2), ("data", "axes fraction"), "offset points", va="top")
     axes.invert_yaxis()

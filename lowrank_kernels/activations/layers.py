@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,10 +15,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops.contract import Side
+from ..ops.notices import notice_once
 from ..optim.first_bases import begin, can_begin, share_first
 from ..optim.lowrank_adamw import LowRankAdamW, not_compiled
 from ..optim.projected_gradient import Projector
 from .linear import Products, ProjectedLinear, Use
+from .recompute import TAKERS, is_output_of_attention, is_recomputed
 from .reduction import Reduction
 
 # What is patched, so that a copy of a model, which is not, computes as before.
@@ -114,6 +117,7 @@ class Layer:
         module = self._module()
         assert module is not None
         _PATCHED[module] = self
+        TAKERS.add(module)
         # A copied or pickled module takes the partial along, and finds no layer.
         module.forward = functools.partial(_forward, module)  # type: ignore[method-assign]
 
@@ -121,6 +125,7 @@ class Layer:
         module = self._module()
         if module is None or _PATCHED.pop(module, None) is not self:
             return
+        TAKERS.discard(module)
         del module.forward
         if self._forward_before is not None:
             module.forward = self._forward_before  # type: ignore[method-assign]
@@ -136,12 +141,22 @@ class Layer:
         if projector is not None:
             use = Use(projector)
         elif self._may_begin(optimizer, weight):
-            # The same on every rank, without a word between them.
-            start = "random" if distributed else self._start
+            start = self._start
+            if distributed and start != "random":
+                # The same on every rank, without a word between them.
+                start = "random"
+                notice_once(
+                    logging.INFO,
+                    "first bases are random under DistributedDataParallel, whose ranks have no"
+                    " gradient in common yet",
+                )
             use = self._first_use(start, x, given, weight, optimizer)
-        keeps = self._keeps_input(optimizer, weight)
+        if use is None:
+            # A whole gradient, of an input that need not be saved.
+            return Use(None, dtype=_autocast_dtype(x)) if is_recomputed(x) else None
+        keeps = self._keeps_input(optimizer, weight) or is_output_of_attention(x)
         products = given.products if self._shares else None
-        return use and replace(use, keeps_input=keeps, dtype=_autocast_dtype(x), products=products)
+        return replace(use, keeps_input=keeps, dtype=_autocast_dtype(x), products=products)
 
     def _is_served(self, x: Tensor, weight: Tensor) -> bool:
         """Not under transforms, which hand over other weights, nor where nothing is trained."""
@@ -180,26 +195,41 @@ class Layer:
     def _first_use(
         self, start: str, x: Tensor, given: _Input, weight: Tensor, optimizer: LowRankAdamW
     ) -> Use | None:
+        side = optimizer.side_of(weight)
+        shares = self._shares and side is Side.RIGHT
+
         def from_gradient(heads: Tensor, x: Tensor) -> Projector | None:
-            return optimizer.wants(weight) or self.begin(optimizer, weight, gradient=heads.mT @ x)
+            projector = optimizer.wants(weight)
+            if projector is None and shares and given.begun:
+                # The first to have a gradient decides for all, until their first refresh.
+                self._share(given, optimizer)
+                projector = optimizer.wants(weight)
+            if projector is None:
+                projector = self.begin(optimizer, weight, gradient=heads.mT @ x)
+                if shares and projector is not None and self not in given.begun:
+                    given.begun.append(self)
+            return projector
 
         def from_heads(heads: Tensor, x: Tensor) -> Projector | None:
             return optimizer.wants(weight) or self.begin(optimizer, weight, like=heads.mT)
 
         if start == "gradient":
             return Use(None, from_gradient)
-        side = optimizer.side_of(weight)
         if start == "activations" and side is Side.LEFT:
             return Use(None, from_heads)
         like = x.detach().reshape(-1, x.shape[-1]) if start == "activations" else None
         projector = self.begin(optimizer, weight, like=like)
         if projector is None:
             return None
-        if self._shares and side is Side.RIGHT:
-            given.begun.append(self)
-            weights = [layer._weight() for layer in given.begun]
-            share_first(optimizer, [each for each in weights if each is not None])
+        if shares:
+            self._share(given, optimizer)
         return Use(Projector.of(optimizer.state[weight]))
+
+    def _share(self, given: _Input, optimizer: LowRankAdamW) -> None:
+        """Joins those whose first basis came from the same input."""
+        given.begun.append(self)
+        weights = [layer._weight() for layer in given.begun]
+        share_first(optimizer, [each for each in weights if each is not None])
 
 
 @not_compiled

@@ -15,7 +15,8 @@ from .reduction import Reduction
 
 Start = Literal["activations", "gradient", "random", "dense"]
 STARTS = ("activations", "gradient", "random", "dense")
-SHARED_STARTS = ("activations", "random")
+PATCHED_ALREADY = "its forward is patched already"
+SHARED_STARTS = ("activations", "gradient", "random")
 
 
 class Row(NamedTuple):
@@ -65,7 +66,7 @@ def project_linears(
     model: nn.Module,
     optimizer: LowRankAdamW,
     *,
-    start: Start = "activations",
+    start: Start = "gradient",
     share_bases: bool = False,
 ) -> ProjectedLinears:
     """Lets the linear layers whose weights the optimizer projects compute R = G P or P^T G alone.
@@ -88,16 +89,17 @@ def project_linears(
     Args:
         model: with the layers, on its device.
         optimizer: GaLore or AdaRankGrad, over the model's parameters, without `capturable`.
-        start: where the first bases come from. "activations": the leading directions of x (right
-            side) or of H (left), so that the first step needs no gradient either; "random"; both
-            change with the first refresh of a matrix, within `update_proj_gap` steps. "gradient":
-            a matrix' own G, one at a time in the backward pass, as GaLore does it, where x is
-            saved in the first step; of several micro-batches the first decides. "dense": all
-            gradients in the first step.
+        start: where the first bases come from, which change with the first refresh of a matrix,
+            within `update_proj_gap` steps. "gradient": a matrix' own G, one at a time in the
+            backward pass, as GaLore does it; x is then saved in the first step, and of several
+            micro-batches the first decides. "activations": the leading directions of x (right side)
+            or of H (left), so that the first step needs no gradient either; "random": the same.
+            "dense": all gradients in the first step.
         share_bases: layers on the right side that have one input, as q, k and v or gate and up,
             share one basis, that of their gradients below each other, and x P. They are found in
-            the first forward pass of a new optimizer; with a `start` that is known then. One that
-            is due without the others, as with `release_gradients`, has its own from then on.
+            the first forward pass of a new optimizer; the first to have a gradient decides for all
+            until their first refresh. Not with `start="dense"`. One that is due without the others,
+            as with `release_gradients`, has its own from then on.
 
     Returns:
         What was taken and why not; its `undo()` restores the layers.
@@ -113,7 +115,8 @@ def project_linears(
     _check(model, optimizer, start)
     if share_bases and (start not in SHARED_STARTS or optimizer.subspace.criterion is not None):
         raise ValueError(
-            f"share_bases=True goes with start={' or '.join(SHARED_STARTS)} and without a criterion"
+            f"share_bases=True goes with start={', '.join(SHARED_STARTS)} and without a criterion,"
+            " of AdaRankGrad by criterion=None"
         )
     groups = filter(is_projected, optimizer.param_groups)
     projected = {param for group in groups for param in group["params"]}
@@ -128,11 +131,7 @@ def project_linears(
         side = "" if reason else f"{optimizer.side_of(module.weight).name.lower()} side"
         rows.append(Row(name, reason is None, reason or side))
     if not taken:
-        found = Counter(row.reason for row in rows)
-        raise ValueError(
-            f"no linear layer has a weight whose gradient can be projected: {dict(found)}; build"
-            " the optimizer's groups with lowrank_kernels.param_groups(model, rank=...)"
-        )
+        raise ValueError(_nothing_taken(model, rows, projected))
     inputs, reduction = LastInput(), Reduction(model, taken, optimizer)
     layers = [
         Layer(module, optimizer, start, inputs, reduction, share_bases) for module in taken.values()
@@ -142,13 +141,35 @@ def project_linears(
     return ProjectedLinears(rows, layers, reduction)
 
 
+def _nothing_taken(model: nn.Module, rows: list[Row], projected: set[Tensor]) -> str:
+    """Why no layer is, and the way out."""
+    reasons = Counter(row.reason for row in rows)
+    others = Counter(
+        type(module).__name__
+        for module in model.modules()
+        if not isinstance(module, nn.Linear)
+        and not projected.isdisjoint(module.parameters(recurse=False))
+    )
+    text = "no linear layer has a weight whose gradient can be projected"
+    if reasons:
+        text += f" ({', '.join(f'{count}: {reason}' for reason, count in reasons.items())})"
+    if others:
+        kinds = ", ".join(f"{count} x {kind}" for kind, count in others.items())
+        return f"{text}; the optimizer projects weights of {kinds}, which are no nn.Linear"
+    if PATCHED_ALREADY in reasons:
+        return f"{text}; call undo() of what the first call returned, or take a new model"
+    return (
+        f"{text}; build the optimizer's groups with lowrank_kernels.param_groups(model, rank=...)"
+    )
+
+
 def _check(model: nn.Module, optimizer: LowRankAdamW, start: str) -> None:
     if start not in STARTS:
         raise ValueError(f"start must be one of {', '.join(STARTS)}, got {start!r}")
     if not isinstance(optimizer, LowRankAdamW):
         raise ValueError(
-            f"{type(optimizer).__name__} is no optimizer of lowrank_kernels (wrappers have it in"
-            " .optimizer)"
+            f"{type(optimizer).__name__} is no optimizer of lowrank_kernels; of one that accelerate"
+            " or another wraps, pass its .optimizer"
         )
     if optimizer.residual is not None:
         raise ValueError(
@@ -178,5 +199,5 @@ def _obstacle(module: nn.Linear, projected: set[Tensor]) -> str | None:
     if not weight.is_contiguous():
         return "the elements of its rows are not adjacent"
     if "forward" in vars(module) and not is_recomputing(module):
-        return "its forward is patched already"
+        return PATCHED_ALREADY
     return None

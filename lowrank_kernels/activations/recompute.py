@@ -26,6 +26,7 @@ from dataclasses import dataclass
 from functools import partial
 from types import MethodType
 from typing import Any, NamedTuple
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +34,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from ..optim.param_groups import collapsed
 from ..text import table
 
 Run = Callable[..., Tensor]
@@ -80,6 +82,11 @@ class _Source(NamedTuple):
 
 _sources = WeakTensorKeyDictionary()
 
+# Modules whose replaced forward asks `input_of`, too.
+TAKERS: WeakSet[nn.Module] = WeakSet()
+# What a tensor goes through that stays where it is.
+_VIEWS = ("ViewBackward0", "UnsafeViewBackward0", "TransposeBackward0", "PermuteBackward0")
+
 
 class Input(NamedTuple):
     """What a `torch.autograd.Function` keeps of an input: `tensors` to save, `load` for backward.
@@ -108,6 +115,14 @@ def input_of(x: Tensor) -> Input:
 def is_recomputed(x: Tensor) -> bool:
     """Whether `input_of` knows how x is made."""
     return _source_of(x) is not None
+
+
+def is_output_of_attention(x: Tensor) -> bool:
+    """Whether torch's attention has made x and saves it for its own backward."""
+    node = x.grad_fn
+    while node is not None and node.name() in _VIEWS:
+        node = node.next_functions[0][0]
+    return node is not None and node.name().startswith("ScaledDotProduct")
 
 
 def _itself(tensors: Sequence[Tensor]) -> Tensor:
@@ -307,9 +322,14 @@ class Recomputation:
     def __str__(self) -> str:
         taken = Counter(row.part for row in self.rows if row.skipped is None)
         counts = ", ".join(f"{count} x {part}" for part, count in taken.items()) or "nothing"
-        left = [row for row in self.rows if row.skipped is not None]
+        left = Counter(
+            (collapsed(row.module), row.part, row.skipped)
+            for row in self.rows
+            if row.skipped is not None
+        )
+        cells = [(count, *row) for row, count in left.items()]
         lines = [f"recomputed: {counts}"]
-        return "\n".join([*lines, table(("left out", "part", "why"), left)] if left else lines)
+        return "\n".join([*lines, table(("", "left out", "part", "why"), cells)] if left else lines)
 
 
 def recompute_activations(model: nn.Module) -> Recomputation:
@@ -401,7 +421,7 @@ def _gated_obstacle(mlp: nn.Module) -> str | None:
 
 
 def _linear_obstacle(linear: nn.Module) -> str | None:
-    if not isinstance(linear, nn.Linear):
+    if not isinstance(linear, nn.Linear) or linear in TAKERS:
         return _NO_CANDIDATE
     if type(linear).forward is not nn.Linear.forward:
         return f"{type(linear).__name__} has a forward of its own"

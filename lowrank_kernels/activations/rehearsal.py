@@ -189,14 +189,20 @@ def _begin_each_kind_once(report: ProjectedLinears, optimizer: LowRankAdamW) -> 
     """
     known: dict[object, int] = {}
 
-    def begin(_: LowRankAdamW, param: Tensor, *, like: Tensor | None = None) -> Projector:
-        key = param.shape, None if like is None else like.shape
+    def begin(
+        _: LowRankAdamW,
+        param: Tensor,
+        *,
+        gradient: Tensor | None = None,
+        like: Tensor | None = None,
+    ) -> Projector:
+        key = param.shape, gradient is None, None if like is None else like.shape
         if key in known:
             torch.empty(known[key], dtype=torch.uint8, device="meta")
             optimizer.state[param]["basis_step"] = 0
         else:
             with Allocations() as allocations:
-                first_bases.begin(optimizer, param, like=like)
+                first_bases.begin(optimizer, param, gradient=gradient, like=like)
             known[key] = allocations.peak_bytes
         return Projector.of(optimizer.state[param])
 

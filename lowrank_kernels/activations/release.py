@@ -33,7 +33,7 @@ _SECOND = (
 _CLIPPED = (
     "its gradient was released in the backward pass, before the norm of all gradients was known."
     " release_gradients(..., clip=...) limits each parameter's own norm; here leave clipping out,"
-    " in the HF Trainer by max_grad_norm=0"
+    " in the HF Trainer by max_grad_norm=0, in Lightning by no gradient_clip_val"
 )
 _SCALED = (
     "its step was taken in the backward pass, with the gradient that a GradScaler had scaled and"
@@ -139,6 +139,11 @@ class GradientRelease:
         self._handles, self._each, self._groups = [], {}, []
         self._stepped.clear()
 
+    def __str__(self) -> str:
+        count = sum(param.requires_grad for _, param, _ in _named_params(self._optimizer))
+        ended = "" if self._handles else " no more"
+        return f"gradients of {count} parameters are released in the backward pass{ended}"
+
     def __enter__(self) -> GradientRelease:
         return self
 
@@ -231,7 +236,7 @@ def release_gradients(
         TypeError: the optimizer is none of this package (pass it before accelerate wraps it), or
             the model is none.
         ValueError: a parameter is released already, by this or another optimizer, or shares its
-            memory with another; `clip` is no positive number.
+            memory with another; none is of the model; `clip` is no positive number.
         NotImplementedError: the model is wrapped in DistributedDataParallel or FSDP1, or `clip` is
             given and a parameter is sharded.
 
@@ -252,6 +257,9 @@ def release_gradients(
     for module in () if model is None else model.modules():
         if reason := WRAPPERS.get(type(module).__name__):
             raise NotImplementedError(f"{reason}: {WAY_OUT}")
+    own = set() if model is None else set(model.parameters())
+    if model is not None and own.isdisjoint(param for _, param, _ in _named_params(optimizer)):
+        raise ValueError("the optimizer trains no parameter of this model")
     for name, param, _ in _named_params(optimizer):
         if clip is not None and is_wrapped(param):
             raise NotImplementedError(

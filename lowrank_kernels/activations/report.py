@@ -56,12 +56,14 @@ class SavedBytes:
         total: of all rows.
         gradients: bytes of the parameters' gradients when backward ends, if none is released.
         largest_gradient: the largest of them, which is what is left if each is released at once.
+        measured: whether these are of a backward pass, and not of the parameters.
     """
 
     rows: list[Saved]
     total: int
     gradients: int
     largest_gradient: int
+    measured: bool = False
 
     def by_kind(self) -> dict[str, int]:
         kinds: dict[str, int] = {}
@@ -82,7 +84,8 @@ class SavedBytes:
                 table(("module", "kind", "tensors", "bytes"), cells),
                 f"saved: {amount(self.total)} ({kinds})",
                 f"gradients: {amount(self.gradients)} when backward ends,"
-                f" {amount(self.largest_gradient)} at a time if each is released",
+                f" {amount(self.largest_gradient)} at a time if each is released"
+                + ("" if self.measured else "; less with project_linears, see backward=True"),
             ]
         )
 
@@ -142,7 +145,7 @@ def saved_bytes(
                 )
             sizes = _gradient_sizes(scalar, params)
     total = sum(row.bytes for row in rows)
-    return SavedBytes(rows, total, sum(sizes), max(sizes, default=0))
+    return SavedBytes(rows, total, sum(sizes), max(sizes, default=0), backward)
 
 
 class _Kept:

@@ -176,7 +176,7 @@ def _notes(facts: dict[str, Any], about: dict[str, list[str]]) -> Iterator[str]:
     if facts["without_activations"]:
         yield f"Without activations: {facts['without_activations']}"
     yield "adamw is torch's, fused; adarankgrad's state is the most it can hold."
-    if not facts["release"]:
+    if not (facts["release"] or facts["accumulate"]):
         yield (
             "Stepping in the backward pass, --release, holds little more than the largest gradient,"
             f" {amount(facts['largest_gradient_bytes'])}."
@@ -196,7 +196,7 @@ def _verdict(needs: dict[str, Any], tokens: int | None) -> str:
         return f"{words} for activations" if left >= 0 else words
     if most:
         return f"{words}; up to {_rounded(most):,} tokens"
-    return f"{words}; fits with no tokens"
+    return f"{words}; no number of tokens fits"
 
 
 def _rounded(tokens: int) -> int:
@@ -267,29 +267,73 @@ def _needs(
 def _advice(
     name: str, model: Model, args: argparse.Namespace, memory: int, tokens: int | None
 ) -> dict[str, Any]:
-    """What to add to the command so that an optimizer fits: one after the other, cheapest first."""
-    tried, added = argparse.Namespace(**vars(args)), []
-    total = 0
+    """What to add to the command so that an optimizer fits: one after the other, cheapest first,
+    until it does, less what was needless then.
+    """
+    chosen: dict[str, Any] = {}
+    found = 0
+
+    def total(measures: dict[str, Any]) -> int:
+        planner, optimizer = _planned_with(measures, name, model, args, memory)
+        return planner.plan(optimizer, tokens).total
+
+    useless = not projects(build_optimizer(name, model, args))
     for key, value, needs_projection in MEASURES:
-        optimizer = build_optimizer(name, model, tried)
-        useless = needs_projection and not projects(optimizer)
-        if getattr(tried, key) == value or useless or (key == "release" and args.accumulate):
+        refused = (needs_projection and useless) or (key == "release" and args.accumulate)
+        if getattr(args, key) == value or refused:
             continue
-        setattr(tried, key, value)
-        added.append(f"--{key}" if value is True else f"--{key} {value}")
-        planner = Planner(model.module, _training(tried, memory))
-        optimizer = build_optimizer(name, model, tried)
-        total = planner.plan(optimizer, tokens).total
-        if total <= memory:
-            most = None if tokens is None else planner.most_tokens(optimizer, memory)
-            text = f"{name} fits with {' '.join(added)}: {amount(memory - total)} to spare"
-            text += "." if most is None else f", up to {_rounded(most):,} tokens."
-            return {"add": added, "total_bytes": total, "most_tokens": most, "text": text}
+        chosen[key] = value
+        found = total(chosen)
+        if found <= memory:
+            break
+    added = _arguments(chosen)
+    if found > memory or not chosen:
+        return {
+            "add": added,
+            "total_bytes": found,
+            "most_tokens": 0,
+            "text": _no_way(name, model, args, memory, found, added),
+        }
+    for key in list(chosen):
+        fewer = {other: value for other, value in chosen.items() if other != key}
+        if fewer and (least := total(fewer)) <= memory:
+            chosen, found = fewer, least
+    added = _arguments(chosen)
+    text = f"{name} fits with {' '.join(added)}: {amount(memory - found)} to spare"
+    most = None
+    if tokens is not None:
+        most = Planner.most_tokens(*_planned_with(chosen, name, model, args, memory), memory)
+        text += f", up to {_rounded(most):,} tokens"
+    return {"add": added, "total_bytes": found, "most_tokens": most, "text": f"{text}."}
+
+
+def _planned_with(
+    measures: dict[str, Any], name: str, model: Model, args: argparse.Namespace, memory: int
+) -> tuple[Planner, LowRankAdamW]:
+    """By the command with some arguments more."""
+    changed = argparse.Namespace(**vars(args) | measures)
+    return Planner(model.module, _training(changed, memory)), build_optimizer(name, model, changed)
+
+
+def _arguments(measures: dict[str, Any]) -> list[str]:
+    return [f"--{key}" if value is True else f"--{key} {value}" for key, value in measures.items()]
+
+
+def _no_way(
+    name: str, model: Model, args: argparse.Namespace, memory: int, total: int, added: list[str]
+) -> str:
+    """What is left to do where nothing is enough."""
+    weights = sum(map(_bytes, [*model.module.parameters(), *model.module.buffers()]))
+    if weights > memory:
+        return (
+            f"The weights alone take {amount(weights)}, more than the memory: nothing but a smaller"
+            " model, weights in fewer bits or several devices is left."
+        )
     ways = "fewer tokens, a lower rank or more memory"
-    text = f"{name} does not fit, too large by {amount(total - memory)} even with" + (
-        f" {' '.join(added)}: {ways}." if added else f" all of this: {ways}."
-    )
-    return {"add": added, "total_bytes": total, "most_tokens": 0, "text": text}
+    if args.accumulate:
+        ways += ", or --release in the place of --accumulate"
+    even = f" even with {' '.join(added)}" if added else " even with all of this"
+    return f"{name} does not fit, too large by {amount(total - memory)}{even}: {ways}."
 
 
 def _more_than_adamw(rows: list[dict[str, Any]], model: Model, form: str) -> str | None:

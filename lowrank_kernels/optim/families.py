@@ -6,14 +6,17 @@ Their states hold the same tensors, and say so to a checkpoint by two numbers:
     siblings  int, how many there are
 
 They also share the salt, so that their bases are due together. All are on the right side, and the
-basis is that of their gradients below each other.
+basis is that of their gradients below each other, each of norm 1: Adam steps by as much where a
+gradient is small, as those of q and k are beside v's.
 """
 
 from collections.abc import Iterable
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from ..ops.contract import moment_dtype
 from ..subspace import Due
 
 State = dict[str, Any]
@@ -49,7 +52,7 @@ def joined(due: list[Due]) -> list[Due]:
         lead, *others = items
         if lead.state.get("siblings", 1) == len(items):
             if others:
-                grad = torch.cat([item.grad for item in items])
+                grad = torch.cat([_of_norm_1(item.grad) for item in items])
                 states = tuple(item.state for item in others)
                 lead = lead._replace(grad=grad, others=states)
             result.append(lead)
@@ -58,6 +61,12 @@ def joined(due: list[Due]) -> list[Due]:
             _leave(item.state)
             result.append(item)
     return result
+
+
+def _of_norm_1(grad: Tensor) -> Tensor:
+    """Zero stays zero."""
+    norm = torch.linalg.vector_norm(grad, dtype=moment_dtype(grad.dtype))
+    return grad / norm.clamp_(min=torch.finfo(norm.dtype).tiny).to(grad.dtype)
 
 
 def _agree(lead: State, state: State) -> bool:

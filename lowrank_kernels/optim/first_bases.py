@@ -12,7 +12,7 @@ from .families import share
 from .groups import Group, named_groups
 from .lowrank_adamw import LowRankAdamW
 from .projected_gradient import Projector
-from .state import new_state
+from .state import State, new_state
 
 
 def can_begin(optimizer: LowRankAdamW, param: Tensor) -> bool:
@@ -42,10 +42,8 @@ def begin(
     Returns:
         What projects its gradients from now on; None if there is no finite basis.
     """
-    name, group, salt = _place_of(optimizer, param)
-    state = optimizer.state[param]
-    if not state:
-        state.update(new_state(param, group, salt, optimizer.method))
+    name, group, _ = _place_of(optimizer, param)
+    state = _state_of(optimizer, param)
     subspace, matrix = optimizer.subspace, gradient
     if matrix is None:
         # All of its rank: those directions say nothing about how many a gradient has.
@@ -65,14 +63,28 @@ def begin(
 
 def share_first(optimizer: LowRankAdamW, params: list[Tensor]) -> None:
     """Lets parameters on the right side share the first one's basis from now on, if they are alike:
-    in one group, of one rank, and with a first basis each.
+    in one group, of one rank, and before their first step. The first has its basis.
     """
     places = [_place_of(optimizer, param) for param in params]
-    states = [optimizer.state[param] for param in params]
-    ages = {(state["rank"], state["basis_step"], int(state["step"])) for state in states}
-    groups = {id(group) for _, group, _ in places}
-    if len(params) > 1 and len(groups) == 1 and ages == {(states[0]["rank"], 0, 0)}:
+    states = [_state_of(optimizer, param) for param in params]
+    lead = states[0]
+    alike = all(
+        state["basis"].shape == lead["basis"].shape
+        and int(state["step"]) == 0
+        and state["basis_step"] <= lead["basis_step"] == 0
+        for state in states
+    )
+    if len(params) > 1 and len({id(group) for _, group, _ in places}) == 1 and alike:
         share(states, zlib.crc32(places[0][0].encode()))
+
+
+def _state_of(optimizer: LowRankAdamW, param: Tensor) -> State:
+    """A parameter's state, which is made if there is none."""
+    state = optimizer.state[param]
+    if not state:
+        _, group, salt = _place_of(optimizer, param)
+        state.update(new_state(param, group, salt, optimizer.method))
+    return state
 
 
 def _place_of(optimizer: LowRankAdamW, param: Tensor) -> tuple[str, Group, int]:

@@ -134,7 +134,7 @@ class ProjectedGradient(Tensor):
     ) -> Any:
         served = _SERVED.get(function)
         if served is None:
-            raise TypeError(_needs_all(function))
+            raise RuntimeError(_needs_all(function))
         return served(function, args, kwargs or {})
 
     def _with(self, held: Tensor) -> "ProjectedGradient":
@@ -193,11 +193,15 @@ def new_gradient(
 def _needs_all(function: Any) -> str:
     text = (
         f"{function} needs a whole gradient, and of this one only a projection is known, for"
-        " lowrank_kernels.project_linears is at work: step it with the optimizer given there, or"
-        " take .dense() for what lies in the span of its basis"
+        " lowrank_kernels.project_linears is at work: step it with the optimizer given there, clip"
+        " by norm and not by value, let zero_grad() free gradients (set_to_none=True), or take"
+        " .dense() for what lies in the span of its basis"
     )
     if function is aten.mul.out:
-        text += ". DistributedDataParallel has to wrap the very module that was given there"
+        text += (
+            ". DistributedDataParallel has to wrap the very module that was given there, and after"
+            " that"
+        )
     return text
 
 
@@ -215,9 +219,9 @@ def _scaled(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any
     """By one number: any other factor is of the shape of G."""
     first, factor = args
     if not isinstance(first, ProjectedGradient) or isinstance(factor, ProjectedGradient):
-        raise TypeError(_needs_all(function))
+        raise RuntimeError(_needs_all(function))
     if isinstance(factor, Tensor) and factor.numel() != 1:
-        raise TypeError(_needs_all(function))
+        raise RuntimeError(_needs_all(function))
     if function in (aten.mul_.Tensor, aten.div_.Tensor, aten.mul_.Scalar, aten.div_.Scalar):
         function(first.held, factor)
         return first
@@ -227,14 +231,14 @@ def _scaled(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any
 def _all_scaled(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     factors = args[1] if isinstance(args[1], (list, tuple)) else [args[1]]
     if any(isinstance(factor, Tensor) and factor.numel() != 1 for factor in factors):
-        raise TypeError(_needs_all(function))
+        raise RuntimeError(_needs_all(function))
     return _every(function, args, kwargs)
 
 
 def _norm(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     order = args[1] if len(args) > 1 else kwargs.get("ord", 2)
     if order != 2 or any(x is not None for x in args[2:]) or kwargs.get("dim") is not None:
-        raise TypeError(
+        raise RuntimeError(
             f"of a projected gradient only the 2-norm of the whole is known, not ord={order}: clip"
             " by norm_type=2"
         )
@@ -245,10 +249,10 @@ def _add(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     first, other = args
     alpha = kwargs.get("alpha", 1)
     if not (isinstance(first, Tensor) and isinstance(other, Tensor)):
-        raise TypeError(_needs_all(function))
+        raise RuntimeError(_needs_all(function))
     if not isinstance(first, ProjectedGradient):
         if alpha != 1:
-            raise TypeError(_needs_all(function))
+            raise RuntimeError(_needs_all(function))
         first, other = other, first
     total = first._with(first.held.clone())
     total._add(other, alpha)
@@ -258,7 +262,7 @@ def _add(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 def _add_(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     first, other = args
     if not isinstance(first, ProjectedGradient) or not isinstance(other, Tensor):
-        raise TypeError(
+        raise RuntimeError(
             f"{_needs_all(function)}; a gradient that is there must not be whole: zero_grad()"
             " has to free it, set_to_none=True"
         )
