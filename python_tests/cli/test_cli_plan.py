@@ -138,7 +138,26 @@ def test_what_to_change_cheapest_first(json_of, command, tiny_config):
     assert json_of(f"{line} --recompute")["advice"] is None
     nothing = json_of(f"plan {config} --memory 1kB".replace("1kB", "0.001MB"))["advice"]
     assert nothing["add"][-1] == "--checkpointing"
-    assert "does not fit, too large by" in nothing["text"]
+    assert "The weights alone take" in nothing["text"]
+    facts = json_of(f"plan {config} --recompute")
+    above = (facts["weight_bytes"] + facts["buffer_bytes"]) / 1e6 + 0.001
+    close = json_of(f"plan {config} --memory {above:.3f}MB --accumulate")["advice"]
+    assert "does not fit, too large by" in close["text"]
+    assert "--release in the place of --accumulate" in close["text"]
+
+
+def test_nothing_needless_is_advised(json_of, tiny_config):
+    """Inside of checkpointing nothing is left to be recomputed."""
+    config = f"--config {tiny_config(num_hidden_layers=6)} --rank 8 --device cpu"
+    line = f"plan {config} --optimizers galore"
+    total = json_of(f"{line} --checkpointing")["optimizers"]["galore"]["total_bytes"]
+    memory = f"--memory {total / 1e6 + 0.001:.3f}MB"
+    advice = json_of(f"{line} {memory}")["advice"]
+    assert "--checkpointing" in advice["add"]
+    assert "--recompute" not in advice["add"]
+    added = json_of(f"{line} {memory} {' '.join(advice['add'])}")["optimizers"]["galore"]
+    assert added["total_bytes"] == advice["total_bytes"]
+    assert added["left_bytes"] >= 0
 
 
 def test_projected_and_released_gradients(json_of, command, tiny_config):
