@@ -68,7 +68,8 @@ from .groups import (
     side_of,
     size_of,
 )
-from .parts import Method, ResidualForm, Rounding
+from .outside import MOMENTUM, Outside, Per, ResidualForm, new_momentum
+from .parts import Method, Rounding
 from .projected_gradient import Projector, held, is_projected_gradient
 from .state import (
     State,
@@ -83,6 +84,9 @@ from .state import (
 # What every step goes by beside the groups.
 PART_NAMES = (
     "residual",
+    "residual_scale",
+    "residual_momentum",
+    "per",
     "_corrected",
     "subspace",
     "backend",
@@ -224,6 +228,9 @@ class LowRankAdamW(Optimizer):
         weight_decay: float = 0.0,
         *,
         residual: ResidualForm | None = None,
+        residual_scale: float | None = None,
+        residual_momentum: float = 0.0,
+        per: Per = "channel",
         corrected: bool | None = None,
         subspace: Subspace | str = "randomized",
         backend: str = "auto",
@@ -237,6 +244,11 @@ class LowRankAdamW(Optimizer):
     ) -> None:
         self.subspace = Subspace.named(subspace, stagger=not capturable)
         self.residual, self.backend = residual, backend
+        self.residual_scale, self.residual_momentum, self.per = (
+            residual_scale,
+            residual_momentum,
+            per,
+        )
         self._corrected = corrected
         self.rounding, self.capturable, self.monitor = rounding, capturable, monitor
         # `state` is what torch calls the states themselves.
@@ -320,19 +332,15 @@ class LowRankAdamW(Optimizer):
         matrices, operations = batch.matrices(), batch.operations
         before = [norm.clone() for norm in matrices.limiter_norms] if self.monitor else []
         projection = operations.project_moments(matrices, scalars.adam, scalars.step)
-        factor = None
-        if projection.sums is not None:
-            factor = operations.channel_scale(matrices, projection.sums)
-        if self.monitor:
-            monitor.count(batch.states, matrices, before)
         if self.subspace.criterion is not None:
             batch.measure(projection, self.subspace, self._readback)
-        if not batch.room.weights:
-            operations.back_project_update(matrices, projection, factor, scalars)
-            return
-        batch.room.load_weights(batch.params, batch.states)
-        operations.back_project_update(matrices, projection, factor, scalars)
-        batch.room.store_weights(batch.params, batch.states)
+        if batch.room.weights:
+            batch.room.load_weights(batch.params, batch.states)
+        batch.rest.update(matrices, batch.states, projection, scalars)
+        if batch.room.weights:
+            batch.room.store_weights(batch.params, batch.states)
+        if self.monitor:
+            monitor.count(batch.states, matrices, before)
 
     def _params(self) -> Iterator[Tensor]:
         return (param for group in self.param_groups for param in group["params"])
@@ -531,13 +539,20 @@ class LowRankAdamW(Optimizer):
     @property
     def corrected(self) -> bool:
         """Whether the moments are corrected for their bias, instead of the step size."""
-        return self.residual == "paper" if self._corrected is None else self._corrected
+        if self._corrected is not None:
+            return self._corrected
+        return self.residual not in (None, "official")
+
+    @property
+    def outside(self) -> Outside:
+        """The form of the residual and its options."""
+        return Outside(self.residual, self.residual_scale, self.per, self.residual_momentum)
 
     @property
     def method(self) -> Method:
         """The parts as they are now, attributes of their own."""
         return Method(
-            self.residual,
+            self.outside,
             self.corrected,
             self.subspace,
             self.rounding,
@@ -574,7 +589,7 @@ class LowRankAdamW(Optimizer):
         facts = facts_of(
             self.param_groups,
             self.state,
-            limited=self.residual is not None,
+            limited=self.outside.is_limited,
             coded=self.state_format == "int8",
             coded_basis=self.basis_format != "weight",
             low_bits=self.master is not None,
@@ -653,6 +668,11 @@ class LowRankAdamW(Optimizer):
         if is_projected(group):
             convert_basis(state, param, self.basis_format)
             complete(state, salt, self.subspace, *self.method.counters)
+            if not self.residual_momentum:
+                for entry in MOMENTUM:
+                    state.pop(entry, None)
+            elif "residual_avg" not in state:
+                state |= new_momentum(param)
         elif form != "float32":
             state.setdefault("salt", salt)
         else:

@@ -9,7 +9,8 @@ from typing_extensions import Unpack
 from ..subspace import Subspace
 from .formats import BasisFormat, MasterBits, StateFormat
 from .lowrank_adamw import LowRankAdamW
-from .parts import ResidualForm, Rounding
+from .outside import Per, ResidualForm
+from .parts import Rounding
 
 
 class Options(TypedDict, total=False):
