@@ -19,7 +19,7 @@ from ..subspace import Due, Readback, Subspace, is_due, is_measured, measure, ne
 from .checks import check_projector, check_shared, extent, is_unresolved, overlap, resolved
 from .families import joined
 from .groups import OPTIONS, Group, is_projected
-from .outside import Rest
+from .outside import Updater
 from .parts import Method
 from .plain import Plain
 from .projected_gradient import (
@@ -83,7 +83,7 @@ class Batch:
         self.states = [member.state for member in members]
         self.side = Side(self.states[0]["side"])
         alpha, shape = float(group["scale"]), self.params[0].shape
-        self.residual = method.outside.residual(alpha, shape)
+        self.residual = method.outside.numbers(alpha, shape)
         rounds = method.rounding == "stochastic" and self.params[0].dtype is torch.bfloat16
         salts = tuple(state["salt"] for state in self.states)
         self.salts = salts if rounds else None
@@ -96,7 +96,7 @@ class Batch:
         self.room = room
         backend = members[0].backend
         self.operations = ops.prepare(self.matrices(), backend=backend)
-        self.rest = Rest(method.outside, self.operations, backend)
+        self.updater = Updater(method.outside, self.operations, backend)
         self.counts: list[int] = []  # steps that each matrix has taken, set before each step
         self._basis_steps: list[int] = []
         self._looked_from: list[int] = []

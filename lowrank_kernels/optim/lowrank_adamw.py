@@ -150,8 +150,17 @@ class LowRankAdamW(Optimizer):
         betas: decay rates of the two moments.
         eps: added to the root of the second moment.
         weight_decay: decoupled weight decay.
-        residual: None drops what the basis does not span (GaLore); "official" and "paper" add it,
-            scaled and limited, as Fira's code and Fira's algorithm 1 do.
+        residual: what of the gradient outside of the subspace, E = G - back(R), is added to the
+            update. None: nothing (GaLore). "official", "paper": E by channels, scaled as Adam
+            scales R and limited in growth, as Fira's code and its algorithm 1 do. "scale": all of G
+            so, and nothing else (APOLLO, see `ApolloAdamW`). "normalize": each channel of E at a
+            root mean square of 1; "sign": its signs; "orthogonal": its orthogonal factor, nearly, by
+            Newton-Schulz iterations; each times `residual_scale`, without a state of their own.
+        residual_scale: s of the last three, beside `scale` of what is in the subspace; None: 0.4
+            for "orthogonal", else that `scale`.
+        residual_momentum: with "sign" and "orthogonal", the decay rate of a mean of E, held in a
+            byte an element, that takes the place of E; 0 for none. Larger batches want more.
+        per: of "scale", whether norms of each "channel" or of the "matrix" are compared.
         corrected: whether the moments are corrected for their bias, as in torch's AdamW, or the
             step size, as in the official code of GaLore and Fira; None: the moments in the paper
             form of the residual alone.
@@ -244,11 +253,8 @@ class LowRankAdamW(Optimizer):
     ) -> None:
         self.subspace = Subspace.named(subspace, stagger=not capturable)
         self.residual, self.backend = residual, backend
-        self.residual_scale, self.residual_momentum, self.per = (
-            residual_scale,
-            residual_momentum,
-            per,
-        )
+        self.residual_scale, self.residual_momentum = residual_scale, residual_momentum
+        self.per: Per = per
         self._corrected = corrected
         self.rounding, self.capturable, self.monitor = rounding, capturable, monitor
         # `state` is what torch calls the states themselves.
@@ -336,7 +342,7 @@ class LowRankAdamW(Optimizer):
             batch.measure(projection, self.subspace, self._readback)
         if batch.room.weights:
             batch.room.load_weights(batch.params, batch.states)
-        batch.rest.update(matrices, batch.states, projection, scalars)
+        batch.updater.update(matrices, batch.states, projection, scalars)
         if batch.room.weights:
             batch.room.store_weights(batch.params, batch.states)
         if self.monitor:
@@ -546,7 +552,7 @@ class LowRankAdamW(Optimizer):
     @property
     def outside(self) -> Outside:
         """The form of the residual and its options."""
-        return Outside(self.residual, self.residual_scale, self.per, self.residual_momentum)
+        return Outside(self.residual, self.residual_scale, self.residual_momentum, self.per)
 
     @property
     def method(self) -> Method:

@@ -46,88 +46,75 @@ MOMENTUM = ("residual_avg", "residual_avg_scale")
 
 
 class Outside(NamedTuple):
-    """A form, and the options that go with it.
+    """What `LowRankAdamW` is told of it, by its names."""
 
-    Attributes:
-        form: of `residual`.
-        scale: s; None for the form's own.
-        per: whose norms phi compares.
-        momentum: decay rate of the mean of E; 0 for E itself.
-    """
-
-    form: ResidualForm | None = None
-    scale: float | None = None
+    residual: ResidualForm | None = None
+    residual_scale: float | None = None
+    residual_momentum: float = 0.0
     per: Per = "channel"
-    momentum: float = 0.0
 
     @property
     def is_limited(self) -> bool:
-        return self.form in LIMITED
+        return self.residual in LIMITED
 
     @property
     def entries(self) -> tuple[str, ...]:
         """What a projected state has for it beside what its moments and its subspace keep."""
-        return ("limiter_norm",) if self.is_limited else MOMENTUM if self.momentum else ()
+        if self.is_limited:
+            return ("limiter_norm",)
+        return MOMENTUM if self.residual_momentum else ()
 
     def described(self) -> dict[str, object]:
-        """The options that are not as ever."""
-        usual = Outside()._asdict()
-        own = {f"residual_{name}": value for name, value in self._asdict().items()}
-        del own["residual_form"]
-        own["per"] = own.pop("residual_per")
-        changed = {
-            name: value
-            for name, value in own.items()
-            if value != usual[name.removeprefix("residual_")]
-        }
-        return {"residual": self.form, **changed}
+        """The form, and options that are not as ever."""
+        usual = {**self._field_defaults, "residual": ...}
+        return {name: value for name, value in self._asdict().items() if value != usual[name]}
 
     def check(self) -> None:
         """Raises ValueError or TypeError if an option is unknown, or does not go with another."""
-        if self.form is not None and self.form not in RESIDUAL_FORMS:
+        if self.residual is not None and self.residual not in RESIDUAL_FORMS:
             raise ValueError(f"residual must be one of {', '.join(RESIDUAL_FORMS)} or None")
         if self.per not in PERS:
             raise ValueError(f"per must be one of {', '.join(PERS)}, got {self.per!r}")
-        if self.per == "matrix" and self.form != "scale":
+        if self.per == "matrix" and self.residual != "scale":
             raise ValueError("per='matrix' goes with residual='scale'")
-        if not isinstance(self.momentum, (int, float)) or not 0 <= self.momentum < 1:
-            raise ValueError(f"residual_momentum must be in [0, 1), got {self.momentum!r}")
-        if self.momentum and self.form not in TRANSFORMED:
+        if not isinstance(self.residual_momentum, (int, float)) or not 0 <= self.residual_momentum < 1:
+            raise ValueError(f"residual_momentum must be in [0, 1), got {self.residual_momentum!r}")
+        if self.residual_momentum and self.residual not in TRANSFORMED:
             raise ValueError(f"residual_momentum goes with residual={' or '.join(TRANSFORMED)}")
-        if self.scale is None:
+        if self.residual_scale is None:
             return
-        if self.form not in (*TRANSFORMED, "normalize"):
+        if self.residual not in (*TRANSFORMED, "normalize"):
             raise ValueError(
                 "residual_scale goes with residual=normalize, sign or orthogonal; of the others"
                 " it is the groups' scale"
             )
-        if isinstance(self.scale, bool) or not isinstance(self.scale, (int, float)):
-            raise TypeError(f"residual_scale must be a number, got {self.scale!r}")
-        if not 0 <= self.scale < math.inf:
-            raise ValueError(f"residual_scale must be at least 0 and finite, got {self.scale}")
+        if isinstance(self.residual_scale, bool) or not isinstance(self.residual_scale, (int, float)):
+            raise TypeError(f"residual_scale must be a number, got {self.residual_scale!r}")
+        if not 0 <= self.residual_scale < math.inf:
+            raise ValueError(f"residual_scale must be at least 0 and finite, got {self.residual_scale}")
 
-    def residual(self, alpha: float, shape: Sequence[int]) -> Residual | None:
+    def numbers(self, alpha: float, shape: Sequence[int]) -> Residual | None:
         """What operations 1 and 3 are told of it.
 
         Args:
             alpha: scale of the group.
             shape: of the weight.
         """
-        scale = alpha if self.scale is None else self.scale
-        if self.form == "orthogonal":
-            own = ORTHOGONAL_SCALE if self.scale is None else self.scale
+        scale = alpha if self.residual_scale is None else self.residual_scale
+        if self.residual == "orthogonal":
+            own = ORTHOGONAL_SCALE if self.residual_scale is None else self.residual_scale
             return Residual(0.0, own * math.sqrt(max(shape)))
-        numbers = {
+        every = {
             "official": (alpha, 1.0),
             "paper": (1.0, alpha),
             "scale": (0.0, alpha),
             "normalize": (1.0, scale),
             "sign": (0.0, scale),
         }
-        return None if self.form is None else Residual(*numbers[self.form])
+        return None if self.residual is None else Residual(*every[self.residual])
 
 
-class Rest:
+class Updater:
     """Operations 2 and 3 of a batch, in the form that is asked for.
 
     Args:
@@ -149,7 +136,7 @@ class Rest:
         scalars: Scalars,
     ) -> None:
         """Changes the weights, and what the states keep of E."""
-        form, sums, factor = self._outside.form, projection.sums, None
+        form, sums, factor = self._outside.residual, projection.sums, None
         if sums is not None:
             if form in TRANSFORMED:
                 usable = sums.residual if sums.residual.dim() == 2 else sums.residual.sum(1)
@@ -194,11 +181,11 @@ class Rest:
             taken = finite.unsqueeze(axis).bool()
             value = grad.to(matrices.dtype).where(taken, 0.0)
             value.addmm_(*factors(low.where(taken, 0.0), basis.to(value.dtype), side), alpha=-1)
-            if self._outside.momentum:
-                value = _averaged(value, taken, state, self._outside.momentum)
+            if self._outside.residual_momentum:
+                value = _averaged(value, taken, state, self._outside.residual_momentum)
             values.append(value)
         return (
-            [v.sign() for v in values] if self._outside.form == "sign" else orthogonalized(values)
+            [v.sign() for v in values] if self._outside.residual == "sign" else orthogonalized(values)
         )
 
 

@@ -42,7 +42,7 @@ class Method(NamedTuple):
 
     def check(self) -> None:
         """Raises ValueError if a part is unknown, or does not go with another."""
-        residual, subspace = self.outside.form, self.subspace
+        residual, subspace = self.outside.residual, self.subspace
         self.outside.check()
         if self.rounding not in ROUNDINGS:
             raise ValueError(

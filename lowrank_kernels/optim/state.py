@@ -97,7 +97,7 @@ def new_projected_state(param: Tensor, rank: int, side: Side, salt: int, method:
         "side": int(side),
     }
     complete(state, salt, method.subspace, *method.counters)
-    if method.outside.momentum:
+    if method.outside.residual_momentum:
         state |= new_momentum(param)
     return state
 

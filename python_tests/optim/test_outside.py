@@ -10,7 +10,15 @@ import torch
 from oracles import outside as oracle
 from torch import nn
 
-from lowrank_kernels import GaLoreAdamW, LowRankAdamW, Subspace, project_linears, release_gradients
+from lowrank_kernels import (
+    ApolloAdamW,
+    FiraAdamW,
+    GaLoreAdamW,
+    LowRankAdamW,
+    Subspace,
+    project_linears,
+    release_gradients,
+)
 from lowrank_kernels.ops.codes import FLAT_GROUPS, decoded
 
 FORMS = {
@@ -324,12 +332,33 @@ def test_what_does_not_fit_is_refused(options, error, text):
         LowRankAdamW([{"params": [weight], "rank": 2}], **options)
 
 
-def test_apollo_goes_with_a_basis_that_is_not_orthonormal():
-    weight = nn.Parameter(torch.randn(8, 12))
-    group = {"params": [weight], "rank": 2, "scale": 1.0}
-    optimizer = LowRankAdamW([group], residual="scale", subspace=Subspace("gaussian"))
-    run([weight], optimizer, range(3))
-    assert weight.data.isfinite().all()
+@pytest.mark.parametrize("per", ["channel", "matrix"])
+def test_apollo_by_its_equations(per):
+    """With Gaussian projections, which are not orthonormal, and Mini's rank of 1."""
+    torch.manual_seed(0)
+    weight = nn.Parameter(torch.randn(8, 12, dtype=torch.float64))
+    rank, alpha = (2, 1.0) if per == "channel" else (1, 128**0.5)
+    group = {"params": [weight], "rank": rank, "scale": alpha, "update_proj_gap": 3}
+    optimizer = ApolloAdamW([group], lr=LR, weight_decay=DECAY, per=per, backend="foreach")
+    for count in range(1, 8):
+        old, before = copy.deepcopy(optimizer.state[weight]), weight.data.clone()
+        run([weight], optimizer, [count])
+        state = optimizer.state[weight]
+        shape = state["exp_avg"].shape
+        moments = [wide(old.get(key), shape) for key in ("exp_avg", "exp_avg_sq")]
+        form = "scale", 0.0, per == "matrix"
+        scalars = LR, 0.9, 0.999, 1e-6, DECAY, alpha, count
+        given = before, weight.grad, state["basis"], state["side"] == 0, moments, scalars
+        expected, _ = oracle.step(form, *given, float(old.get("limiter_norm", 0.0)))
+        error = (weight.data - expected).norm() / (expected - before).norm()
+        assert float(error) < 1e-12
+    assert state["basis"].shape[1] == rank
+
+
+def test_fira_refuses_forms_that_are_not_its_own():
+    weight = nn.Parameter(torch.zeros(4, 4))
+    with pytest.raises(ValueError, match="residual must be one of official, paper, got 'sign'"):
+        FiraAdamW([{"params": [weight], "rank": 2}], residual="sign")
 
 
 def test_what_a_checkpoint_is_of_tells_the_options():
