@@ -11,6 +11,7 @@ from .activations import (
 from .ops import BackendUnavailable, backends
 from .optim import (
     AdaRankGradAdamW,
+    ApolloAdamW,
     FiraAdamW,
     GaLoreAdamW,
     GaLoreAdamW8bit,
@@ -23,6 +24,7 @@ __version__ = version("lowrank-kernels")
 
 __all__ = [
     "AdaRankGradAdamW",
+    "ApolloAdamW",
     "BackendUnavailable",
     "FiraAdamW",
     "GaLoreAdamW",

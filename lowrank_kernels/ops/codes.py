@@ -122,8 +122,8 @@ def store(
             the nearest.
     """
     if stored.exp_avg_scale is not None and stored.exp_avg_sq_scale is not None:
-        _encode(stored.exp_avg, stored.exp_avg_scale, exp_avg, groups, None)
-        _encode(stored.exp_avg_sq, stored.exp_avg_sq_scale, _root(exp_avg_sq), groups, bits)
+        encode(stored.exp_avg, stored.exp_avg_scale, exp_avg, groups, None)
+        encode(stored.exp_avg_sq, stored.exp_avg_sq_scale, _root(exp_avg_sq), groups, bits)
         return
     stored.exp_avg.copy_(exp_avg)
     if stored.exp_avg_sq.dtype is torch.bfloat16 and bits is not None:
@@ -137,7 +137,7 @@ def decoded(codes: Tensor, scales: Tensor, groups: Groups) -> Tensor:
     return share.mul_(share.abs()).mul_(_spread(scales, codes.shape, groups))
 
 
-def _encode(
+def encode(
     codes: Tensor, scales: Tensor, values: Tensor, groups: Groups, bits: Tensor | None
 ) -> None:
     """Writes M or the root of V as codes, each group's largest into `scales`."""

@@ -142,7 +142,7 @@ class Matrices(NamedTuple):
             codes in int8, contiguous; operation 1 writes it.
         exp_avg_sqs: V, as `exp_avgs`; codes in uint8.
         limiter_norms: 0-d, the norm that Fira's limiter stored last, 0 or -1 for none (see
-            `reference.channel_scale`); operation 2 writes it. Empty without a residual.
+            `reference.channel_scale`); operation 2 writes it. Empty where that is not asked for.
         salts: rounds bfloat16 weights stochastically; None rounds to nearest.
         exp_avg_scales: float32, contiguous, a scale for 64 channels of each direction:
             r x ceil(cols / 64) on the left, ceil(rows / 64) x r on the right. Empty without codes.
@@ -305,7 +305,7 @@ def check_matrices(matrices: Matrices) -> None:
             raise ValueError(f"{name} must be contiguous, got strides {moment.stride()}")
     if matrices.projected:
         _check_projected(matrices)
-    if matrices.residual is not None:
+    if matrices.limiter_norms:
         limiter_norm = _first("limiter_norm", matrices.limiter_norms, count)
         _check_like("limiter_norm", limiter_norm, (), matrices.dtype, device)
     if matrices.salts is not None and param.dtype is not torch.bfloat16:

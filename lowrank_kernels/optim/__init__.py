@@ -1,11 +1,18 @@
 """What users construct."""
 
 from .lowrank_adamw import LowRankAdamW
-from .methods import AdaRankGradAdamW, FiraAdamW, GaLoreAdamW, GaLoreAdamW8bit
+from .methods import (
+    AdaRankGradAdamW,
+    ApolloAdamW,
+    FiraAdamW,
+    GaLoreAdamW,
+    GaLoreAdamW8bit,
+)
 from .param_groups import param_groups
 
 __all__ = [
     "AdaRankGradAdamW",
+    "ApolloAdamW",
     "FiraAdamW",
     "GaLoreAdamW",
     "GaLoreAdamW8bit",

@@ -19,7 +19,8 @@ from ..subspace import Due, Readback, Subspace, is_due, is_measured, measure, ne
 from .checks import check_projector, check_shared, extent, is_unresolved, overlap, resolved
 from .families import joined
 from .groups import OPTIONS, Group, is_projected
-from .parts import Method, residual_of
+from .outside import Updater
+from .parts import Method
 from .plain import Plain
 from .projected_gradient import (
     GRAD,
@@ -81,7 +82,8 @@ class Batch:
         self.params = [member.param for member in members]
         self.states = [member.state for member in members]
         self.side = Side(self.states[0]["side"])
-        self.residual = residual_of(method.residual, float(group["scale"]))
+        alpha, shape = float(group["scale"]), self.params[0].shape
+        self.residual = method.outside.numbers(alpha, shape)
         rounds = method.rounding == "stochastic" and self.params[0].dtype is torch.bfloat16
         salts = tuple(state["salt"] for state in self.states)
         self.salts = salts if rounds else None
@@ -90,9 +92,11 @@ class Batch:
         self.moment_salts = salts if low else None
         self.projected = is_projected_gradient(self.params[0].grad)
         self._resolves = any(map(is_unresolved, grads_of(self.params)))
-        self._tensors = _low_rank(self.residual is not None, self._coded, bool(room.bases))
+        self._tensors = _low_rank(method.outside.is_limited, self._coded, bool(room.bases))
         self.room = room
-        self.operations = ops.prepare(self.matrices(), backend=members[0].backend)
+        backend = members[0].backend
+        self.operations = ops.prepare(self.matrices(), backend=backend)
+        self.updater = Updater(method.outside, self.operations, backend)
         self.counts: list[int] = []  # steps that each matrix has taken, set before each step
         self._basis_steps: list[int] = []
         self._looked_from: list[int] = []

@@ -18,6 +18,7 @@ from .formats import (
     has_low_bits,
 )
 from .groups import FORMAT, PROJECTION_DEFAULTS, Group, is_projected, named_params, unwrapped
+from .outside import MOMENTUM
 from .parts import Method
 from .state import State, check_codes, check_counts, check_shapes, laid_like
 
@@ -157,9 +158,9 @@ def restore(states: Any, groups: list[Group], state_dict: State, method: Method)
             states[param][entry] = value
         if "exp_avg" in saved:
             converted.update(_converted(states[param], saved, param, projected, method))
-        if method.residual is None:
-            # Of another method's steps.
-            states.get(param, {}).pop("limiter_norm", None)
+        # Of another method's steps.
+        for entry in {"limiter_norm", *MOMENTUM} - set(method.outside.entries):
+            states.get(param, {}).pop(entry, None)
     for (what, became), count in converted.items():
         logger.warning("the state dict holds %s, of %d parameters: %s", what, count, became)
 

@@ -68,7 +68,8 @@ from .groups import (
     side_of,
     size_of,
 )
-from .parts import Method, ResidualForm, Rounding
+from .outside import MOMENTUM, Outside, Per, ResidualForm, new_momentum
+from .parts import Method, Rounding
 from .projected_gradient import Projector, held, is_projected_gradient
 from .state import (
     State,
@@ -83,6 +84,9 @@ from .state import (
 # What every step goes by beside the groups.
 PART_NAMES = (
     "residual",
+    "residual_scale",
+    "residual_momentum",
+    "per",
     "_corrected",
     "subspace",
     "backend",
@@ -146,8 +150,17 @@ class LowRankAdamW(Optimizer):
         betas: decay rates of the two moments.
         eps: added to the root of the second moment.
         weight_decay: decoupled weight decay.
-        residual: None drops what the basis does not span (GaLore); "official" and "paper" add it,
-            scaled and limited, as Fira's code and Fira's algorithm 1 do.
+        residual: what of the gradient outside of the subspace, E = G - back(R), is added to the
+            update. None: nothing (GaLore). "official", "paper": E by channels, scaled as Adam
+            scales R and limited in growth, as Fira's code and its algorithm 1 do. "scale": all of G
+            so, and nothing else (APOLLO, see `ApolloAdamW`). "normalize": each channel of E at a
+            root mean square of 1; "sign": its signs; "orthogonal": its orthogonal factor, nearly, by
+            Newton-Schulz iterations; each times `residual_scale`, without a state of their own.
+        residual_scale: s of the last three, beside `scale` of what is in the subspace; None: 0.4
+            for "orthogonal", else that `scale`.
+        residual_momentum: with "sign" and "orthogonal", the decay rate of a mean of E, held in a
+            byte an element, that takes the place of E; 0 for none. Larger batches want more.
+        per: of "scale", whether norms of each "channel" or of the "matrix" are compared.
         corrected: whether the moments are corrected for their bias, as in torch's AdamW, or the
             step size, as in the official code of GaLore and Fira; None: the moments in the paper
             form of the residual alone.
@@ -224,6 +237,9 @@ class LowRankAdamW(Optimizer):
         weight_decay: float = 0.0,
         *,
         residual: ResidualForm | None = None,
+        residual_scale: float | None = None,
+        residual_momentum: float = 0.0,
+        per: Per = "channel",
         corrected: bool | None = None,
         subspace: Subspace | str = "randomized",
         backend: str = "auto",
@@ -237,6 +253,8 @@ class LowRankAdamW(Optimizer):
     ) -> None:
         self.subspace = Subspace.named(subspace, stagger=not capturable)
         self.residual, self.backend = residual, backend
+        self.residual_scale, self.residual_momentum = residual_scale, residual_momentum
+        self.per: Per = per
         self._corrected = corrected
         self.rounding, self.capturable, self.monitor = rounding, capturable, monitor
         # `state` is what torch calls the states themselves.
@@ -320,19 +338,15 @@ class LowRankAdamW(Optimizer):
         matrices, operations = batch.matrices(), batch.operations
         before = [norm.clone() for norm in matrices.limiter_norms] if self.monitor else []
         projection = operations.project_moments(matrices, scalars.adam, scalars.step)
-        factor = None
-        if projection.sums is not None:
-            factor = operations.channel_scale(matrices, projection.sums)
-        if self.monitor:
-            monitor.count(batch.states, matrices, before)
         if self.subspace.criterion is not None:
             batch.measure(projection, self.subspace, self._readback)
-        if not batch.room.weights:
-            operations.back_project_update(matrices, projection, factor, scalars)
-            return
-        batch.room.load_weights(batch.params, batch.states)
-        operations.back_project_update(matrices, projection, factor, scalars)
-        batch.room.store_weights(batch.params, batch.states)
+        if batch.room.weights:
+            batch.room.load_weights(batch.params, batch.states)
+        batch.updater.update(matrices, batch.states, projection, scalars)
+        if batch.room.weights:
+            batch.room.store_weights(batch.params, batch.states)
+        if self.monitor:
+            monitor.count(batch.states, matrices, before)
 
     def _params(self) -> Iterator[Tensor]:
         return (param for group in self.param_groups for param in group["params"])
@@ -531,13 +545,20 @@ class LowRankAdamW(Optimizer):
     @property
     def corrected(self) -> bool:
         """Whether the moments are corrected for their bias, instead of the step size."""
-        return self.residual == "paper" if self._corrected is None else self._corrected
+        if self._corrected is not None:
+            return self._corrected
+        return self.residual not in (None, "official")
+
+    @property
+    def outside(self) -> Outside:
+        """The form of the residual and its options."""
+        return Outside(self.residual, self.residual_scale, self.residual_momentum, self.per)
 
     @property
     def method(self) -> Method:
         """The parts as they are now, attributes of their own."""
         return Method(
-            self.residual,
+            self.outside,
             self.corrected,
             self.subspace,
             self.rounding,
@@ -574,7 +595,7 @@ class LowRankAdamW(Optimizer):
         facts = facts_of(
             self.param_groups,
             self.state,
-            limited=self.residual is not None,
+            limited=self.outside.is_limited,
             coded=self.state_format == "int8",
             coded_basis=self.basis_format != "weight",
             low_bits=self.master is not None,
@@ -653,6 +674,11 @@ class LowRankAdamW(Optimizer):
         if is_projected(group):
             convert_basis(state, param, self.basis_format)
             complete(state, salt, self.subspace, *self.method.counters)
+            if not self.residual_momentum:
+                for entry in MOMENTUM:
+                    state.pop(entry, None)
+            elif "residual_avg" not in state:
+                state |= new_momentum(param)
         elif form != "float32":
             state.setdefault("salt", salt)
         else:

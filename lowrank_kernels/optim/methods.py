@@ -1,6 +1,6 @@
-"""GaLore, Fira and AdaRankGrad: choices of parts over one low-rank AdamW."""
+"""GaLore, Fira, APOLLO and AdaRankGrad: choices of parts over one low-rank AdamW."""
 
-from typing import TypedDict
+from typing import Literal, TypedDict
 
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
@@ -9,7 +9,8 @@ from typing_extensions import Unpack
 from ..subspace import Subspace
 from .formats import BasisFormat, MasterBits, StateFormat
 from .lowrank_adamw import LowRankAdamW
-from .parts import ResidualForm, Rounding
+from .outside import Per
+from .parts import Rounding
 
 
 class Options(TypedDict, total=False):
@@ -93,12 +94,49 @@ class FiraAdamW(LowRankAdamW):
         eps: float = 1e-6,
         weight_decay: float = 0.0,
         *,
-        residual: ResidualForm = "official",
+        residual: Literal["official", "paper"] = "official",
         **options: Unpack[SubspaceOptions],
     ) -> None:
-        if residual is None:
-            raise ValueError("residual must be one of official, paper; use GaLoreAdamW for none")
+        if residual not in ("official", "paper"):
+            raise ValueError(
+                f"residual must be one of official, paper, got {residual!r}; GaLoreAdamW has none,"
+                " and LowRankAdamW every form"
+            )
         super().__init__(params, lr, betas, eps, weight_decay, residual=residual, **options)
+
+
+class ApolloAdamW(LowRankAdamW):
+    """APOLLO: the gradient itself, each channel scaled as Adam would scale its random projection.
+
+        phi_j = |N_j| / |R_j|;   W <- W - lr (alpha phi (x) G + wd W), limited in growth as Fira's
+
+    N are Adam's directions of R, which is G multiplied by Gaussian numbers; nothing is projected
+    back, and the update has the rank of G. alpha is a group's `scale`, for which the paper has 1:
+    `param_groups(model, rank=256, scale=1.0)`. APOLLO-Mini compares norms of whole matrices at rank
+    1: `ApolloAdamW(param_groups(model, rank=1, scale=128**0.5), per="matrix")`.
+
+    Arguments, group keys and errors as in `LowRankAdamW`. Written from the paper's equations alone.
+    Other than `apollo-torch`, which adds the decay after the step size is corrected, it corrects the
+    moments for their bias, as the paper does.
+
+    Source: APOLLO (arXiv 2412.05270), algorithm 1.
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-2,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-6,
+        weight_decay: float = 0.0,
+        *,
+        per: Per = "channel",
+        **options: Unpack[SubspaceOptions],
+    ) -> None:
+        options.setdefault("subspace", "gaussian")
+        super().__init__(
+            params, lr, betas, eps, weight_decay, residual="scale", per=per, **options
+        )
 
 
 class AdaRankGradAdamW(LowRankAdamW):

@@ -3,12 +3,10 @@
 from dataclasses import asdict
 from typing import Literal, NamedTuple
 
-from ..ops import Residual
 from ..subspace import Subspace
 from .formats import BASIS_FORMATS, STATE_FORMATS, BasisFormat, MasterBits, StateFormat
+from .outside import Outside
 
-ResidualForm = Literal["official", "paper"]
-RESIDUAL_FORMS = ("official", "paper")
 Rounding = Literal["nearest", "stochastic"]
 ROUNDINGS = ("nearest", "stochastic")
 
@@ -16,7 +14,7 @@ ROUNDINGS = ("nearest", "stochastic")
 class Method(NamedTuple):
     """What every step of an optimizer is taken with; see `LowRankAdamW`."""
 
-    residual: ResidualForm | None
+    outside: Outside
     corrected: bool
     subspace: Subspace
     rounding: Rounding
@@ -29,13 +27,13 @@ class Method(NamedTuple):
     @property
     def counters(self) -> tuple[str, ...]:
         """The 0-d entries of a projected state beside what its subspace keeps."""
-        limiter = ("limiter_norm",) if self.residual is not None else ()
+        limiter = ("limiter_norm",) if self.outside.is_limited else ()
         return limiter + (("nonfinite", "limited") if self.monitor else ())
 
     def described(self) -> str:
         """What makes a state: kept beside it, so that a checkpoint tells what it is of."""
         parts = {
-            "residual": self.residual,
+            **self.outside.described(),
             "corrected": self.corrected,
             "rounding": self.rounding,
             **asdict(self.subspace),
@@ -44,9 +42,8 @@ class Method(NamedTuple):
 
     def check(self) -> None:
         """Raises ValueError if a part is unknown, or does not go with another."""
-        residual, subspace = self.residual, self.subspace
-        if residual is not None and residual not in RESIDUAL_FORMS:
-            raise ValueError(f"residual must be one of {', '.join(RESIDUAL_FORMS)} or None")
+        residual, subspace = self.outside.residual, self.subspace
+        self.outside.check()
         if self.rounding not in ROUNDINGS:
             raise ValueError(
                 f"rounding must be one of {', '.join(ROUNDINGS)}, got {self.rounding!r}"
@@ -62,7 +59,7 @@ class Method(NamedTuple):
                 "master=24 keeps what rounding drops, so that there is nothing to round"
                 " stochastically: choose one of the two"
             )
-        if residual is not None and not subspace.orthonormal:
+        if residual not in (None, "scale") and not subspace.orthonormal:
             raise ValueError(
                 f"residual={residual!r} needs an orthonormal basis, which"
                 f" range_finder={subspace.range_finder!r} is not"
@@ -73,16 +70,3 @@ class Method(NamedTuple):
                 "capturable=True replays one step as it was: it cannot go with a subspace that has"
                 " a residual_energy, a criterion, lazy refreshes or moments='reset'"
             )
-
-
-def residual_of(form: ResidualForm | None, scale: float) -> Residual | None:
-    """The numbers of a form of Fira's residual.
-
-    Args:
-        form: "official" as the published code has it, "paper" as algorithm 1; None for none.
-        scale: alpha of the papers.
-    """
-    if form is None:
-        return None
-    kappa, rho = (1.0, scale) if form == "paper" else (scale, 1.0)
-    return Residual(kappa, rho)

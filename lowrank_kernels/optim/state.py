@@ -18,7 +18,8 @@ optimizer's state. Projected parameter:
     what a criterion or lazy refreshes keep: see `subspace.when.new_measures`
     nonfinite, limited   0-d counters, with `monitor`
     low_bits      int8, the shape of the weight, of a bfloat16 weight with master=24
-
+    residual_avg, residual_avg_scale   int8, the shape of the weight, contiguous, and float32, one
+                  for 256 elements: the mean of what is outside, with residual_momentum
 
 Other parameter: step, exp_avg, exp_avg_sq as torch.optim.AdamW, moments at least float32; matrices
 of some size also in bfloat16 or in codes, contiguous, and then with a salt; low_bits as above.
@@ -37,6 +38,7 @@ from ..subspace import Subspace, new_measures, new_record
 from .checks import is_unresolved
 from .formats import StateFormat, format_for, groups_of, has_low_bits, new_basis, new_moments
 from .groups import Group, cut_rank, is_projected, side_of
+from .outside import new_momentum
 from .parts import Method
 
 State = dict[str, Any]
@@ -95,6 +97,8 @@ def new_projected_state(param: Tensor, rank: int, side: Side, salt: int, method:
         "side": int(side),
     }
     complete(state, salt, method.subspace, *method.counters)
+    if method.outside.residual_momentum:
+        state |= new_momentum(param)
     return state
 
 

@@ -1,0 +1,53 @@
+"""The orthogonal factor of matrices, nearly: Newton-Schulz iterations on batches of products."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+# Of x -> a x + b x^3 + c x^5, which brings singular values near 1 fast instead of to 1 exactly:
+# after five steps those above 0.003 of the norm lie between 0.68 and 1.14.
+COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+STEPS = 5
+# Devices on which products in bfloat16 are many times as fast as in float32.
+FAST_IN_BFLOAT16 = ("cuda",)
+
+
+def orthogonalized(matrices: Sequence[Tensor], steps: int = STEPS) -> list[Tensor]:
+    """U Z^T of each matrix U diag(s) Z^T, with singular values near 1 instead of at 1.
+
+    On a CPU each is computed by itself, so that its bits do not depend on the others.
+
+    Args:
+        matrices: m x n, equal in shape, dtype and device; finite. Zero gives zero.
+        steps: of the iteration.
+
+    Returns:
+        New tensors: bfloat16 on a GPU for what is narrower than float64, else of the matrices'
+        dtype, at least float32.
+
+    Source: the quintic iteration of Muon (K. Jordan and others, 2024), after Bernstein and Newhouse
+    (arXiv 2409.20325).
+    """
+    if matrices[0].device.type == "cpu":
+        return [_iterated(matrix.unsqueeze(0), steps)[0] for matrix in matrices]
+    return list(_iterated(torch.stack(list(matrices)), steps).unbind())
+
+
+def _iterated(matrices: Tensor, steps: int) -> Tensor:
+    """B x m x n."""
+    dtype = torch.promote_types(matrices.dtype, torch.float32)
+    tall = matrices.shape[1] > matrices.shape[2]
+    x = (matrices.mT if tall else matrices).to(dtype)
+    tiny = torch.finfo(dtype).tiny
+    # In two steps, since the square of what is finite need not be.
+    x = x / x.abs().amax((1, 2), keepdim=True).clamp_(min=tiny)
+    x /= torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True).clamp_(min=tiny)
+    if x.device.type in FAST_IN_BFLOAT16 and dtype is torch.float32:
+        x = x.bfloat16()
+    a, b, c = COEFFICIENTS
+    for _ in range(steps):
+        gram = x @ x.mT
+        polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        x = torch.baddbmm(x, polynomial, x, beta=a)
+    return x.mT if tall else x

@@ -1,0 +1,245 @@
+"""What a step takes of the gradient outside of the subspace: the forms of `residual`.
+
+With E = G - back(R), phi_j = |N_j| / |R_j| of a channel, and s = `residual_scale`:
+
+    None         nothing                                            GaLore
+    official     phi (x) (G - alpha back(R)), limited               Fira's code
+    paper        alpha phi (x) E, limited                           Fira, algorithm 1
+    scale        alpha phi (x) G, limited, and no back(N)           APOLLO; phi of the matrix: Mini
+    normalize    s sqrt(d) e_j / |e_j|, d the length of a channel   after SCALE
+    sign         s sign(E)                                          after FRUGAL
+    orthogonal   s sqrt(max(rows, cols)) U Z^T, of E = U S Z^T      ours; after Muon and SWAN
+
+An update is alpha back(N) plus that. The first four are factors of channels, which operations 2
+and 3 take; the last two change E itself, and go into operation 3 in the place of G. Those may have
+a momentum, of which one byte an element is kept.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import ops
+from ..ops import ChannelSums, Matrices, Operations, Projection, Residual, Scalars
+from ..ops.codes import FLAT_GROUPS, decoded, encode
+from ..ops.contract import rank_axis
+from ..ops.orthogonal import orthogonalized
+from ..ops.products import factors
+
+State = dict[str, Any]
+
+ResidualForm = Literal["official", "paper", "scale", "normalize", "sign", "orthogonal"]
+Per = Literal["channel", "matrix"]
+# Fira's limiter keeps their norm from growing fast.
+LIMITED = ("official", "paper", "scale")
+# E itself is changed, as a matrix.
+TRANSFORMED = ("sign", "orthogonal")
+RESIDUAL_FORMS = (*LIMITED, "normalize", *TRANSFORMED)
+PERS = ("channel", "matrix")
+# s where none is given; of the other forms it is alpha.
+ORTHOGONAL_SCALE = 0.4
+# In a projected state, with a momentum.
+MOMENTUM = ("residual_avg", "residual_avg_scale")
+
+
+class Outside(NamedTuple):
+    """What `LowRankAdamW` is told of it, by its names."""
+
+    residual: ResidualForm | None = None
+    residual_scale: float | None = None
+    residual_momentum: float = 0.0
+    per: Per = "channel"
+
+    @property
+    def is_limited(self) -> bool:
+        return self.residual in LIMITED
+
+    @property
+    def entries(self) -> tuple[str, ...]:
+        """What a projected state has for it beside what its moments and its subspace keep."""
+        if self.is_limited:
+            return ("limiter_norm",)
+        return MOMENTUM if self.residual_momentum else ()
+
+    def described(self) -> dict[str, object]:
+        """The form, and options that are not as ever."""
+        usual = {**self._field_defaults, "residual": ...}
+        return {name: value for name, value in self._asdict().items() if value != usual[name]}
+
+    def check(self) -> None:
+        """Raises ValueError or TypeError if an option is unknown, or does not go with another."""
+        if self.residual is not None and self.residual not in RESIDUAL_FORMS:
+            raise ValueError(f"residual must be one of {', '.join(RESIDUAL_FORMS)} or None")
+        if self.per not in PERS:
+            raise ValueError(f"per must be one of {', '.join(PERS)}, got {self.per!r}")
+        if self.per == "matrix" and self.residual != "scale":
+            raise ValueError("per='matrix' goes with residual='scale'")
+        if not isinstance(self.residual_momentum, (int, float)) or not 0 <= self.residual_momentum < 1:
+            raise ValueError(f"residual_momentum must be in [0, 1), got {self.residual_momentum!r}")
+        if self.residual_momentum and self.residual not in TRANSFORMED:
+            raise ValueError(f"residual_momentum goes with residual={' or '.join(TRANSFORMED)}")
+        if self.residual_scale is None:
+            return
+        if self.residual not in (*TRANSFORMED, "normalize"):
+            raise ValueError(
+                "residual_scale goes with residual=normalize, sign or orthogonal; of the others"
+                " it is the groups' scale"
+            )
+        if isinstance(self.residual_scale, bool) or not isinstance(self.residual_scale, (int, float)):
+            raise TypeError(f"residual_scale must be a number, got {self.residual_scale!r}")
+        if not 0 <= self.residual_scale < math.inf:
+            raise ValueError(f"residual_scale must be at least 0 and finite, got {self.residual_scale}")
+
+    def numbers(self, alpha: float, shape: Sequence[int]) -> Residual | None:
+        """What operations 1 and 3 are told of it.
+
+        Args:
+            alpha: scale of the group.
+            shape: of the weight.
+        """
+        scale = alpha if self.residual_scale is None else self.residual_scale
+        if self.residual == "orthogonal":
+            own = ORTHOGONAL_SCALE if self.residual_scale is None else self.residual_scale
+            return Residual(0.0, own * math.sqrt(max(shape)))
+        every = {
+            "official": (alpha, 1.0),
+            "paper": (1.0, alpha),
+            "scale": (0.0, alpha),
+            "normalize": (1.0, scale),
+            "sign": (0.0, scale),
+        }
+        return None if self.residual is None else Residual(*every[self.residual])
+
+
+class Updater:
+    """Operations 2 and 3 of a batch, in the form that is asked for.
+
+    Args:
+        outside: the form.
+        operations: what the batch was prepared with.
+        backend: by which it was.
+    """
+
+    def __init__(self, outside: Outside, operations: Operations, backend: str) -> None:
+        self._outside, self._operations, self._backend = outside, operations, backend
+        # Where operation 3 takes other tensors than operation 1.
+        self._last: Operations | None = None
+
+    def update(
+        self,
+        matrices: Matrices,
+        states: Sequence[State],
+        projection: Projection,
+        scalars: Scalars,
+    ) -> None:
+        """Changes the weights, and what the states keep of E."""
+        form, sums, factor = self._outside.residual, projection.sums, None
+        if sums is not None:
+            if form in TRANSFORMED:
+                usable = sums.residual if sums.residual.dim() == 2 else sums.residual.sum(1)
+                factor = (usable < math.inf).to(sums.residual.dtype)
+                grads = self._transformed(matrices, states, projection.projected, factor)
+                matrices = matrices._replace(grads=grads)
+                projection = projection._replace(grads=None)
+            elif form == "normalize":
+                factor = _normalizing(sums, matrices)
+            else:
+                sums = _of_matrices(sums) if self._outside.per == "matrix" else sums
+                factor = self._operations.channel_scale(matrices, sums)
+        operations = self._operations
+        if form == "scale":
+            matrices, projection = _without_span(matrices, projection)
+            scalars = scalars._replace(scale=0.0)
+        if form == "scale" or form in TRANSFORMED:
+            if self._last is None:
+                self._last = ops.prepare(matrices, backend=self._backend)
+            operations = self._last
+        operations.back_project_update(matrices, projection, factor, scalars)
+
+    def _transformed(
+        self,
+        matrices: Matrices,
+        states: Sequence[State],
+        projected: Tensor,
+        usable: Tensor,
+    ) -> list[Tensor]:
+        """What E of each matrix becomes; zero in channels that are left out.
+
+        Args:
+            matrices: the batch.
+            states: of its parameters.
+            projected: R, B x its shape.
+            usable: B x channels, 1 where the gradient is finite, else 0.
+        """
+        side, axis = matrices.side, rank_axis(matrices.side)
+        values = []
+        each = zip(matrices.grads, matrices.bases, projected, usable, states, strict=True)
+        for grad, basis, low, finite, state in each:
+            taken = finite.unsqueeze(axis).bool()
+            value = grad.to(matrices.dtype).where(taken, 0.0)
+            value.addmm_(*factors(low.where(taken, 0.0), basis.to(value.dtype), side), alpha=-1)
+            if self._outside.residual_momentum:
+                value = _averaged(value, taken, state, self._outside.residual_momentum)
+            values.append(value)
+        return (
+            [v.sign() for v in values] if self._outside.residual == "sign" else orthogonalized(values)
+        )
+
+
+def new_momentum(param: Tensor) -> State:
+    """Of E, before the first step: codes of one byte in the weight's shape, and their scales."""
+    scales = FLAT_GROUPS.scales(param.shape)
+    return {
+        "residual_avg": torch.zeros_like(
+            param, dtype=torch.int8, memory_format=torch.contiguous_format
+        ),
+        "residual_avg_scale": param.new_zeros(scales, dtype=torch.float32),
+    }
+
+
+def _averaged(value: Tensor, taken: Tensor, state: State, momentum: float) -> Tensor:
+    """The mean of E with this one, where it is taken, and zero elsewhere.
+
+    Its bias is not corrected: neither form sees how large it is.
+    """
+    codes, scales = (state[name] for name in MOMENTUM)
+    mean = decoded(codes, scales, FLAT_GROUPS).to(value.dtype)
+    mean = mean.lerp(value, 1 - momentum).where(taken, mean)
+    encode(codes, scales, mean.float(), FLAT_GROUPS, None)
+    return mean.where(taken, 0.0)
+
+
+def _of_matrices(sums: ChannelSums) -> ChannelSums:
+    """Those of N and R of a whole matrix in the place of each channel's; E's stay."""
+    direction, projected, residual = (x.sum(1) if x.dim() == 3 else x for x in sums)
+    whole = [
+        x.where(residual < math.inf, 0.0).sum(1, keepdim=True).expand_as(x).contiguous()
+        for x in (direction, projected)
+    ]
+    return ChannelSums(*whole, residual)
+
+
+def _normalizing(sums: ChannelSums, matrices: Matrices) -> Tensor:
+    """sqrt(d) / |e_j|; 0 for a channel that is zero or not finite."""
+    squares = sums.residual.sum(1) if sums.residual.dim() == 3 else sums.residual
+    depth = matrices.params[0].shape[rank_axis(matrices.side)]
+    usable = (squares > 0) & (squares < math.inf)
+    return (depth / squares.where(usable, 1.0)).sqrt_().where(usable, 0.0)
+
+
+def _without_span(matrices: Matrices, projection: Projection) -> tuple[Matrices, Projection]:
+    """The same with bases of no direction, so that there is no product with them."""
+    axis = rank_axis(matrices.side)
+    moments = {
+        name: [tensor.narrow(axis, 0, 0) for tensor in getattr(matrices, name)]
+        for name in ("exp_avgs", "exp_avg_sqs", "exp_avg_scales", "exp_avg_sq_scales")
+    }
+    lows = {
+        name: getattr(projection, name).narrow(1 + axis, 0, 0)
+        for name in ("direction", "projected")
+    }
+    bases = [basis[:, :0] for basis in matrices.bases]
+    return matrices._replace(bases=bases, **moments), projection._replace(**lows)

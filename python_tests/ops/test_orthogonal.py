@@ -1,0 +1,62 @@
+"""Newton-Schulz against the singular value decomposition."""
+
+import pytest
+import torch
+from oracles.outside import polar
+
+from lowrank_kernels.ops.orthogonal import orthogonalized
+
+SHAPES = [(1, 1), (1, 7), (7, 1), (5, 5), (12, 33), (33, 12), (64, 64), (3, 200)]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_it_is_the_polynomial_of_the_singular_values(shape, rng):
+    matrix = torch.randn(shape, generator=rng, dtype=torch.float64)
+    (found,) = orthogonalized([matrix])
+    assert float((found - polar(matrix)).norm() / polar(matrix).norm()) < 1e-12
+    (single,) = orthogonalized([matrix.float()])
+    assert single.dtype is torch.float32
+    assert float((single.double() - polar(matrix.float())).norm() / polar(matrix).norm()) < 1e-4
+
+
+@pytest.mark.parametrize("shape", [(40, 60), (60, 40), (50, 50)])
+def test_it_is_near_the_polar_factor(shape, rng):
+    """Of a well-conditioned matrix; singular values end between 0.68 and 1.14."""
+    left, values, right = torch.linalg.svd(
+        torch.randn(shape, generator=rng, dtype=torch.float64), full_matrices=False
+    )
+    matrix = left @ torch.diag(values.clamp(min=0.05 * float(values[0]))) @ right
+    (found,) = orthogonalized([matrix])
+    ends = torch.linalg.svdvals(found)
+    assert 0.68 < float(ends.min()) <= float(ends.max()) < 1.14
+    exact = left @ right
+    assert float((found * exact).sum() / (found.norm() * exact.norm())) > 0.98
+
+
+@pytest.mark.parametrize("size", [1e-30, 1e-12, 1.0, 1e12, 1e30])
+def test_how_large_a_matrix_is_does_not_matter(size, rng):
+    matrix = torch.randn(9, 14, generator=rng)
+    (found,) = orthogonalized([matrix * size])
+    (expected,) = orthogonalized([matrix])
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_zero_gives_zero_and_a_matrix_of_low_rank_stays_in_its_span(rng):
+    zero, low = torch.zeros(6, 8), torch.randn(6, 1, generator=rng) @ torch.ones(1, 8)
+    found = orthogonalized([zero, low])
+    assert torch.equal(found[0], zero)
+    assert torch.linalg.matrix_rank(found[1], atol=1e-4) == 1
+    assert 0.68 < float(torch.linalg.matrix_norm(found[1], 2)) < 1.14
+
+
+def test_bits_do_not_depend_on_the_other_matrices(rng):
+    matrices = [torch.randn(17, 29, generator=rng) for _ in range(3)]
+    together = orthogonalized(matrices)
+    for matrix, found in zip(matrices, together, strict=True):
+        assert torch.equal(orthogonalized([matrix])[0], found)
+
+
+def test_half_precision_is_widened(rng):
+    matrix = torch.randn(8, 12, generator=rng).bfloat16()
+    (found,) = orthogonalized([matrix])
+    assert found.dtype is torch.float32

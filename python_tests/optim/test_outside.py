@@ -1,0 +1,368 @@
+"""Forms of the residual: steps against their equations, resume, bad gradients, options, bytes."""
+
+import copy
+import io
+import itertools
+import math
+
+import pytest
+import torch
+from oracles import outside as oracle
+from torch import nn
+
+from lowrank_kernels import (
+    ApolloAdamW,
+    FiraAdamW,
+    GaLoreAdamW,
+    LowRankAdamW,
+    Subspace,
+    project_linears,
+    release_gradients,
+)
+from lowrank_kernels.ops.codes import FLAT_GROUPS, decoded
+
+FORMS = {
+    "scale": {"residual": "scale"},
+    "scale of a matrix": {"residual": "scale", "per": "matrix"},
+    "normalize": {"residual": "normalize", "residual_scale": 0.3},
+    "sign": {"residual": "sign", "residual_scale": 0.2},
+    "orthogonal": {"residual": "orthogonal"},
+}
+AVERAGED = {
+    "sign": {"residual": "sign", "residual_momentum": 0.9},
+    "orthogonal": {"residual": "orthogonal", "residual_momentum": 0.9},
+}
+EVERY = {**FORMS, **{f"{name}, averaged": own for name, own in AVERAGED.items()}}
+SHAPES = [(12, 20), (20, 12), (16, 16), (12, 20)]
+LR, DECAY, ALPHA, RANK = 0.03, 0.1, 0.25, 4
+
+
+def start(form, backend="auto", dtype=torch.float64, shapes=SHAPES, **options):
+    torch.manual_seed(0)
+    params = [nn.Parameter(torch.randn(shape, dtype=torch.float64).to(dtype)) for shape in shapes]
+    group = {"params": params, "rank": RANK, "update_proj_gap": 3, "scale": ALPHA}
+    own = {"lr": LR, "weight_decay": DECAY, "backend": backend, **EVERY[form], **options}
+    return params, LowRankAdamW([group], **own)
+
+
+def gradients(params, seed):
+    generator = torch.Generator().manual_seed(seed)
+    for param in params:
+        drawn = torch.randn(param.shape, generator=generator, dtype=torch.float64)
+        param.grad = drawn.to(param.dtype)
+
+
+def run(params, optimizer, seeds):
+    for seed in seeds:
+        gradients(params, seed)
+        optimizer.step()
+
+
+def wide(stored, shape):
+    """M and V before the first step are zero."""
+    return torch.zeros(shape, dtype=torch.float64) if stored is None else stored.double()
+
+
+@pytest.mark.parametrize("backend", ["reference", "foreach", "native", "triton"])
+@pytest.mark.parametrize("form", FORMS)
+def test_steps_are_those_of_the_equations(form, backend):
+    """Over two refreshes; each step begins where the optimizer's last one ended."""
+    exact = backend in ("reference", "foreach")
+    params, optimizer = start(form, backend, torch.float64 if exact else torch.float32)
+    # Near zero the slope of the iteration is that of its first step to the fifth power, 485.
+    tolerance = 1e-12 if exact else 485 * 2**-20 if form == "orthogonal" else 2**-15
+    own = EVERY[form]
+    scale = own.get("residual_scale", 0.4)
+    name = own["residual"], scale, own.get("per") == "matrix"
+    for count in range(1, 8):
+        before = [copy.deepcopy((param.data, optimizer.state[param])) for param in params]
+        run(params, optimizer, [count])
+        for param, (weight, old) in zip(params, before, strict=True):
+            state = optimizer.state[param]
+            moments = [
+                wide(old.get(key), state[key].shape) for key in ("exp_avg", "exp_avg_sq")
+            ]
+            scalars = LR, 0.9, 0.999, 1e-6, DECAY, ALPHA, count
+            expected, stored = oracle.step(
+                *(name, weight, param.grad, state["basis"], state["side"] == 0, moments, scalars),
+                float(old.get("limiter_norm", 0.0)),
+            )
+            error = (param.data.double() - expected).norm() / (expected - weight.double()).norm()
+            assert float(error) < tolerance
+            if "limiter_norm" in state:
+                # Weights are stepped by alpha S, and the limiter keeps |S|.
+                assert float(state["limiter_norm"]) == pytest.approx(stored, rel=1e-5)
+
+
+@pytest.mark.parametrize("name", AVERAGED)
+def test_a_momentum_is_the_mean_of_what_is_outside_in_a_byte_an_element(name):
+    params, optimizer = start(f"{name}, averaged", "reference")
+    means = [torch.zeros_like(param) for param in params]
+    for count in range(1, 6):
+        before = [param.data.clone() for param in params]
+        run(params, optimizer, [count])
+        for place, param in enumerate(params):
+            state = optimizer.state[param]
+            basis, grad = state["basis"], param.grad
+            low = basis @ (basis.T @ grad) if state["side"] == 0 else grad @ basis @ basis.T
+            means[place] = 0.9 * means[place] + 0.1 * (grad - low)
+            codes, scales = state["residual_avg"], state["residual_avg_scale"]
+            assert codes.dtype is torch.int8
+            assert codes.shape == param.shape
+            found = decoded(codes, scales, FLAT_GROUPS)
+            # A code is half of two 127ths of the group's largest, at the most.
+            bound = float(means[place].abs().max()) / 60
+            assert float((found - means[place]).abs().max()) < bound
+            means[place] = found.double()
+            assert not torch.equal(param.data, before[place])
+
+
+@pytest.mark.parametrize("backend", ["reference", "foreach", "native"])
+@pytest.mark.parametrize("form", EVERY)
+def test_a_resumed_run_has_the_same_bits(form, backend):
+    whole, optimizer = start(form, backend, torch.float32)
+    run(whole, optimizer, range(9))
+    part, first = start(form, backend, torch.float32)
+    run(part, first, range(4))
+    stream = io.BytesIO()
+    torch.save([first.state_dict(), part], stream)
+    stream.seek(0)
+    state_dict, weights = torch.load(stream)
+    resumed, second = start(form, backend, torch.float32)
+    for param, weight in zip(resumed, weights, strict=True):
+        param.data.copy_(weight)
+    second.load_state_dict(state_dict)
+    run(resumed, second, range(4, 9))
+    for one, two in zip(whole, resumed, strict=True):
+        assert torch.equal(one, two)
+
+
+@pytest.mark.parametrize("backend", ["reference", "foreach", "native", "triton"])
+@pytest.mark.parametrize("form", EVERY)
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_a_channel_that_is_not_finite_is_left_out_and_no_other(form, backend, bad):
+    params, optimizer = start(form, backend, torch.float32, weight_decay=0.0)
+    run(params, optimizer, range(2))
+    before = [param.data.clone() for param in params]
+    gradients(params, 2)
+    for param in params:
+        left = optimizer.state[param]["side"] == 0
+        param.grad[:, 5].fill_(0.0) if left else param.grad[5].fill_(0.0)
+        param.grad[3, 5] = bad
+        if not left:
+            param.grad[5, 3] = bad
+            param.grad[3, 5] = 1.0
+    optimizer.step()
+    for param, old in zip(params, before, strict=True):
+        moved = (param.data != old).any(0 if optimizer.state[param]["side"] == 0 else 1)
+        assert param.data.isfinite().all()
+        assert not moved[5]
+        assert moved.sum() == len(moved) - 1
+    run(params, optimizer, [3])
+    assert all(param.data.isfinite().all() for param in params)
+
+
+@pytest.mark.parametrize("form", EVERY)
+def test_zero_gradients_move_nothing_before_there_is_momentum(form):
+    params, optimizer = start(form, dtype=torch.float32, weight_decay=0.0)
+    before = [param.data.clone() for param in params]
+    for param in params:
+        param.grad = torch.zeros_like(param)
+    optimizer.step()
+    for param, old in zip(params, before, strict=True):
+        assert torch.equal(param.data, old)
+    run(params, optimizer, range(3))
+    assert all(param.data.isfinite().all() for param in params)
+
+
+@pytest.mark.parametrize("form", EVERY)
+def test_a_gradient_in_the_span_of_its_basis_leaves_next_to_nothing_outside(form):
+    """Of what rounding leaves, `sign`, `normalize` and `orthogonal` make a step as of any other."""
+    params, optimizer = start(form, dtype=torch.float32, shapes=[(16, 24)], weight_decay=0.0)
+    low = torch.randn(16, 2) @ torch.randn(2, 24)
+    for _ in range(5):
+        params[0].grad = low.clone()
+        optimizer.step()
+    assert params[0].data.isfinite().all()
+
+
+@pytest.mark.parametrize("shape", [(1, 9), (9, 1), (1, 1), (7, 3)])
+@pytest.mark.parametrize("form", EVERY)
+def test_odd_shapes(form, shape):
+    params, optimizer = start(form, dtype=torch.float32, shapes=[shape, shape])
+    run(params, optimizer, range(5))
+    assert all(param.data.isfinite().all() for param in params)
+
+
+@pytest.mark.parametrize("form", EVERY)
+def test_gradients_and_weights_of_any_layout(form):
+    """Transposed, with gaps, negated: as dense ones."""
+    plain, first = start(form, "foreach", torch.float32)
+    odd, second = start(form, "foreach", torch.float32)
+    odd[0].data = odd[0].data.T.contiguous().T
+    for seed in range(4):
+        gradients(plain, seed)
+        for one, two in zip(plain, odd, strict=True):
+            two.grad = one.grad.clone()
+        odd[1].grad = torch.stack([plain[1].grad, plain[0].grad.T], -1)[..., 0]
+        odd[2].grad = torch._neg_view(-plain[2].grad)
+        first.step()
+        second.step()
+    for one, two in zip(plain, odd, strict=True):
+        torch.testing.assert_close(one, two, rtol=2e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("form", EVERY)
+@pytest.mark.parametrize(
+    "options",
+    [{"state": "int8"}, {"state": "int8", "basis": "int8"}, {"master": 24}]
+    + [{"rounding": "stochastic"}],
+    ids=str,
+)
+def test_half_precision_in_every_format(form, options):
+    """Against float32 weights with the same formats of moments and bases, stepped as they are."""
+    options = {"lr": 0.3, **options}
+    params, optimizer = start(form, dtype=torch.bfloat16, weight_decay=0.0, **options)
+    shared = {key: value for key, value in options.items() if key in ("lr", "state", "basis")}
+    twins, exact = start(form, dtype=torch.float32, weight_decay=0.0, **shared)
+    for twin, param in zip(twins, params, strict=True):
+        twin.data.copy_(param.data)
+    begin = [twin.data.clone() for twin in twins]
+    for seed in range(4):
+        gradients(params, seed)
+        for twin, param in zip(twins, params, strict=True):
+            twin.grad = param.grad.float()
+        optimizer.step()
+        exact.step()
+    for twin, param, old in zip(twins, params, begin, strict=True):
+        moved = float((twin.data - old).norm())
+        assert float((param.data.float() - twin.data).norm()) < 0.5 * moved
+
+
+@pytest.mark.parametrize("form", EVERY)
+def test_released_gradients_take_the_same_steps(form):
+    """In the backward pass, each by itself."""
+    outcomes = []
+    for releases in (False, True):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(12, 20, bias=False), nn.Tanh(), nn.Linear(20, 12))
+        matrices = [p for p in model.parameters() if p.dim() == 2]
+        rest = [p for p in model.parameters() if p.dim() != 2]
+        groups = [{"params": matrices, "rank": RANK, "update_proj_gap": 3}, {"params": rest}]
+        optimizer = LowRankAdamW(groups, lr=LR, **EVERY[form])
+        if releases:
+            release_gradients(model, optimizer)
+        for seed in range(7):
+            x = torch.randn(5, 12, generator=torch.Generator().manual_seed(seed))
+            optimizer.zero_grad()
+            model(x).square().mean().backward()
+            optimizer.step()
+        outcomes.append([param.detach().clone() for param in model.parameters()])
+    for one, two in zip(*outcomes, strict=True):
+        assert torch.equal(one, two)
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_plan_is_what_states_take(name):
+    params, optimizer = start(name, dtype=torch.bfloat16, state="int8")
+    planned = [row["state_bytes"] for row in optimizer.plan()]
+    run(params, optimizer, [0])
+    found = [
+        sum(v.nbytes for v in optimizer.state[p].values() if isinstance(v, torch.Tensor))
+        for p in params
+    ]
+    assert planned == found
+
+
+def test_forms_can_be_changed_between_steps():
+    params, optimizer = start("orthogonal, averaged", dtype=torch.float32)
+    run(params, optimizer, range(2))
+    orders = itertools.permutations(EVERY, 2)
+    for seed, (_, form) in enumerate(orders):
+        changed = {"per": "channel", "residual_momentum": 0.0, "residual_scale": None}
+        vars(optimizer).update(changed | EVERY[form])
+        run(params, optimizer, [seed])
+        state = optimizer.state[params[0]]
+        assert ("residual_avg" in state) == ("residual_momentum" in EVERY[form])
+        assert all(param.data.isfinite().all() for param in params)
+
+
+def test_another_methods_momentum_is_not_loaded():
+    params, averaged = start("sign, averaged", dtype=torch.float32)
+    run(params, averaged, range(2))
+    others, galore = start("sign", dtype=torch.float32)
+    galore.load_state_dict(averaged.state_dict())
+    assert "residual_avg" not in galore.state[others[0]]
+    run(others, galore, [2])
+
+
+def test_linear_layers_do_not_hand_r_over():
+    model = nn.Sequential(nn.Linear(12, 20))
+    optimizer = LowRankAdamW(
+        [{"params": [model[0].weight], "rank": 4}, {"params": [model[0].bias]}],
+        residual="orthogonal",
+    )
+    with pytest.raises(ValueError, match="residual='orthogonal' needs what lies outside"):
+        project_linears(model, optimizer)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "text"),
+    [
+        ({"residual": "orthogonl"}, ValueError, "residual must be one of official, paper"),
+        ({"residual": "scale", "per": "row"}, ValueError, "per must be one of channel, matrix"),
+        ({"residual": "paper", "per": "matrix"}, ValueError, "per='matrix' goes with"),
+        ({"residual": "sign", "residual_scale": -1.0}, ValueError, "residual_scale must be at"),
+        ({"residual": "sign", "residual_scale": math.inf}, ValueError, "residual_scale must be at"),
+        ({"residual": "sign", "residual_scale": "1"}, TypeError, "residual_scale must be a number"),
+        ({"residual": "scale", "residual_scale": 1.0}, ValueError, "residual_scale goes with"),
+        ({"residual_scale": 1.0}, ValueError, "residual_scale goes with"),
+        ({"residual": "sign", "residual_momentum": 1.0}, ValueError, "must be in"),
+        ({"residual": "paper", "residual_momentum": 0.9}, ValueError, "residual_momentum goes"),
+        (
+            {"residual": "orthogonal", "subspace": Subspace("gaussian")},
+            ValueError,
+            "needs an orthonormal basis",
+        ),
+    ],
+)
+def test_what_does_not_fit_is_refused(options, error, text):
+    weight = nn.Parameter(torch.zeros(4, 4))
+    with pytest.raises(error, match=text):
+        LowRankAdamW([{"params": [weight], "rank": 2}], **options)
+
+
+@pytest.mark.parametrize("per", ["channel", "matrix"])
+def test_apollo_by_its_equations(per):
+    """With Gaussian projections, which are not orthonormal, and Mini's rank of 1."""
+    torch.manual_seed(0)
+    weight = nn.Parameter(torch.randn(8, 12, dtype=torch.float64))
+    rank, alpha = (2, 1.0) if per == "channel" else (1, 128**0.5)
+    group = {"params": [weight], "rank": rank, "scale": alpha, "update_proj_gap": 3}
+    optimizer = ApolloAdamW([group], lr=LR, weight_decay=DECAY, per=per, backend="foreach")
+    for count in range(1, 8):
+        old, before = copy.deepcopy(optimizer.state[weight]), weight.data.clone()
+        run([weight], optimizer, [count])
+        state = optimizer.state[weight]
+        shape = state["exp_avg"].shape
+        moments = [wide(old.get(key), shape) for key in ("exp_avg", "exp_avg_sq")]
+        form = "scale", 0.0, per == "matrix"
+        scalars = LR, 0.9, 0.999, 1e-6, DECAY, alpha, count
+        given = before, weight.grad, state["basis"], state["side"] == 0, moments, scalars
+        expected, _ = oracle.step(form, *given, float(old.get("limiter_norm", 0.0)))
+        error = (weight.data - expected).norm() / (expected - before).norm()
+        assert float(error) < 1e-12
+    assert state["basis"].shape[1] == rank
+
+
+def test_fira_refuses_forms_that_are_not_its_own():
+    weight = nn.Parameter(torch.zeros(4, 4))
+    with pytest.raises(ValueError, match="residual must be one of official, paper, got 'sign'"):
+        FiraAdamW([{"params": [weight], "rank": 2}], residual="sign")
+
+
+def test_what_a_checkpoint_is_of_tells_the_options():
+    _, optimizer = start("orthogonal, averaged")
+    assert "residual=orthogonal, residual_momentum=0.9" in optimizer.method.described()
+    plain = GaLoreAdamW([{"params": [nn.Parameter(torch.zeros(4, 4))], "rank": 2}])
+    assert plain.method.described().startswith("residual=None, corrected=")
