@@ -15,6 +15,7 @@ from .optim import (
     GaLoreAdamW,
     GaLoreAdamW8bit,
     LowRankAdamW,
+    Restarts,
     param_groups,
 )
 from .subspace import Subspace
@@ -28,6 +29,7 @@ __all__ = [
     "GaLoreAdamW",
     "GaLoreAdamW8bit",
     "LowRankAdamW",
+    "Restarts",
     "Subspace",
     "backends",
     "param_groups",

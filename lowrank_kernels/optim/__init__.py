@@ -3,6 +3,7 @@
 from .lowrank_adamw import LowRankAdamW
 from .methods import AdaRankGradAdamW, FiraAdamW, GaLoreAdamW, GaLoreAdamW8bit
 from .param_groups import param_groups
+from .restarts import Restarts
 
 __all__ = [
     "AdaRankGradAdamW",
@@ -10,5 +11,6 @@ __all__ = [
     "GaLoreAdamW",
     "GaLoreAdamW8bit",
     "LowRankAdamW",
+    "Restarts",
     "param_groups",
 ]

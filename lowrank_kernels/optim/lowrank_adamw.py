@@ -197,6 +197,8 @@ class LowRankAdamW(Optimizer):
 
     _room_memory = staticmethod(new_memory)
     _grouped: tuple[list[int], dict[Tensor, Group]]
+    # On the rates of steps that are taken outside of `step`, in the backward pass.
+    lr_factor = 1.0
 
     def __new__(cls, *args: Any, **options: Any) -> "LowRankAdamW":
         """Says where the options of groups belong, which many try here first, and which arguments

@@ -139,6 +139,21 @@ def new_plain_state(param: Tensor, salt: int, form: StateFormat = "float32") -> 
     return state
 
 
+def forget_moments(state: State) -> None:
+    """Lets the moments of a state begin anew, in place; its basis and low bits of a weight stay.
+
+    Steps of a projected parameter go on, since refreshes and noise go by them. Fira's limiter
+    compares norms of a direction whose size depends on the steps that the moments have seen.
+    """
+    for entry in (*Stored._fields, "limiter_norm"):
+        if entry in state:
+            state[entry].zero_()
+    if "basis" in state:
+        state["moments_step"] = int(state["step"])
+    else:
+        state["step"].zero_()
+
+
 def state_bytes(state: State) -> int:
     """Bytes of the tensors in one parameter's state."""
     return sum(v.numel() * v.element_size() for v in state.values() if isinstance(v, Tensor))
