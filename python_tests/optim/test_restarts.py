@@ -387,7 +387,9 @@ def test_a_step_that_raises_leaves_no_lower_rate_in_a_checkpoint() -> None:
         params[0].grad.data = torch.randn(3, 3)
         with pytest.raises(RuntimeError, match="zero_grad"):
             optimizer.step()
-        after()
+        saved = after()
+        if saved:
+            assert [group["lr"] for group in saved["param_groups"]] == [0.01, 0.01]
         set_gradients(params, 0)
         optimizer.step()
         assert [group["lr"] for group in optimizer.param_groups] == [0.01, 0.01]
