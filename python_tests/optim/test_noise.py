@@ -245,6 +245,26 @@ def test_resume() -> None:
     assert resumed.stats() == optimizer.stats()
 
 
+def test_a_checkpoint_that_counted_but_had_no_noise_begins_it() -> None:
+    source = Source(1.0, 0)
+    optimizer = source.optimizer()
+    for _ in range(10):
+        source.draw()
+        optimizer.step()
+    saved = optimizer.state_dict()
+    for state in saved["state"].values():
+        del state["norm_sq"], state["norm_step"]
+    twin = Source(1.0, 0)
+    resumed = twin.optimizer()
+    resumed.load_state_dict(saved)
+    assert all(row["noise"] is None for row in resumed.stats())
+    twin.generator.set_state(source.generator.get_state())
+    twin.draw()
+    resumed.step()
+    assert [resumed.state[param]["norm_step"] for param in twin.params] == [10, 10]
+    assert sums(resumed.stats()) == pytest.approx(twin.inside(resumed), rel=0.2)
+
+
 def test_a_state_that_was_not_left_by_a_run_is_refused() -> None:
     source = Source(1.0, 0)
     optimizer = source.optimizer()
