@@ -420,8 +420,9 @@ class LowRankAdamW(Optimizer):
             summed over the entries of R) and signal (|g|^2, the squared norm of its mean). Both are
             means over some 1 / (1 - beta1) steps, of gradients as the optimizer gets them, inside
             of the subspace; a sum over matrices and steps scatters less than one of them. The noise
-            scale, the batch at which they are equal, is batch * sum of noise / sum of signal. None
-            before the second step of the moments.
+            scale, the batch at which they are equal, is batch * sum of noise / sum of signal. What
+            the mean moves meanwhile counts as noise, and can be nearly all of it. None before the
+            second step of the moments.
         """
         return report.stats(self)
 
