@@ -141,6 +141,27 @@ def rank_course(records: Records) -> str:
 
 
 @figure
+def noise(records: Records) -> str:
+    """What `stats` tells beside many batches: the noise scale, and its two parts as ratios."""
+    rows = []
+    for row in records["noise-nano"]["rows"]:
+        told, direct = row["told"], row["batches"]
+        rows.append(
+            (
+                row["step"],
+                f"{row['matrices']} ({row['count']})",
+                f"{row['told_scale']:.1f}",
+                f"{row['batches_scale']:.1f} ± {row['batches_scale_error']:.1f}",
+                f"{told['noise'] / direct['noise']:.2f}",
+                f"{told['signal'] / direct['signal']:.2f}",
+            )
+        )
+    headings = ("after step", "matrices", "noise scale, told", "noise scale of the batches")
+    headings += ("noise, told / of the batches", "signal, told / of the batches")
+    return table(headings, rows, source(records, "noise-nano"))
+
+
+@figure
 def stagger(records: Records) -> str:
     """The slowest step after the first, and the steps of the optimizer alone."""
     names = {

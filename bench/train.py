@@ -80,14 +80,7 @@ class Run:
             group["lr"] = group["initial_lr"] * factor
         batch = self.batches.train(self.step, settings.batch_size).to(self.device)
         self.clock.mark()
-        parts = batch.split(settings.micro_batch)
-        loss = torch.zeros((), device=self.device)
-        for part in parts:
-            part_loss = self._loss(part) / len(parts)
-            part_loss.backward()
-            loss += part_loss.detach()
-        if settings.clip > 0:
-            torch.nn.utils.clip_grad_norm_(self.model.parameters(), settings.clip)
+        loss = self.gradients(batch)
         self.clock.mark()
         self.optimizer.step()
         self.clock.mark()
@@ -99,6 +92,18 @@ class Run:
             self._note_subspaces()
         self.history.step_seconds.append(round(seconds, 6))
         self.history.optimizer_seconds.append(round(optimizer_seconds, 6))
+
+    def gradients(self, batch: torch.Tensor) -> torch.Tensor:
+        """Those of a batch, clipped; returns its loss."""
+        settings, loss = self.settings, torch.zeros((), device=self.device)
+        parts = batch.split(settings.micro_batch)
+        for part in parts:
+            part_loss = self._loss(part) / len(parts)
+            part_loss.backward()
+            loss += part_loss.detach()
+        if settings.clip > 0:
+            torch.nn.utils.clip_grad_norm_(self.model.parameters(), settings.clip)
+        return loss
 
     @torch.no_grad()
     def validate(self) -> float:

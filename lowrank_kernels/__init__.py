@@ -16,6 +16,7 @@ from .optim import (
     GaLoreAdamW,
     GaLoreAdamW8bit,
     LowRankAdamW,
+    Restarts,
     param_groups,
 )
 from .subspace import Subspace
@@ -30,6 +31,7 @@ __all__ = [
     "GaLoreAdamW",
     "GaLoreAdamW8bit",
     "LowRankAdamW",
+    "Restarts",
     "Subspace",
     "backends",
     "param_groups",

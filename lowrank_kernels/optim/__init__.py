@@ -9,6 +9,7 @@ from .methods import (
     GaLoreAdamW8bit,
 )
 from .param_groups import param_groups
+from .restarts import Restarts
 
 __all__ = [
     "AdaRankGradAdamW",
@@ -17,5 +18,6 @@ __all__ = [
     "GaLoreAdamW",
     "GaLoreAdamW8bit",
     "LowRankAdamW",
+    "Restarts",
     "param_groups",
 ]

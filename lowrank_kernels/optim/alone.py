@@ -87,6 +87,8 @@ class Alone(LowRankAdamW):
         (own,) = self.param_groups
         own.clear()
         own |= self._group | self._params_alone
+        if self._whole.lr_factor != 1.0:
+            own["lr"] = own["lr"] * self._whole.lr_factor
         self._step()
 
     def _named_groups(self) -> NamedGroups:

@@ -193,8 +193,8 @@ class LowRankAdamW(Optimizer):
             the state, so that no step is lost that is more than 2^-16 of its weight. In place of
             float32 copies, which take 4 bytes a weight. What other code writes into a weight is
             seen at the next step, with the old byte beside it: to half a unit in its last place.
-        monitor: counts non-finite gradients and steps held back by Fira's limiter for `stats`, at
-            the cost of a few small launches a matrix.
+        monitor: counts non-finite gradients and steps held back by Fira's limiter for `stats`, and
+            lets it tell the gradient's noise, at the cost of a few small launches a matrix.
 
     Attributes:
         state_format, basis_format, master: the arguments `state`, `basis` and `master`. They may be
@@ -210,6 +210,8 @@ class LowRankAdamW(Optimizer):
 
     _room_memory = staticmethod(new_memory)
     _grouped: tuple[list[int], dict[Tensor, Group]]
+    # On the rates of steps that are taken outside of `step`, in the backward pass.
+    lr_factor = 1.0
 
     def __new__(cls, *args: Any, **options: Any) -> "LowRankAdamW":
         """Says where the options of groups belong, which many try here first, and which arguments
@@ -347,6 +349,7 @@ class LowRankAdamW(Optimizer):
             batch.room.store_weights(batch.params, batch.states)
         if self.monitor:
             monitor.count(batch.states, matrices, before)
+            monitor.note_norms(batch.states, projection.projected, scalars.adam.beta1)
 
     def _params(self) -> Iterator[Tensor]:
         return (param for group in self.param_groups for param in group["params"])
@@ -417,8 +420,8 @@ class LowRankAdamW(Optimizer):
     def stats(self) -> list[dict[str, Any]]:
         """Says what each projected parameter's subspace is doing; no factorization, no gradient.
 
-        Everything but the counters of `monitor` is known on the host, so that every few steps are
-        not too often.
+        Everything but what `monitor` keeps is known on the host, so that every few steps are not
+        too often; noise and signal take a pass over M.
 
         Returns:
             A row for every projected parameter that has taken a step: name, step, rank, captured
@@ -426,8 +429,14 @@ class LowRankAdamW(Optimizer):
             since then), overlap (|P_new^T P_old|^2 / r at its last change, 1 for the same span, 0
             before there was one), refreshes, kept (refreshes that failed, so that the old basis
             stayed), fallbacks (slow factorizations), deficient (gradients of a lower rank than the
-            basis), gap_factor; and with `monitor` nonfinite (gradients) and limited (steps held
-            back by Fira's limiter), else None.
+            basis), gap_factor; and with `monitor`, else None, nonfinite (gradients), limited (steps
+            held back by Fira's limiter), noise (sigma^2, the variance of the gradient of a batch,
+            summed over the entries of R) and signal (|g|^2, the squared norm of its mean). Both are
+            means over some 1 / (1 - beta1) steps, of gradients as the optimizer gets them, inside
+            of the subspace; a sum over matrices and steps scatters less than one of them. The noise
+            scale, the batch at which they are equal, is batch * sum of noise / sum of signal. What
+            the mean moves meanwhile counts as noise, and can be nearly all of it. None before the
+            second step of the moments.
         """
         return report.stats(self)
 

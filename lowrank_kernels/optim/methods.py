@@ -134,9 +134,7 @@ class ApolloAdamW(LowRankAdamW):
         **options: Unpack[SubspaceOptions],
     ) -> None:
         options.setdefault("subspace", "gaussian")
-        super().__init__(
-            params, lr, betas, eps, weight_decay, residual="scale", per=per, **options
-        )
+        super().__init__(params, lr, betas, eps, weight_decay, residual="scale", per=per, **options)
 
 
 class AdaRankGradAdamW(LowRankAdamW):

@@ -77,7 +77,10 @@ class Outside(NamedTuple):
             raise ValueError(f"per must be one of {', '.join(PERS)}, got {self.per!r}")
         if self.per == "matrix" and self.residual != "scale":
             raise ValueError("per='matrix' goes with residual='scale'")
-        if not isinstance(self.residual_momentum, (int, float)) or not 0 <= self.residual_momentum < 1:
+        if (
+            not isinstance(self.residual_momentum, (int, float))
+            or not 0 <= self.residual_momentum < 1
+        ):
             raise ValueError(f"residual_momentum must be in [0, 1), got {self.residual_momentum!r}")
         if self.residual_momentum and self.residual not in TRANSFORMED:
             raise ValueError(f"residual_momentum goes with residual={' or '.join(TRANSFORMED)}")
@@ -88,10 +91,14 @@ class Outside(NamedTuple):
                 "residual_scale goes with residual=normalize, sign or orthogonal; of the others"
                 " it is the groups' scale"
             )
-        if isinstance(self.residual_scale, bool) or not isinstance(self.residual_scale, (int, float)):
+        if isinstance(self.residual_scale, bool) or not isinstance(
+            self.residual_scale, (int, float)
+        ):
             raise TypeError(f"residual_scale must be a number, got {self.residual_scale!r}")
         if not 0 <= self.residual_scale < math.inf:
-            raise ValueError(f"residual_scale must be at least 0 and finite, got {self.residual_scale}")
+            raise ValueError(
+                f"residual_scale must be at least 0 and finite, got {self.residual_scale}"
+            )
 
     def numbers(self, alpha: float, shape: Sequence[int]) -> Residual | None:
         """What operations 1 and 3 are told of it.
@@ -185,7 +192,9 @@ class Updater:
                 value = _averaged(value, taken, state, self._outside.residual_momentum)
             values.append(value)
         return (
-            [v.sign() for v in values] if self._outside.residual == "sign" else orthogonalized(values)
+            [v.sign() for v in values]
+            if self._outside.residual == "sign"
+            else orthogonalized(values)
         )
 
 

@@ -28,7 +28,7 @@ class Method(NamedTuple):
     def counters(self) -> tuple[str, ...]:
         """The 0-d entries of a projected state beside what its subspace keeps."""
         limiter = ("limiter_norm",) if self.outside.is_limited else ()
-        return limiter + (("nonfinite", "limited") if self.monitor else ())
+        return limiter + (("nonfinite", "limited", "norm_sq") if self.monitor else ())
 
     def described(self) -> str:
         """What makes a state: kept beside it, so that a checkpoint tells what it is of."""

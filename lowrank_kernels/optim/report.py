@@ -14,6 +14,7 @@ from ..ops.adamw import stepped_by
 from ..ops.dispatch import Kind
 from .formats import basis_format, format_for, has_low_bits, is_whole, moments_dtype
 from .groups import Group, is_projected, learning_rate, named_params, size_of
+from .monitor import noise_and_signal
 from .state import planned_state, state_bytes, subspace_stats
 
 if TYPE_CHECKING:
@@ -46,10 +47,15 @@ def plan(optimizer: LowRankAdamW) -> list[Row]:
 def stats(optimizer: LowRankAdamW) -> list[Row]:
     """See `LowRankAdamW.stats`."""
     return [
-        {"name": name, **subspace_stats(optimizer.state[param])}
+        {"name": name, **subspace_stats(optimizer.state[param]), **_noise(optimizer, group, param)}
         for name, group, param in _parameters(optimizer)
         if is_projected(group) and optimizer.state.get(param)
     ]
+
+
+def _noise(optimizer: LowRankAdamW, group: Group, param: Tensor) -> Row:
+    values = noise_and_signal(optimizer.state[param], float(group["betas"][0]))
+    return dict(zip(("noise", "signal"), values, strict=True))
 
 
 def described(optimizer: LowRankAdamW, groups: str) -> str:

@@ -17,6 +17,8 @@ optimizer's state. Projected parameter:
     ints and floats that tell of its bases: see `subspace.refresh.new_record`
     what a criterion or lazy refreshes keep: see `subspace.when.new_measures`
     nonfinite, limited   0-d counters, with `monitor`
+    norm_sq       0-d, with `monitor` the running mean of |R|^2, times 1 - beta1^t of its t steps
+    norm_step     int, with `monitor` completed steps when that began
     low_bits      int8, the shape of the weight, of a bfloat16 weight with master=24
     residual_avg, residual_avg_scale   int8, the shape of the weight, contiguous, and float32, one
                   for 256 elements: the mean of what is outside, with residual_momentum
@@ -38,7 +40,7 @@ from ..subspace import Subspace, new_measures, new_record
 from .checks import is_unresolved
 from .formats import StateFormat, format_for, groups_of, has_low_bits, new_basis, new_moments
 from .groups import Group, cut_rank, is_projected, side_of
-from .outside import new_momentum
+from .outside import MOMENTUM, new_momentum
 from .parts import Method
 
 State = dict[str, Any]
@@ -109,7 +111,7 @@ def complete(state: State, salt: int, subspace: Subspace, *counted: str) -> None
         state: of a projected parameter.
         salt: of its random numbers, where it has none yet.
         subspace: what it keeps of its own.
-        counted: names of 0-d entries: "limiter_norm", "nonfinite", "limited".
+        counted: names of 0-d entries: "limiter_norm", "nonfinite", "limited", "norm_sq".
     """
     basis = state["basis"]
     exp_avg = state["exp_avg"]
@@ -125,6 +127,8 @@ def complete(state: State, salt: int, subspace: Subspace, *counted: str) -> None
     if "limiter_norm" in counted and state.get("basis_step", -1) >= 0:
         # Of another method's steps: there is momentum, and no norm of it.
         expected["limiter_norm"] = like.new_full((), NOTHING_STORED)
+    if "norm_sq" in counted and "norm_sq" not in state:
+        expected["norm_step"] = int(state["step"])
     for key, value in expected.items():
         state.setdefault(key, value)
 
@@ -141,6 +145,21 @@ def new_plain_state(param: Tensor, salt: int, form: StateFormat = "float32") -> 
             param, dtype=moment_dtype(param.dtype), memory_format=torch.preserve_format
         )
     return state
+
+
+def forget_moments(state: State) -> None:
+    """Lets the moments of a state begin anew, in place; its basis and low bits of a weight stay.
+
+    Steps of a projected parameter go on, since refreshes and noise go by them. Fira's limiter
+    compares norms of a direction whose size depends on the steps that the moments have seen.
+    """
+    for entry in (*Stored._fields, *MOMENTUM, "limiter_norm"):
+        if entry in state:
+            state[entry].zero_()
+    if "basis" in state:
+        state["moments_step"] = int(state["step"])
+    else:
+        state["step"].zero_()
 
 
 def state_bytes(state: State) -> int:
@@ -183,8 +202,8 @@ def check_shapes(name: str, param: Tensor, state: State, projected: bool) -> Non
                 shapes = dict(zip(("basis", "basis_scale"), codes, strict=True))
             for key, wanted in shapes.items():
                 _check_shape(name, param, key, state.get(key), wanted)
-            if "limiter_norm" in state:
-                _check_shape(name, param, "limiter_norm", state["limiter_norm"], ())
+            for key in {"limiter_norm", "norm_sq"} & state.keys():
+                _check_shape(name, param, key, state[key], ())
         elif "basis" in state:
             raise ValueError(f"{name} has the state of a projected parameter, in an AdamW group")
     except KeyError as missing:
@@ -209,6 +228,7 @@ def check_counts(name: str, state: State, projected: bool) -> None:
     if projected:
         record = {**new_record(), **state}
         fits = fits and -1 <= record["basis_step"] <= step and 0 <= record["moments_step"] <= step
+        fits = fits and 0 <= record.get("norm_step", 0) <= step
         fits = fits and 0 <= record.get("salt", 0) < 2**32 and record["gap_factor"] >= 1
     if not fits:
         numbers = {key: value for key, value in state.items() if isinstance(value, (int, float))}
@@ -242,7 +262,7 @@ def check_storage(name: str, param: Tensor, state: State) -> None:
     if "basis" in state:
         held = state["basis"].dtype
         dtypes["basis"] = held if held in BASIS_CODES else param.dtype
-        dtypes |= {"basis_scale": torch.float32, "limiter_norm": wide}
+        dtypes |= {"basis_scale": torch.float32, "limiter_norm": wide, "norm_sq": wide}
     for key, dtype in dtypes.items():
         value = state.get(key)
         if value is None:

@@ -79,9 +79,7 @@ def test_steps_are_those_of_the_equations(form, backend):
         run(params, optimizer, [count])
         for param, (weight, old) in zip(params, before, strict=True):
             state = optimizer.state[param]
-            moments = [
-                wide(old.get(key), state[key].shape) for key in ("exp_avg", "exp_avg_sq")
-            ]
+            moments = [wide(old.get(key), state[key].shape) for key in ("exp_avg", "exp_avg_sq")]
             scalars = LR, 0.9, 0.999, 1e-6, DECAY, ALPHA, count
             expected, stored = oracle.step(
                 *(name, weight, param.grad, state["basis"], state["side"] == 0, moments, scalars),
