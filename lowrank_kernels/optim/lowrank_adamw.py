@@ -154,7 +154,7 @@ class LowRankAdamW(Optimizer):
             update. None: nothing (GaLore). "official", "paper": E by channels, scaled as Adam
             scales R and limited in growth, as Fira's code and its algorithm 1 do. "scale": all of G
             so, and nothing else (APOLLO, see `ApolloAdamW`). "normalize": each channel of E at a
-            root mean square of 1; "sign": its signs; "orthogonal": its orthogonal factor, nearly, by
+            root mean square of 1; "sign": its signs; "orthogonal": nearly its orthogonal factor, by
             Newton-Schulz iterations; each times `residual_scale`, without a state of their own.
         residual_scale: s of the last three, beside `scale` of what is in the subspace; None: 0.4
             for "orthogonal", else that `scale`.

@@ -116,8 +116,7 @@ class ApolloAdamW(LowRankAdamW):
     1: `ApolloAdamW(param_groups(model, rank=1, scale=128**0.5), per="matrix")`.
 
     Arguments, group keys and errors as in `LowRankAdamW`. Written from the paper's equations alone.
-    Other than `apollo-torch`, which adds the decay after the step size is corrected, it corrects the
-    moments for their bias, as the paper does.
+    Moments are corrected for their bias, as there.
 
     Source: APOLLO (arXiv 2412.05270), algorithm 1.
     """

@@ -224,11 +224,12 @@ def _averaged(value: Tensor, taken: Tensor, state: State, momentum: float) -> Te
 def _of_matrices(sums: ChannelSums) -> ChannelSums:
     """Those of N and R of a whole matrix in the place of each channel's; E's stay."""
     direction, projected, residual = (x.sum(1) if x.dim() == 3 else x for x in sums)
-    whole = [
-        x.where(residual < math.inf, 0.0).sum(1, keepdim=True).expand_as(x).contiguous()
-        for x in (direction, projected)
-    ]
-    return ChannelSums(*whole, residual)
+    finite = residual < math.inf
+
+    def whole(own: Tensor) -> Tensor:
+        return own.where(finite, 0.0).sum(1, keepdim=True).expand_as(own).contiguous()
+
+    return ChannelSums(whole(direction), whole(projected), residual)
 
 
 def _normalizing(sums: ChannelSums, matrices: Matrices) -> Tensor:
@@ -242,13 +243,18 @@ def _normalizing(sums: ChannelSums, matrices: Matrices) -> Tensor:
 def _without_span(matrices: Matrices, projection: Projection) -> tuple[Matrices, Projection]:
     """The same with bases of no direction, so that there is no product with them."""
     axis = rank_axis(matrices.side)
-    moments = {
-        name: [tensor.narrow(axis, 0, 0) for tensor in getattr(matrices, name)]
-        for name in ("exp_avgs", "exp_avg_sqs", "exp_avg_scales", "exp_avg_sq_scales")
-    }
-    lows = {
-        name: getattr(projection, name).narrow(1 + axis, 0, 0)
-        for name in ("direction", "projected")
-    }
-    bases = [basis[:, :0] for basis in matrices.bases]
-    return matrices._replace(bases=bases, **moments), projection._replace(**lows)
+
+    def none_of(tensors: Sequence[Tensor]) -> list[Tensor]:
+        return [tensor.narrow(axis, 0, 0) for tensor in tensors]
+
+    matrices = matrices._replace(
+        bases=[basis[:, :0] for basis in matrices.bases],
+        exp_avgs=none_of(matrices.exp_avgs),
+        exp_avg_sqs=none_of(matrices.exp_avg_sqs),
+        exp_avg_scales=none_of(matrices.exp_avg_scales),
+        exp_avg_sq_scales=none_of(matrices.exp_avg_sq_scales),
+    )
+    return matrices, projection._replace(
+        direction=projection.direction.narrow(1 + axis, 0, 0),
+        projected=projection.projected.narrow(1 + axis, 0, 0),
+    )

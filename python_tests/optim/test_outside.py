@@ -213,8 +213,12 @@ def test_gradients_and_weights_of_any_layout(form):
 @pytest.mark.parametrize("form", EVERY)
 @pytest.mark.parametrize(
     "options",
-    [{"state": "int8"}, {"state": "int8", "basis": "int8"}, {"master": 24}]
-    + [{"rounding": "stochastic"}],
+    [
+        {"state": "int8"},
+        {"state": "int8", "basis": "int8"},
+        {"master": 24},
+        {"rounding": "stochastic"},
+    ],
     ids=str,
 )
 def test_half_precision_in_every_format(form, options):
