@@ -206,7 +206,9 @@ def draw_fits(record: dict, path: Path) -> None:
     peaks = [row["total_bytes"] / 1e9 for row in rows]
     axes.plot(peaks, names, "D", color="black", label="held at once, at the most")
     for place, value in enumerate(peaks):
-        axes.annotate(f"{value:.1f}", (value, place), (7, 0), textcoords="offset points", va="center")
+        axes.annotate(
+            f"{value:.1f}", (value, place), (7, 0), textcoords="offset points", va="center"
+        )
     axes.axvline(24, color="black", linestyle=":", linewidth=1)
     axes.annotate("24 GB", (24, 1), (4, -2), ("data", "axes fraction"), "offset points", va="top")
     axes.invert_yaxis()
@@ -218,6 +220,53 @@ def draw_fits(record: dict, path: Path) -> None:
     model = f"LLaMA {rows[0]['model']}, bfloat16, r {own}, state in int8"
     figure.suptitle(f"What a step holds, planned: {model}", fontweight="bold")
     figure.savefig(path, dpi=130)
+
+
+def draw_family(record: dict, path: Path) -> None:
+    """The loss of every method against the bytes of its state and against what a run takes."""
+    rows = sorted(
+        (row for row in record["summary"] if row["loss"] is not None), key=lambda row: row["loss"]
+    )
+    settings = record["settings"]
+    names = [row["optimizer"] for row in record["summary"]]
+    figure = Figure(figsize=(15, 3.5 + 0.22 * len(rows)), layout="constrained")
+    panels = figure.subplots(1, 2, sharey=True)
+    on_gpu = settings["device"] == "cuda"
+    texts = {
+        "state_bytes": "bytes of state",
+        "run_seconds": "seconds of a run" if on_gpu else "processor seconds of a run, one thread",
+    }
+    for axes, (key, text) in zip(panels, texts.items(), strict=True):
+        for row in rows:
+            shade = colour(row["optimizer"], names.index(row["optimizer"]))
+            error = row["loss_error"] or 0.0
+            axes.errorbar(row[key], row["loss"], error, fmt="o", color=shade, ms=6, capsize=3)
+        axes.set_xscale("log")
+        axes.set_xlabel(text)
+        axes.margins(x=0.08, y=0.06)
+        tidy(axes)
+        _label_beside(axes, [(row[key], row["loss"], row["optimizer"]) for row in rows])
+    panels[0].set_ylabel("validation loss, mean and standard error over seeds")
+    tokens = settings["batch_size"] * settings["seq_len"]
+    run = f"{settings['steps']} steps of {tokens:,} tokens, {len(settings['seeds'])} seeds"
+    most = f"at most {record['search']['budget']} runs to find each one's rate and scale"
+    figure.suptitle(f"LLaMA {settings['model']}, {run}; {most}", fontweight="bold")
+    figure.savefig(path, dpi=130)
+
+
+def _label_beside(axes: Axes, points: list[tuple[float, float, str]]) -> None:
+    """Names in a column beside the panel, in the order of height: points lie too close for them."""
+    count = len(points)
+    for place, (x, y, name) in enumerate(sorted(points, key=lambda point: point[1])):
+        axes.annotate(
+            name,
+            (x, y),
+            xytext=(1.03, (place + 0.5) / count),
+            textcoords="axes fraction",
+            va="center",
+            fontsize="small",
+            arrowprops={"arrowstyle": "-", "color": "0.7", "lw": 0.6, "shrinkB": 4},
+        )
 
 
 # By the bench whose record of a device each draws.
