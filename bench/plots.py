@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 
 # Okabe and Ito's, which stay apart for colour-blind readers.
 COLOURS = ("#0072B2", "#56B4E9", "#E69F00", "#D55E00", "#009E73", "#CC79A7", "#000000")
@@ -232,20 +233,21 @@ def draw_family(record: dict, path: Path) -> None:
     figure = Figure(figsize=(15, 3.5 + 0.22 * len(rows)), layout="constrained")
     panels = figure.subplots(1, 2, sharey=True)
     on_gpu = settings["device"] == "cuda"
-    texts = {
-        "state_bytes": "bytes of state",
-        "run_seconds": "seconds of a run" if on_gpu else "processor seconds of a run, one thread",
-    }
-    for axes, (key, text) in zip(panels, texts.items(), strict=True):
+    seconds = "seconds of a run" if on_gpu else "processor seconds of a run, one thread"
+    sides = (("state_bytes", 1e-6, "MB of state"), ("run_seconds", 1.0, seconds))
+    for axes, (key, unit, text) in zip(panels, sides, strict=True):
         for row in rows:
             shade = colour(row["optimizer"], names.index(row["optimizer"]))
-            error = row["loss_error"] or 0.0
-            axes.errorbar(row[key], row["loss"], error, fmt="o", color=shade, ms=6, capsize=3)
-        axes.set_xscale("log")
+            place, error = (unit * row[key], row["loss"]), row["loss_error"] or 0.0
+            axes.errorbar(*place, error, fmt="o", color=shade, ms=6, capsize=3)
         axes.set_xlabel(text)
         axes.margins(x=0.08, y=0.06)
         tidy(axes)
-        _label_beside(axes, [(row[key], row["loss"], row["optimizer"]) for row in rows])
+        _label_beside(axes, [(unit * row[key], row["loss"], row["optimizer"]) for row in rows])
+    panels[0].set_xscale("log")
+    panels[0].xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    panels[0].xaxis.set_major_formatter("{x:g}")
+    panels[0].xaxis.set_minor_formatter(NullFormatter())
     panels[0].set_ylabel("validation loss, mean and standard error over seeds")
     tokens = settings["batch_size"] * settings["seq_len"]
     run = f"{settings['steps']} steps of {tokens:,} tokens, {len(settings['seeds'])} seeds"
@@ -265,7 +267,13 @@ def _label_beside(axes: Axes, points: list[tuple[float, float, str]]) -> None:
             textcoords="axes fraction",
             va="center",
             fontsize="small",
-            arrowprops={"arrowstyle": "-", "color": "0.7", "lw": 0.6, "shrinkB": 4},
+            arrowprops={
+                "arrowstyle": "-",
+                "color": "0.7",
+                "lw": 0.6,
+                "shrinkB": 4,
+                "relpos": (0, 0.5),
+            },
         )
 
 
