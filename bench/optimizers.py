@@ -179,6 +179,22 @@ def _adamw_split(
     return GaLoreAdamW(split, **_common(lr, recipe), **formats)
 
 
+def _apollo(groups: list[dict], lr: float, recipe: Recipe, **options: str) -> torch.optim.Optimizer:
+    from lowrank_kernels import ApolloAdamW
+
+    return ApolloAdamW(groups, **_common(lr, recipe), **options)
+
+
+def _residual(
+    form: str, groups: list[dict], lr: float, recipe: Recipe, **formats: str
+) -> torch.optim.Optimizer:
+    """Adam in the subspace and a form of the residual outside, with a scale of its own."""
+    from lowrank_kernels import LowRankAdamW
+
+    own = {"residual_scale": recipe.own_scale, "residual_momentum": recipe.beta or 0.0}
+    return LowRankAdamW(groups, residual=form, **own, **_common(lr, recipe), **formats)
+
+
 def _common(lr: float, recipe: Recipe) -> dict:
     return {"lr": lr, "weight_decay": recipe.weight_decay, "backend": recipe.backend}
 
@@ -282,10 +298,25 @@ METHODS = {
     "flashoptim": Method(peers.flashoptim, packages=("flashoptim",), device="cuda"),
 }
 
-# Compared by what they train to, at equal tuning: `bench.family`. Forms of the residual that have a
-# scale of their own go here, too.
+# Compared by what they train to, at equal tuning: `bench.family`; forms of the residual that have a
+# scale of their own are among them.
 _OWN = {"tunes": "own_scale", "nano_lr": 5e-3, "lr": 5e-3}
 RIVALS = {
+    "orthogonal": Method(
+        partial(_residual, "orthogonal"), own_scale=0.4, ranked=True, beta=True, **_OWN
+    ),
+    "orthogonal-8bit": Method(
+        partial(_residual, "orthogonal", state="int8"),
+        own_scale=0.4,
+        ranked=True,
+        beta=True,
+        **_OWN,
+    ),
+    "sign": Method(partial(_residual, "sign"), own_scale=0.1, ranked=True, beta=True, **_OWN),
+    "normalize": Method(partial(_residual, "normalize"), own_scale=0.1, ranked=True, **_OWN),
+    # alpha is near 1 for APOLLO and sqrt(128) for Mini.
+    "apollo": Method(_apollo, nano_lr=5e-3, lr=1e-2, **_RANKED),
+    "apollo-mini": Method(partial(_apollo, per="matrix"), nano_lr=5e-3, lr=1e-2, **_RANKED),
     "ldadam": Method(_ldadam, nano_lr=1e-2, lr=1e-2, **_RANKED),
     "muon": Method(rivals.muon, own_scale=0.4, beta=True, **_OWN),
     "muon-8bit": Method(rivals.muon_8bit, own_scale=0.4, beta=True, **_OWN),
