@@ -19,7 +19,7 @@ from ..subspace import Due, Readback, Subspace, is_due, is_measured, measure, ne
 from .checks import check_projector, check_shared, extent, is_unresolved, overlap, resolved
 from .families import joined
 from .groups import OPTIONS, Group, is_projected
-from .outside import Updater
+from .outside import AS_THEY_ARE, Updater
 from .parts import Method
 from .plain import Plain
 from .projected_gradient import (
@@ -96,7 +96,9 @@ class Batch:
         self.room = room
         backend = members[0].backend
         self.operations = ops.prepare(self.matrices(), backend=backend)
-        self.updater = Updater(method.outside, self.operations, backend)
+        self.updater: Updater | None = None
+        if method.outside.residual not in AS_THEY_ARE:
+            self.updater = Updater(method.outside, self.operations, backend)
         self.counts: list[int] = []  # steps that each matrix has taken, set before each step
         self._basis_steps: list[int] = []
         self._looked_from: list[int] = []

@@ -68,7 +68,7 @@ from .groups import (
     side_of,
     size_of,
 )
-from .outside import MOMENTUM, Outside, Per, ResidualForm, new_momentum
+from .outside import LIMITED, MOMENTUM, Outside, Per, ResidualForm, new_momentum
 from .parts import Method, Rounding
 from .projected_gradient import Projector, held, is_projected_gradient
 from .state import (
@@ -344,7 +344,13 @@ class LowRankAdamW(Optimizer):
             batch.measure(projection, self.subspace, self._readback)
         if batch.room.weights:
             batch.room.load_weights(batch.params, batch.states)
-        batch.updater.update(matrices, batch.states, projection, scalars)
+        if batch.updater is not None:
+            batch.updater.update(matrices, batch.states, projection, scalars)
+        else:
+            sums, factor = projection.sums, None
+            if sums is not None:
+                factor = operations.channel_scale(matrices, sums)
+            operations.back_project_update(matrices, projection, factor, scalars)
         if batch.room.weights:
             batch.room.store_weights(batch.params, batch.states)
         if self.monitor:
@@ -604,7 +610,7 @@ class LowRankAdamW(Optimizer):
         facts = facts_of(
             self.param_groups,
             self.state,
-            limited=self.outside.is_limited,
+            limited=self.residual in LIMITED,
             coded=self.state_format == "int8",
             coded_basis=self.basis_format != "weight",
             low_bits=self.master is not None,

@@ -99,8 +99,8 @@ class FiraAdamW(LowRankAdamW):
     ) -> None:
         if residual not in ("official", "paper"):
             raise ValueError(
-                f"residual must be one of official, paper, got {residual!r}; GaLoreAdamW has none,"
-                " and LowRankAdamW every form"
+                f"residual must be one of official, paper, got {residual!r}; use GaLoreAdamW for"
+                " none, LowRankAdamW for every form"
             )
         super().__init__(params, lr, betas, eps, weight_decay, residual=residual, **options)
 

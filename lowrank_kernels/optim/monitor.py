@@ -71,7 +71,8 @@ def noise_and_signal(state: State, beta1: float) -> tuple[float | None, float | 
     batches.
     """
     step = int(state["step"])
-    seen, age = step - state.get("norm_step", step), step - state["moments_step"]
+    # States of older versions, before their next step, lack both.
+    seen, age = step - state.get("norm_step", step), step - state.get("moments_step", 0)
     if seen < 1 or age < 2 or not beta1:
         return None, None
     weights_sq = (1 - beta1) / (1 + beta1) * (1 + beta1**age) / (1 - beta1**age)

@@ -37,6 +37,8 @@ Per = Literal["channel", "matrix"]
 LIMITED = ("official", "paper", "scale")
 # E itself is changed, as a matrix.
 TRANSFORMED = ("sign", "orthogonal")
+# Of which operations 2 and 3 compute all.
+AS_THEY_ARE = (None, "official", "paper")
 RESIDUAL_FORMS = (*LIMITED, "normalize", *TRANSFORMED)
 PERS = ("channel", "matrix")
 # s where none is given; of the other forms it is alpha.
@@ -122,7 +124,7 @@ class Outside(NamedTuple):
 
 
 class Updater:
-    """Operations 2 and 3 of a batch, in the form that is asked for.
+    """Operations 2 and 3 of a batch, in a form that is not theirs as they are.
 
     Args:
         outside: the form.
@@ -143,28 +145,26 @@ class Updater:
         scalars: Scalars,
     ) -> None:
         """Changes the weights, and what the states keep of E."""
-        form, sums, factor = self._outside.residual, projection.sums, None
-        if sums is not None:
-            if form in TRANSFORMED:
-                usable = sums.residual if sums.residual.dim() == 2 else sums.residual.sum(1)
-                factor = (usable < math.inf).to(sums.residual.dtype)
-                grads = self._transformed(matrices, states, projection.projected, factor)
-                matrices = matrices._replace(grads=grads)
-                projection = projection._replace(grads=None)
-            elif form == "normalize":
-                factor = _normalizing(sums, matrices)
-            else:
-                sums = _of_matrices(sums) if self._outside.per == "matrix" else sums
-                factor = self._operations.channel_scale(matrices, sums)
-        operations = self._operations
+        form, sums = self._outside.residual, projection.sums
+        assert sums is not None
+        if form == "normalize":
+            factor = _normalizing(sums, matrices)
+            self._operations.back_project_update(matrices, projection, factor, scalars)
+            return
         if form == "scale":
+            sums = _of_matrices(sums) if self._outside.per == "matrix" else sums
+            factor = self._operations.channel_scale(matrices, sums)
             matrices, projection = _without_span(matrices, projection)
             scalars = scalars._replace(scale=0.0)
-        if form == "scale" or form in TRANSFORMED:
-            if self._last is None:
-                self._last = ops.prepare(matrices, backend=self._backend)
-            operations = self._last
-        operations.back_project_update(matrices, projection, factor, scalars)
+        else:
+            usable = sums.residual if sums.residual.dim() == 2 else sums.residual.sum(1)
+            factor = (usable < math.inf).to(sums.residual.dtype)
+            grads = self._transformed(matrices, states, projection.projected, factor)
+            matrices = matrices._replace(grads=grads)
+            projection = projection._replace(grads=None)
+        if self._last is None:
+            self._last = ops.prepare(matrices, backend=self._backend)
+        self._last.back_project_update(matrices, projection, factor, scalars)
 
     def _transformed(
         self,
