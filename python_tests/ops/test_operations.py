@@ -14,7 +14,8 @@ from pairs import pairwise
 
 from lowrank_kernels.ops import AdamScalars, Matrices, Residual, Scalars, Side, prepare
 from lowrank_kernels.ops.reference import stochastically_rounded
-from lowrank_kernels.optim.batches import residual_of, step_scalars
+from lowrank_kernels.optim.batches import step_scalars
+from lowrank_kernels.optim.outside import Outside
 
 STEPS = 3
 FORMS = [None, "official", "paper"]
@@ -107,7 +108,7 @@ class Run:
         names = ("weight", "basis", "exp_avg", "exp_avg_sq", "limiter_norm")
         params, *rest = ([getattr(run, name) for run in runs] for name in names)
         grads = [run.grads[index] for run in runs]
-        residual = residual_of(first.form, first.options["scale"])
+        residual = Outside(first.form).numbers(first.options["scale"], first.weight.shape)
         return Matrices(first.side, residual, params, grads, *rest)
 
     @staticmethod
