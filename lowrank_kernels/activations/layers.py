@@ -18,7 +18,7 @@ from ..ops.contract import Side
 from ..ops.notices import notice_once
 from ..optim.first_bases import begin, can_begin, share_first
 from ..optim.lowrank_adamw import LowRankAdamW, not_compiled
-from ..optim.projected_gradient import Projector
+from ..optim.projected_gradient import ProjectedGradient, Projector
 from .linear import Products, ProjectedLinear, Use
 from .recompute import TAKERS, is_output_of_attention, is_recomputed
 from .reduction import Reduction
@@ -47,7 +47,7 @@ class _Input:
         x: itself, which may be gone.
         version: of it.
         users: layers, in the order of the forward pass.
-        begun: those on the right side whose first basis came from it.
+        begun: those on the right side that share a first basis, which came from it.
         products: x P.
     """
 
@@ -138,7 +138,9 @@ class Layer:
             return None
         given = self._inputs.of(x, self)
         use, projector = None, optimizer.wants(weight)
-        if projector is not None:
+        if _holds_a_first_whole_gradient(optimizer, weight):
+            pass
+        elif projector is not None:
             use = Use(projector)
         elif self._may_begin(optimizer, weight):
             start = self._start
@@ -199,14 +201,16 @@ class Layer:
         shares = self._shares and side is Side.RIGHT
 
         def from_gradient(heads: Tensor, x: Tensor) -> Projector | None:
+            if _holds_a_first_whole_gradient(optimizer, weight):
+                return None
             projector = optimizer.wants(weight)
-            if projector is None and shares and given.begun:
+            if projector is None and shares:
                 # The first to have a gradient decides for all, until their first refresh.
                 self._share(given, optimizer)
                 projector = optimizer.wants(weight)
             if projector is None:
                 projector = self.begin(optimizer, weight, gradient=heads.mT @ x)
-                if shares and projector is not None and self not in given.begun:
+                if shares and projector is not None and not given.begun:
                     given.begun.append(self)
             return projector
 
@@ -222,14 +226,26 @@ class Layer:
         if projector is None:
             return None
         if shares:
+            if not given.begun:
+                given.begun.append(self)
             self._share(given, optimizer)
         return Use(Projector.of(optimizer.state[weight]))
 
     def _share(self, given: _Input, optimizer: LowRankAdamW) -> None:
-        """Joins those whose first basis came from the same input."""
-        given.begun.append(self)
-        weights = [layer._weight() for layer in given.begun]
-        share_first(optimizer, [each for each in weights if each is not None])
+        """Joins those whose first basis came from the same input, if it is like them."""
+        if not given.begun or self in given.begun:
+            return
+        weights = [layer._weight() for layer in (*given.begun, self)]
+        if share_first(optimizer, [each for each in weights if each is not None]):
+            given.begun.append(self)
+
+
+def _holds_a_first_whole_gradient(optimizer: LowRankAdamW, weight: Tensor) -> bool:
+    """Of a micro-batch of the first step that could begin no basis: to G no R can be added."""
+    if weight.grad is None or isinstance(weight.grad, ProjectedGradient):
+        return False
+    state = optimizer.state.get(weight)
+    return not state or int(state["step"]) == 0
 
 
 @not_compiled

@@ -12,7 +12,7 @@ associativity; saving x P is CompAct's (arXiv 2410.15352).
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -75,7 +75,8 @@ class ProjectedLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, use: Use) -> Tensor:
-        ctx.use, ctx.x_shape, ctx.x_dtype = use, x.shape, x.dtype
+        # What is saved of x P, autograd alone shall keep.
+        ctx.use, ctx.x_shape, ctx.x_dtype = replace(use, products=None), x.shape, x.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
         cast = use.cast(x)
         ctx.has_product = use.saves_product(x)

@@ -98,8 +98,9 @@ def project_linears(
         share_bases: layers on the right side that have one input, as q, k and v or gate and up,
             share one basis, that of their gradients below each other, and x P. They are found in
             the first forward pass of a new optimizer; the first to have a gradient decides for all
-            until their first refresh. Not with `start="dense"`. One that is due without the others,
-            as with `release_gradients`, has its own from then on.
+            until their first refresh. Not with `start="dense"`; where ranks adapt, or with
+            `release_gradients`, by "activations" or "random" only. One that is due without the
+            others has its own from then on.
 
     Returns:
         What was taken and why not; its `undo()` restores the layers.

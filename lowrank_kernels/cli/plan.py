@@ -271,33 +271,42 @@ def _advice(
     until it does, less what was needless then.
     """
     chosen: dict[str, Any] = {}
-    found = 0
 
     def total(measures: dict[str, Any]) -> int:
         planner, optimizer = _planned_with(measures, name, model, args, memory)
         return planner.plan(optimizer, tokens).total
 
     useless = not projects(build_optimizer(name, model, args))
-    for key, value, needs_projection in MEASURES:
-        refused = (needs_projection and useless) or (key == "release" and args.accumulate)
-        if getattr(args, key) == value or refused:
-            continue
-        chosen[key] = value
-        found = total(chosen)
+    possible = {
+        key: value
+        for key, value, needs_projection in MEASURES
+        if getattr(args, key) != value
+        and not (needs_projection and useless)
+        and not (key == "release" and args.accumulate)
+    }
+    found = total({})
+    for key, value in possible.items():
+        more = chosen | {key: value}
+        # Some take more where they have nothing left to spare.
+        if (least := total(more)) < found:
+            chosen, found = more, least
         if found <= memory:
             break
-    added = _arguments(chosen)
     if found > memory or not chosen:
+        text = _no_way(name, model, args, memory, found, _arguments(chosen))
         return {
-            "add": added,
+            "add": _arguments(chosen),
             "total_bytes": found,
             "most_tokens": 0,
-            "text": _no_way(name, model, args, memory, found, added),
+            "text": text,
         }
-    for key in list(chosen):
-        fewer = {other: value for other, value in chosen.items() if other != key}
-        if fewer and (least := total(fewer)) <= memory:
-            chosen, found = fewer, least
+    needless = True
+    while needless:
+        needless = False
+        for key in list(chosen):
+            fewer = {other: value for other, value in chosen.items() if other != key}
+            if fewer and (least := total(fewer)) <= memory:
+                chosen, found, needless = fewer, least, True
     added = _arguments(chosen)
     text = f"{name} fits with {' '.join(added)}: {amount(memory - found)} to spare"
     most = None

@@ -64,9 +64,12 @@ def joined(due: list[Due]) -> list[Due]:
 
 
 def _of_norm_1(grad: Tensor) -> Tensor:
-    """Zero stays zero."""
-    norm = torch.linalg.vector_norm(grad, dtype=moment_dtype(grad.dtype))
-    return grad / norm.clamp_(min=torch.finfo(norm.dtype).tiny).to(grad.dtype)
+    """At least in float32; zero stays zero."""
+    wide = grad.to(moment_dtype(grad.dtype))
+    tiny = torch.finfo(wide.dtype).tiny
+    # In two steps, since the square of what is finite need not be.
+    wide = wide / wide.abs().amax().clamp_(min=tiny)
+    return wide / torch.linalg.vector_norm(wide).clamp_(min=tiny)
 
 
 def _agree(lead: State, state: State) -> bool:

@@ -61,9 +61,12 @@ def begin(
     return Projector.of(state) if state["basis_step"] >= 0 else None
 
 
-def share_first(optimizer: LowRankAdamW, params: list[Tensor]) -> None:
+def share_first(optimizer: LowRankAdamW, params: list[Tensor]) -> bool:
     """Lets parameters on the right side share the first one's basis from now on, if they are alike:
     in one group, of one rank, and before their first step. The first has its basis.
+
+    Returns:
+        Whether they do.
     """
     places = [_place_of(optimizer, param) for param in params]
     states = [_state_of(optimizer, param) for param in params]
@@ -74,8 +77,10 @@ def share_first(optimizer: LowRankAdamW, params: list[Tensor]) -> None:
         and state["basis_step"] <= lead["basis_step"] == 0
         for state in states
     )
-    if len(params) > 1 and len({id(group) for _, group, _ in places}) == 1 and alike:
+    shared = alike and len({id(group) for _, group, _ in places}) == 1
+    if shared:
         share(states, zlib.crc32(places[0][0].encode()))
+    return shared
 
 
 def _state_of(optimizer: LowRankAdamW, param: Tensor) -> State:

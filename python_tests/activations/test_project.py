@@ -4,6 +4,8 @@ import copy
 import functools
 import gc
 import io
+import itertools
+import math
 import pickle
 import weakref
 
@@ -23,7 +25,12 @@ from lowrank_kernels.activations import (
     saved_bytes,
 )
 from lowrank_kernels.ops.contract import Side, moment_dtype
-from lowrank_kernels.optim.projected_gradient import ProjectedGradient, held
+from lowrank_kernels.optim.families import _of_norm_1
+from lowrank_kernels.optim.projected_gradient import (
+    ProjectedGradient,
+    held,
+    is_projected_gradient,
+)
 
 LAYERS = ("q", "k", "up", "down")
 TOKENS = 23
@@ -590,6 +597,101 @@ def test_siblings_begin_with_the_basis_of_the_first_that_has_a_gradient():
     train(model, optimizer, 2 * GAP, first=1)
     assert q["basis"] is k["basis"]
     assert q["refreshes"] == k["refreshes"] >= 2
+
+
+class Heads(nn.Module):
+    """Layers of one input, of 4, 24 and 24 rows."""
+
+    def __init__(self):
+        super().__init__()
+        self.small, self.a, self.b = (nn.Linear(32, rows, bias=False) for rows in (4, 24, 24))
+
+    def forward(self, x, order=("small", "a", "b")):
+        found = {name: getattr(self, name)(x) for name in order}
+        return torch.cat([found[name] for name in ("small", "a", "b")], -1)
+
+
+@pytest.mark.parametrize("order", itertools.permutations(("small", "a", "b")))
+@pytest.mark.parametrize("kind", [GaLoreAdamW, AdaRankGradAdamW])
+@pytest.mark.parametrize("start", ["gradient", "activations"])
+def test_who_has_begun_for_itself_joins_no_more(kind, order, start):
+    """R is by the basis that the state has, of gradients of a rank of 4 as well."""
+    torch.manual_seed(0)
+    model, plain = Heads().double(), Heads().double()
+    plain.load_state_dict(model.state_dict())
+    group = {"params": list(model.named_parameters()), "rank": 12, "proj_type": "right"}
+    options = {"criterion": None} if kind is AdaRankGradAdamW else {}
+    optimizer = kind([group], lr=1e-2, **options)
+    project_linears(model, optimizer, start=start, share_bases=True)
+    x, low = torch.randn(40, 32).double(), torch.randn(40, 4).double()
+    own = [low @ torch.randn(4, 24).double(), low.roll(3, 0) @ torch.randn(4, 24).double()]
+    heads = torch.cat([torch.randn(40, 4).double(), *own], -1)
+    for each in (model, plain):
+        (each(x, order) * heads).sum().backward()
+    for weight, other in zip(model.parameters(), plain.parameters(), strict=True):
+        expected = expected_r(optimizer, weight, other.grad)
+        assert (weight.grad.held - expected).norm() <= 1e-13 * expected.norm()
+    a, b = (optimizer.state[layer.weight] for layer in (model.a, model.b))
+    if kind is GaLoreAdamW and order[-1 if start == "gradient" else 0] != "small":
+        assert a["basis"] is b["basis"]
+
+
+@pytest.mark.parametrize("start", ["gradient", "activations", "random"])
+@pytest.mark.parametrize("shares", [False, True])
+@pytest.mark.parametrize("bad", [0.0, math.nan])
+def test_a_first_micro_batch_without_a_gradient_leaves_the_first_step_whole(start, shares, bad):
+    """As of an expert that got no tokens."""
+    if start == "gradient" or bad == 0.0:
+        model, plain = Heads().double(), Heads().double()
+        plain.load_state_dict(model.state_dict())
+        group = {"params": list(model.named_parameters()), "rank": 4, "proj_type": "right"}
+        optimizer = GaLoreAdamW([group], lr=1e-2)
+        project_linears(model, optimizer, start=start, share_bases=shares)
+        x = torch.randn(6, 32).double()
+        for each in (model, plain):
+            (each(x) * bad).sum().backward()
+            each(x).square().sum().backward()
+        for weight, other in zip(model.parameters(), plain.parameters(), strict=True):
+            own = weight.grad
+            if isinstance(own, ProjectedGradient):
+                own, other = own.held, expected_r(optimizer, weight, other.grad)
+            else:
+                other = other.grad
+            torch.testing.assert_close(own, other, rtol=1e-12, atol=1e-12, equal_nan=True)
+        optimizer.step()
+        optimizer.zero_grad()
+        model(x).square().sum().backward()
+        assert bad != 0.0 or all(map(is_projected_gradient, (p.grad for p in model.parameters())))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("size", [1e-30, 1e-12, 1.0, 1e12, 1e30])
+def test_siblings_count_as_much_whatever_their_gradients_are(dtype, size):
+    own = torch.randn(8, 12).to(dtype).mul(size).to(dtype)
+    if own.isfinite().all() and float(own.abs().min()) > 0:
+        found = _of_norm_1(own)
+        assert float(found.norm()) == pytest.approx(1, rel=1e-5)
+    assert torch.equal(_of_norm_1(torch.zeros(3, 4, dtype=dtype)), torch.zeros(3, 4))
+
+
+def test_nothing_but_autograd_keeps_products():
+    """Under checkpointing that keeps nothing, nothing is kept."""
+    model, optimizer = build(start="gradient", shares=True)
+    train(model, optimizer, 1)
+    x = torch.randn(50, 24, dtype=torch.float64, requires_grad=True)
+    alive = []
+
+    def pack(tensor):
+        alive.append(weakref.ref(tensor))
+        return tensor.shape
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, torch.zeros):
+        out = model.q(x).sum() + model.k(x).sum()
+    model.up(torch.randn(5, 24, dtype=torch.float64))
+    gc.collect()
+    shapes = [each().shape for each in alive if each() is not None]
+    assert (50, 4) not in shapes
+    del out
 
 
 def test_a_sibling_that_is_due_alone_leaves_its_family():
