@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 
 from bench.models import PRESETS
-from bench.tables import difference_texts, less_text, share_text
+from bench.tables import difference_texts, family_texts, less_text, share_text, tried_text
 
 RESULTS = Path(__file__).parent / "results"
 NOT_MEASURED = "**not measured**"
@@ -376,6 +376,20 @@ def _losses(records: Records, name: str) -> str:
     runs = "".join(f"; `{each['command']}`" for each in record["comparisons"])
     headings = ("arm", "lr", "seeds", "mean", "standard error", "mean + 2 standard errors, sizes")
     return table(headings, lines, source(records, name) + runs)
+
+
+@figure
+def family(records: Records) -> str:
+    """Every method at the rate and scale that were found for it, and what was tried."""
+    if "family-nano" not in records:
+        return f"\n{NOT_MEASURED}\n"
+    record = records["family-nano"]
+    worst = {None: math.inf}
+    rows = sorted(record["summary"], key=lambda row: worst.get(row["loss"], row["loss"]))
+    lines = [(*family_texts(row), tried_text(row)) for row in rows]
+    headings = ("optimizer", "lr", "scale", "loss", f"to {rows[0]['against']}", "seeds", "state MB")
+    headings += ("step, ms", "tokens/s", "runs", "tried on one seed: rate, scale: loss")
+    return table(headings, lines, source(records, "family-nano"))
 
 
 PROJECTED = "activations-cpu"

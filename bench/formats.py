@@ -48,6 +48,7 @@ class Run:
     steps: int
     parameters: int
     loss: float
+    scale: float | None = None
 
 
 @dataclass(frozen=True)
@@ -121,20 +122,20 @@ def paired(records: list[dict]) -> list[Arm]:
         ValueError: there are two different runs of one seed, or a pair is of different length or of
             different models.
     """
-    runs: dict[tuple[str, float, int], Run] = {}
+    runs: dict[tuple[str, float, float | None, int], Run] = {}
     for record in records:
         run = _run(record)
-        known = runs.setdefault((run.optimizer, run.lr, run.seed), run)
+        known = runs.setdefault((run.optimizer, run.lr, run.scale, run.seed), run)
         if known != run:
             raise ValueError(f"two runs of {run.optimizer}, lr {run.lr:g}, seed {run.seed}")
     arms = []
-    for name, lr in dict.fromkeys((run.optimizer, run.lr) for run in runs.values()):
+    for name, lr, scale in dict.fromkeys(key[:3] for key in runs):
         base = base_of(name)
-        seeds = [run.seed for run in runs.values() if (run.optimizer, run.lr) == (name, lr)]
-        seeds = [seed for seed in sorted(seeds) if (base, lr, seed) in runs]
+        seeds = [seed for *point, seed in runs if point == [name, lr, scale]]
+        seeds = [seed for seed in sorted(seeds) if (base, lr, scale, seed) in runs]
         if base is None or not seeds:
             continue
-        pairs = [(runs[name, lr, seed], runs[base, lr, seed]) for seed in seeds]
+        pairs = [(runs[name, lr, scale, seed], runs[base, lr, scale, seed]) for seed in seeds]
         for own, other in pairs:
             if (own.steps, own.parameters) != (other.steps, other.parameters):
                 raise ValueError(f"{name} and {base}, seed {own.seed}: {own.steps} and"
@@ -152,7 +153,8 @@ def _run(record: dict) -> Run:
     last = [record["train_loss"][-1], record["validation"][-1][1] if record["validation"] else None]
     loss = math.inf if None in last else final_loss(record)
     steps = len(record["train_loss"])
-    return Run(*own, steps=steps, parameters=record["parameters"], loss=loss)
+    facts = {"parameters": record["parameters"], "scale": record.get("scale")}
+    return Run(*own, steps=steps, loss=loss, **facts)
 
 
 def _difference(own: float, other: float) -> float:

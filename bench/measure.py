@@ -6,6 +6,7 @@ import hashlib
 import resource
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -70,19 +71,33 @@ class PeakMemory:
 def tensor_bytes(value: object) -> int:
     """Sums the bytes of all tensors in a nest of dicts, lists, tuples and objects, as states are.
 
-    The official packages keep a basis in an object.
+    The official packages keep a basis in an object. A tensor that several states hold counts once,
+    such as the codes of bitsandbytes.
     """
+    return sum({id(tensor): _bytes(tensor) for tensor in _tensors(value)}.values())
+
+
+def _tensors(value: object) -> Iterator[torch.Tensor]:
     if isinstance(value, torch.Tensor):
         # A quantized tensor shows the dtype that it stands for, not the one that it holds.
         parts = getattr(value, "__tensor_flatten__", None)
-        if parts is not None:
-            return sum(tensor_bytes(getattr(value, name)) for name in parts()[0])
-        return value.numel() * value.element_size()
-    if isinstance(value, dict):
-        return sum(tensor_bytes(entry) for entry in value.values())
-    if isinstance(value, (list, tuple)):
-        return sum(tensor_bytes(entry) for entry in value)
-    return tensor_bytes(getattr(value, "__dict__", ()))
+        if parts is None:
+            yield value
+        else:
+            for name in parts()[0]:
+                yield from _tensors(getattr(value, name))
+    elif isinstance(value, dict):
+        for entry in value.values():
+            yield from _tensors(entry)
+    elif isinstance(value, (list, tuple)):
+        for entry in value:
+            yield from _tensors(entry)
+    else:
+        yield from _tensors(getattr(value, "__dict__", ()))
+
+
+def _bytes(tensor: torch.Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
 
 
 def weights_digest(model: torch.nn.Module) -> str:

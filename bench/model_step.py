@@ -30,7 +30,7 @@ from rich.table import Table
 from bench.cases import DTYPES, STEP, Case
 from bench.measure import tensor_bytes
 from bench.models import PRESETS, Preset, build_model, cast_parameters
-from bench.optimizers import FORMATS, METHODS, present
+from bench.optimizers import FORMATS, METHODS, RIVALS, present
 from bench.options import parse, parser, words
 from bench.peers import Recipe
 from bench.record import head, result, write_lines
@@ -308,13 +308,14 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit("model_step: ours is not the reference's step, so no time")
 
 
-# They differ from others in rates, in refreshes or in the model, or are there to train worse.
+# They differ from others in rates, in refreshes or in the model, or are there to be trained with.
 NOT_HERE = tuple(
     name
     for name, method in METHODS.items()
     if name.startswith(("adamw-split", "galore-svd", "galore-together"))
     or name.endswith(("-moved", "-nearest", "-reversed"))
     or method.prepare
+    or name in RIVALS
 )
 
 

@@ -38,6 +38,14 @@ RECIPES = {
 }
 PRESETS = {name: Preset(*asdict(SHAPES[name]).values(), *RECIPES[name]) for name in SHAPES}
 
+# The paper's 9m and 20m are mostly vocabulary. These have their parameters in the blocks, with
+# bytes as tokens, and recipes for hours on two CPU cores.
+BLOCKS = {
+    "9m-bytes": Preset(256, 688, 8, 11, 64, 200, 256, 16, 16, 400),
+    "20m-bytes": Preset(384, 1024, 8, 11, 96, 200, 256, 16, 16, 400),
+}
+MODELS = PRESETS | BLOCKS
+
 
 def build_model(preset: Preset, vocab_size: int, seq_len: int) -> LlamaForCausalLM:
     """Builds the model in float32 on the default device, with weights from the global generator."""

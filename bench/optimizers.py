@@ -7,13 +7,14 @@ a low-rank method projects, and the others ignore the rank. A new one is one ent
 from __future__ import annotations
 
 import importlib.util
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 from unittest import mock
 
-from bench import peers
+from bench import peers, rivals
 from bench.peers import Recipe
 
 if TYPE_CHECKING:
@@ -32,6 +33,11 @@ class Method:
 
     A variant is compared only if it is named. What cannot `train` has no way to renew its basis.
     What is `compiled` by torch cannot be watched on a CPU. `prepare` is what it does to a model.
+
+    `tunes` is the field of the recipe that is its second tunable: "scale" where that is the alpha
+    of hidden matrices, "own_scale" where the method has a scale of its own, whose usual value is
+    then `own_scale`. `ranked` methods depend on the rank of their groups, and those with a `beta`
+    on the recipe's.
     """
 
     build: Build
@@ -43,6 +49,10 @@ class Method:
     train: bool = True
     compiled: bool = False
     prepare: Prepare | None = None
+    tunes: str | None = None
+    own_scale: float | None = None
+    ranked: bool = False
+    beta: bool = False
 
     def optimizer_of(
         self, model: torch.nn.Module, groups: list[dict], lr: float, recipe: Recipe
@@ -61,9 +71,31 @@ class Method:
         return f"{absent[0]} is not installed" if absent else None
 
 
+def named(name: str) -> tuple[Method, dict[str, float]]:
+    """A method and what its name says of its options: `fira@16` is fira of rank 16, `muon@b0.9`
+    muon with a beta of 0.9.
+
+    Raises:
+        ValueError: there is no such method, or it has no such option.
+    """
+    known, *words = name.split("@")
+    if known not in METHODS:
+        raise ValueError(f"unknown optimizer {known!r}: the known ones are {', '.join(METHODS)}")
+    method, options = METHODS[known], {}
+    for word in words:
+        if word.isdecimal() and int(word) and method.ranked:
+            options["rank"] = int(word)
+        elif re.fullmatch(r"b0(\.\d+)?", word) and method.beta:
+            options["beta"] = float(word[1:])
+        else:
+            takes = [text for text, has in (("@16", method.ranked), ("@b0.9", method.beta)) if has]
+            raise ValueError(f"{name}: {known} takes {' and '.join(takes) or 'no options'}")
+    return method, options
+
+
 def present(names: Iterable[str], device: str) -> tuple[list[str], dict[str, str]]:
     """Those that can run here, and the others with the reason why not."""
-    reasons = {name: METHODS[name].obstacle(device) for name in names}
+    reasons = {name: named(name)[0].obstacle(device) for name in names}
     here = [name for name, reason in reasons.items() if reason is None]
     return here, {name: reason for name, reason in reasons.items() if reason is not None}
 
@@ -108,6 +140,17 @@ def _project_linears(
     from lowrank_kernels.activations import project_linears
 
     return project_linears(model, optimizer, **options)
+
+
+def _ldadam(groups: list[dict], lr: float, recipe: Recipe) -> torch.optim.Optimizer:
+    """A power iteration a step, moments that follow the basis; without its full-size feedback of
+    errors, and with its basis from the gradient alone.
+    """
+    from lowrank_kernels import LowRankAdamW, Subspace
+
+    every = [group | ({"update_proj_gap": 1} if "rank" in group else {}) for group in groups]
+    subspace = Subspace("power", moments="carry_ldadam", stagger=False)
+    return LowRankAdamW(every, corrected=True, subspace=subspace, **_common(lr, recipe))
 
 
 def _adarankgrad(
@@ -197,14 +240,17 @@ def _to_nearest(build: Build) -> Build:
 #   galore       3e-3 1.672   1e-2 1.552   2e-2 1.545
 #   fira         3e-3 1.554   5e-3 1.517   1e-2 1.552
 # Above nano the rates are the published ones, from 60m (7b used 0.005).
+# Their scale is the alpha of hidden matrices, of those that are projected and of others.
+_SPLIT = {"tunes": "scale"}
+_RANKED = {"tunes": "scale", "ranked": True}
 METHODS = {
     "adamw": Method(peers.adamw, variant=False),
-    "adamw-split": Method(peers.adamw_split, nano_lr=5e-3, lr=1e-2, variant=False),
-    "galore": Method(_galore, nano_lr=2e-2, lr=1e-2, variant=False),
-    "galore-svd": Method(_galore_svd, nano_lr=2e-2, lr=1e-2),
-    "galore-together": Method(_galore_together, nano_lr=2e-2, lr=1e-2),
-    "adarankgrad": Method(_adarankgrad, nano_lr=2e-2, lr=1e-2, variant=False),
-    "fira": Method(_fira, nano_lr=5e-3, lr=1e-2, variant=False),
+    "adamw-split": Method(peers.adamw_split, nano_lr=5e-3, lr=1e-2, variant=False, **_SPLIT),
+    "galore": Method(_galore, nano_lr=2e-2, lr=1e-2, variant=False, **_RANKED),
+    "galore-svd": Method(_galore_svd, nano_lr=2e-2, lr=1e-2, **_RANKED),
+    "galore-together": Method(_galore_together, nano_lr=2e-2, lr=1e-2, **_RANKED),
+    "adarankgrad": Method(_adarankgrad, nano_lr=2e-2, lr=1e-2, variant=False, **_RANKED),
+    "fira": Method(_fira, nano_lr=5e-3, lr=1e-2, variant=False, **_RANKED),
     "adamw-foreach": Method(peers.adamw_foreach),
     "adamw-master": Method(peers.MasterAdamW),
     "adamw-factored-8bit": Method(peers.factored_8bit),
@@ -212,17 +258,48 @@ METHODS = {
     "hybrid-fira": Method(peers.hybrid_fira, train=False),
     # galore-torch has an 8-bit optimizer beside this one, and imports both.
     "galore-torch": Method(
-        peers.galore_torch, nano_lr=2e-2, lr=1e-2, packages=("galore_torch", "bitsandbytes")
+        peers.galore_torch,
+        nano_lr=2e-2,
+        lr=1e-2,
+        packages=("galore_torch", "bitsandbytes"),
+        **_RANKED,
     ),
     "galore-torch-8bit": Method(
-        peers.galore_torch_8bit, nano_lr=2e-2, lr=1e-2, packages=("galore_torch", "bitsandbytes")
+        peers.galore_torch_8bit,
+        nano_lr=2e-2,
+        lr=1e-2,
+        packages=("galore_torch", "bitsandbytes"),
+        **_RANKED,
     ),
-    "fira-official": Method(peers.fira_official, nano_lr=5e-3, lr=1e-2, packages=("fira",)),
-    "apollo-torch": Method(peers.apollo_torch, nano_lr=1e-2, lr=1e-2, packages=("apollo_torch",)),
+    "fira-official": Method(
+        peers.fira_official, nano_lr=5e-3, lr=1e-2, packages=("fira",), **_RANKED
+    ),
+    "apollo-torch": Method(
+        peers.apollo_torch, nano_lr=1e-2, lr=1e-2, packages=("apollo_torch",), ranked=True
+    ),
     "torchao-8bit": Method(peers.torchao_8bit, packages=("torchao",), compiled=True),
     "bitsandbytes-8bit": Method(peers.bitsandbytes_8bit, packages=("bitsandbytes",)),
     "flashoptim": Method(peers.flashoptim, packages=("flashoptim",), device="cuda"),
 }
+
+# Compared by what they train to, at equal tuning: `bench.family`. Forms of the residual that have a
+# scale of their own go here, too.
+_OWN = {"tunes": "own_scale", "nano_lr": 5e-3, "lr": 5e-3}
+RIVALS = {
+    "ldadam": Method(_ldadam, nano_lr=1e-2, lr=1e-2, **_RANKED),
+    "muon": Method(rivals.muon, own_scale=0.4, beta=True, **_OWN),
+    "muon-8bit": Method(rivals.muon_8bit, own_scale=0.4, beta=True, **_OWN),
+    "newton-schulz": Method(rivals.stateless_muon, own_scale=0.8, **_OWN),
+    "swan": Method(rivals.swan, own_scale=0.8, **_OWN),
+    # Its columns have norm 1, and so entries of about a tenth of the others'.
+    "scale": Method(rivals.scale, own_scale=4.0, beta=True, **_OWN),
+    "adafactor-8bit": Method(rivals.adafactor_8bit, nano_lr=5e-3, lr=1e-2, **_SPLIT),
+    "adamw-8bit": Method(
+        rivals.adamw_8bit, nano_lr=5e-3, lr=1e-2, packages=("bitsandbytes",), **_SPLIT
+    ),
+    "stable-spam": Method(rivals.stable_spam, nano_lr=5e-3, lr=1e-2, **_SPLIT),
+}
+METHODS |= RIVALS
 
 # Formats that a method can be named with, and what such a name builds.
 FORMATS = {
@@ -261,8 +338,10 @@ for _name, _build in {
         "reversed": _reversed(_build),
         "8bit-basis-reversed": _reversed(_in["8bit-basis"]),
     }
-    _rates = {"nano_lr": METHODS[_name].nano_lr, "lr": METHODS[_name].lr}
-    METHODS |= {f"{_name}-{arm}": Method(build, **_rates) for arm, build in _arms.items()}
+    METHODS |= {
+        f"{_name}-{arm}": replace(METHODS[_name], build=build, variant=True)
+        for arm, build in _arms.items()
+    }
 
 # There is no basis in it, and no side.
 METHODS = {

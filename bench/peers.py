@@ -30,22 +30,26 @@ class Recipe:
     backend: str = "auto"
     residual: str = "official"
     residual_energy: float = 0.01
+    # Of methods that have them: what their matrices' steps are multiplied by, beside the rate, and
+    # the decay of their momentum, where it is to be another than the method's own.
+    own_scale: float = 1.0
+    beta: float | None = None
 
 
-def _tensors(group: dict) -> list[Tensor]:
+def tensors_of(group: dict) -> list[Tensor]:
     """The parameters of a group, without the names that packages do not know."""
     return [entry[1] if isinstance(entry, tuple) else entry for entry in group["params"]]
 
 
 def _all(groups: list[dict]) -> list[Tensor]:
-    return [tensor for group in groups for tensor in _tensors(group)]
+    return [tensor for group in groups for tensor in tensors_of(group)]
 
 
 def _stripped(groups: list[dict], **names: str) -> Iterator[dict]:
     """Groups without names of parameters; `names` renames keys of projected groups."""
     for group in groups:
         options = {names.get(key, key): value for key, value in group.items() if key != "params"}
-        yield {"params": _tensors(group), **options}
+        yield {"params": tensors_of(group), **options}
 
 
 def adamw(groups: list[dict], lr: float, recipe: Recipe) -> torch.optim.Optimizer:
@@ -59,7 +63,7 @@ def adamw_foreach(groups: list[dict], lr: float, recipe: Recipe) -> torch.optim.
 def adamw_split(groups: list[dict], lr: float, recipe: Recipe) -> torch.optim.Optimizer:
     """AdamW with the rates that GaLore implies: `scale` shrinks the projected matrices' only."""
     split = [
-        {"params": _tensors(group), "lr": lr * recipe.scale if "rank" in group else lr}
+        {"params": tensors_of(group), "lr": lr * recipe.scale if "rank" in group else lr}
         for group in groups
     ]
     return torch.optim.AdamW(split, lr=lr, weight_decay=recipe.weight_decay, fused=True)
@@ -110,7 +114,19 @@ class MasterAdamW:
 BLOCK = 256
 
 
-class FactoredAdamW(torch.optim.Optimizer):
+class KeptState(torch.optim.Optimizer):
+    """With states that are loaded in the dtypes in which they were saved."""
+
+    def load_state_dict(self, saved: dict[str, Any]) -> None:
+        super().load_state_dict(saved)
+        # Not in the weights' dtype, to which torch casts all states.
+        for index, param in enumerate(_all(self.param_groups)):
+            for name, value in saved["state"].get(index, {}).items():
+                kept = value.to(param.device, copy=True) if isinstance(value, Tensor) else value
+                self.state[param][name] = kept
+
+
+class FactoredAdamW(KeptState):
     """AdamW with M in 8 bits and, of a matrix, the row and column means of V in place of V.
 
     M = q scale of 256 elements, q to the nearest from -127 to 127; V of (i, j) is taken as
@@ -133,8 +149,8 @@ class FactoredAdamW(torch.optim.Optimizer):
         state = self.state[param] or self._new_state(param)
         (beta1, beta2), lr, grad = group["betas"], group["lr"], param.grad.float()
         state["step"] += 1
-        momentum = _momentum(state).lerp_(grad, 1 - beta1)
-        _keep_momentum(state, momentum)
+        momentum = momentum_of(state).lerp_(grad, 1 - beta1)
+        keep_momentum(state, momentum)
         # As in the paper, so that rows without a gradient are no division by zero.
         squares = grad.square().add_(1e-30)
         if "rows" in state:
@@ -150,10 +166,8 @@ class FactoredAdamW(torch.optim.Optimizer):
     def _new_state(self, param: Tensor) -> dict[str, Any]:
         state: dict[str, Any] = {"step": 0}
         if param.dim() == 2:
-            state["exp_avg"] = torch.zeros_like(param, dtype=torch.int8)
-            sizes = {"scales": math.ceil(param.numel() / BLOCK)}
-            sizes |= zip(("rows", "cols"), param.shape, strict=True)
-            for name, size in sizes.items():
+            state |= new_momentum(param)
+            for name, size in zip(("rows", "cols"), param.shape, strict=True):
                 state[name] = torch.zeros(size, dtype=torch.float32, device=param.device)
         else:
             for name in ("exp_avg", "exp_avg_sq"):
@@ -161,16 +175,17 @@ class FactoredAdamW(torch.optim.Optimizer):
         self.state[param] = state
         return state
 
-    def load_state_dict(self, saved: dict[str, Any]) -> None:
-        super().load_state_dict(saved)
-        # Not in the weights' dtype, to which torch casts all states.
-        for index, param in enumerate(_all(self.param_groups)):
-            for name, value in saved["state"].get(index, {}).items():
-                kept = value if name == "step" else value.to(param.device, copy=True)
-                self.state[param][name] = kept
+
+def new_momentum(param: Tensor) -> dict[str, Tensor]:
+    """Zero, in codes."""
+    blocks = math.ceil(param.numel() / BLOCK)
+    return {
+        "exp_avg": torch.zeros_like(param, dtype=torch.int8),
+        "scales": torch.zeros(blocks, dtype=torch.float32, device=param.device),
+    }
 
 
-def _momentum(state: dict[str, Any]) -> Tensor:
+def momentum_of(state: dict[str, Any]) -> Tensor:
     """M in float32, a copy."""
     codes = state["exp_avg"]
     if "scales" not in state:
@@ -179,7 +194,7 @@ def _momentum(state: dict[str, Any]) -> Tensor:
     return codes.float().mul_(scales.view_as(codes))
 
 
-def _keep_momentum(state: dict[str, Any], momentum: Tensor) -> None:
+def keep_momentum(state: dict[str, Any], momentum: Tensor) -> None:
     if "scales" not in state:
         state["exp_avg"].copy_(momentum)
         return
@@ -211,7 +226,7 @@ def hybrid_fira(groups: list[dict], lr: float, recipe: Recipe) -> torch.optim.Op
 
 
 def galore_torch(groups: list[dict], lr: float, recipe: Recipe) -> torch.optim.Optimizer:
-    with _quietly():
+    with quietly():
         from galore_torch import GaLoreAdamW
 
     options = {"lr": lr, "weight_decay": recipe.weight_decay, "no_deprecation_warning": True}
@@ -220,14 +235,14 @@ def galore_torch(groups: list[dict], lr: float, recipe: Recipe) -> torch.optim.O
 
 def galore_torch_8bit(groups: list[dict], lr: float, recipe: Recipe) -> torch.optim.Optimizer:
     """As its authors meant it: see `bench.galore_8bit`."""
-    with _quietly():
+    with quietly():
         from bench.galore_8bit import GaLore8bit
 
     return GaLore8bit(list(_stripped(groups)), lr, recipe.weight_decay)
 
 
 def fira_official(groups: list[dict], lr: float, recipe: Recipe) -> torch.optim.Optimizer:
-    with _quietly():
+    with quietly():
         from fira import FiraAdamW
 
     options = {"lr": lr, "weight_decay": recipe.weight_decay, "no_deprecation_warning": True}
@@ -236,7 +251,7 @@ def fira_official(groups: list[dict], lr: float, recipe: Recipe) -> torch.optim.
 
 def apollo_torch(groups: list[dict], lr: float, recipe: Recipe) -> torch.optim.Optimizer:
     """Its documented form: a random projection, channel-wise factors, scale 1."""
-    with _quietly():
+    with quietly():
         from apollo_torch import APOLLOAdamW
 
     own = {"proj": "random", "scale_type": "channel", "scale": 1.0}
@@ -246,14 +261,14 @@ def apollo_torch(groups: list[dict], lr: float, recipe: Recipe) -> torch.optim.O
 
 
 def torchao_8bit(groups: list[dict], lr: float, recipe: Recipe) -> torch.optim.Optimizer:
-    with _quietly():
+    with quietly():
         from torchao.optim import AdamW8bit
 
     return AdamW8bit(_all(groups), lr=lr, weight_decay=recipe.weight_decay)
 
 
 def bitsandbytes_8bit(groups: list[dict], lr: float, recipe: Recipe) -> torch.optim.Optimizer:
-    with _quietly():
+    with quietly():
         from bitsandbytes.optim import AdamW8bit
 
     return AdamW8bit(_all(groups), lr=lr, weight_decay=recipe.weight_decay)
@@ -265,6 +280,6 @@ def flashoptim(groups: list[dict], lr: float, recipe: Recipe) -> torch.optim.Opt
     return FlashAdamW(_all(groups), lr=lr, weight_decay=recipe.weight_decay)
 
 
-def _quietly() -> warnings.catch_warnings:
+def quietly() -> warnings.catch_warnings:
     """Packages warn on import of GPUs and libraries that they do not find."""
     return warnings.catch_warnings(action="ignore")

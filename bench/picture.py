@@ -84,12 +84,12 @@ def _draw_curves(
 ) -> None:
     seen, start = [], settings.steps // 5
     for row in best:
-        runs = [r for r in records if (r["optimizer"], r["lr"]) == (row.optimizer, row.lr)]
+        runs = [r for r in records if row.has(r)]
         train = smooth(_mean_over_seeds([r["train_loss"] for r in runs]))
         axes.plot(range(1, len(train) + 1), train, color=colours[row.optimizer], alpha=0.35, lw=1)
         losses = _mean_over_seeds([[loss for _, loss in r["validation"]] for r in runs])
         steps = [step for step, _ in runs[0]["validation"]][: len(losses)]
-        label = f"{row.optimizer}, lr {row.lr:g}: {row.loss:.3f}"
+        label = f"{row.optimizer}, lr {row.rates}: {row.loss:.3f}"
         axes.plot(steps, losses, "o-", color=colours[row.optimizer], ms=4.5, lw=1.6, label=label)
         late = [loss for step, loss in zip(steps, losses, strict=True) if step >= start]
         seen += train[start:] + late

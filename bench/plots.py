@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 
 # Okabe and Ito's, which stay apart for colour-blind readers.
 COLOURS = ("#0072B2", "#56B4E9", "#E69F00", "#D55E00", "#009E73", "#CC79A7", "#000000")
@@ -219,6 +220,60 @@ def draw_fits(record: dict, path: Path) -> None:
     model = f"LLaMA {rows[0]['model']}, bfloat16, r {own}, state in int8"
     figure.suptitle(f"What a step holds, planned: {model}", fontweight="bold")
     figure.savefig(path, dpi=130)
+
+
+def draw_family(record: dict, path: Path) -> None:
+    """The loss of every method against the bytes of its state and against what a run takes."""
+    rows = sorted(
+        (row for row in record["summary"] if row["loss"] is not None), key=lambda row: row["loss"]
+    )
+    settings = record["settings"]
+    names = [row["optimizer"] for row in record["summary"]]
+    figure = Figure(figsize=(15, 3.5 + 0.22 * len(rows)), layout="constrained")
+    panels = figure.subplots(1, 2, sharey=True)
+    on_gpu = settings["device"] == "cuda"
+    seconds = "seconds of a run" if on_gpu else "processor seconds of a run, one thread"
+    sides = (("state_bytes", 1e-6, "MB of state"), ("run_seconds", 1.0, seconds))
+    for axes, (key, unit, text) in zip(panels, sides, strict=True):
+        for row in rows:
+            shade = colour(row["optimizer"], names.index(row["optimizer"]))
+            place, error = (unit * row[key], row["loss"]), row["loss_error"] or 0.0
+            axes.errorbar(*place, error, fmt="o", color=shade, ms=6, capsize=3)
+        axes.set_xlabel(text)
+        axes.margins(x=0.08, y=0.06)
+        tidy(axes)
+        _label_beside(axes, [(unit * row[key], row["loss"], row["optimizer"]) for row in rows])
+    panels[0].set_xscale("log")
+    panels[0].xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    panels[0].xaxis.set_major_formatter("{x:g}")
+    panels[0].xaxis.set_minor_formatter(NullFormatter())
+    panels[0].set_ylabel("validation loss, mean and standard error over seeds")
+    tokens = settings["batch_size"] * settings["seq_len"]
+    run = f"{settings['steps']} steps of {tokens:,} tokens, {len(settings['seeds'])} seeds"
+    most = f"at most {record['search']['budget']} runs to find each one's rate and scale"
+    figure.suptitle(f"LLaMA {settings['model']}, {run}; {most}", fontweight="bold")
+    figure.savefig(path, dpi=130)
+
+
+def _label_beside(axes: Axes, points: list[tuple[float, float, str]]) -> None:
+    """Names in a column beside the panel, in the order of height: points lie too close for them."""
+    count = len(points)
+    for place, (x, y, name) in enumerate(sorted(points, key=lambda point: point[1])):
+        axes.annotate(
+            name,
+            (x, y),
+            xytext=(1.03, (place + 0.5) / count),
+            textcoords="axes fraction",
+            va="center",
+            fontsize="small",
+            arrowprops={
+                "arrowstyle": "-",
+                "color": "0.7",
+                "lw": 0.6,
+                "shrinkB": 4,
+                "relpos": (0, 0.5),
+            },
+        )
 
 
 # By the bench whose record of a device each draws.

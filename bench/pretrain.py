@@ -18,6 +18,7 @@ import shutil
 import sys
 import time
 from dataclasses import asdict
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 from bench.data import DataSummary, prepare
@@ -34,8 +35,9 @@ def main(arguments: list[str] | None = None) -> None:
     except ValueError as error:
         sys.exit(f"pretrain: {error}")
     print(data.describe(), flush=True)
+    jobs = plan(settings.lrs, settings.seeds, settings.scales)
     try:
-        records = [finish(job, command, data) for job in plan(settings.lrs, settings.seeds)]
+        records = [finish(job, command, data) for job in jobs]
     except KeyboardInterrupt:
         sys.exit("pretrain: stopped; --resume goes on from the last checkpoint")
 
@@ -86,15 +88,21 @@ def finish(job: Job, command: Command, data: DataSummary) -> dict:
     work = command.out / "work"
     folder = work / "runs" / job.name
     if not (folder / "record.json").exists():
-        # spawn, not fork: a child must not inherit this process' threads and memory.
-        process = multiprocessing.get_context("spawn").Process(
-            target=_train, args=(command, job, work / "data", data.vocab_size, folder)
-        )
-        process.start()
+        process = begun(job, command, data, folder)
         process.join()
         if process.exitcode != 0:
             sys.exit(f"pretrain: {job.name} failed; --resume goes on from its last checkpoint")
     return json.loads((folder / "record.json").read_text())
+
+
+def begun(job: Job, command: Command, data: DataSummary, folder: Path) -> BaseProcess:
+    """A process that makes a run, or continues it, and leaves its record in the folder."""
+    # spawn, not fork: a child must not inherit this process' threads and memory.
+    process = multiprocessing.get_context("spawn").Process(
+        target=_train, args=(command, job, command.out / "work" / "data", data.vocab_size, folder)
+    )
+    process.start()
+    return process
 
 
 def _train(command: Command, job: Job, data: Path, vocab_size: int, folder: Path) -> None:
@@ -112,7 +120,7 @@ def _saved(work: Path) -> dict | None:
 
 
 def _is_finished(work: Path, settings: dict) -> bool:
-    jobs = plan(settings["lrs"], settings["seeds"])
+    jobs = plan(settings["lrs"], settings["seeds"], settings.get("scales"))
     return all((work / "runs" / job.name / "record.json").exists() for job in jobs)
 
 

@@ -61,6 +61,9 @@ def draw(records: Records, folder: Path, shown: str) -> list[Path]:
         if name in records:
             pictures.append(folder / f"{name}.png")
             paint(records[name], pictures[-1])
+    for name in sorted(path.stem for path in records.folder.glob("family*.json")):
+        pictures.append(folder / f"{name}.png")
+        plots.draw_family(records[name], pictures[-1])
     for place in sorted(path.parent.name for path in records.folder.glob("*/pretrain.json")):
         found = records[f"{place}/pretrain"]
         about = Settings(**found["settings"]), DataSummary(**found["data"])

@@ -13,7 +13,7 @@ from rich.table import Table
 
 from bench.data import DataSummary
 from bench.record import device_name, head, write_lines
-from bench.settings import Settings
+from bench.settings import Settings, plan
 
 PEAK_MEANING = {
     "cuda": "most that the CUDA allocator had handed out.",
@@ -37,6 +37,16 @@ class Summary:
     slowest_optimizer_ms: float
     state_bytes: int
     peak_bytes: int
+    scale: float | None = None
+
+    @property
+    def rates(self) -> str:
+        """The rate, and the scale if there is one."""
+        return f"{self.lr:g}" if self.scale is None else f"{self.lr:g}, scale {self.scale:g}"
+
+    def has(self, record: dict) -> bool:
+        """Whether a run is among those that this sums up."""
+        return _point(record) == (self.optimizer, self.lr, self.scale)
 
     @property
     def perplexity(self) -> float:
@@ -46,26 +56,39 @@ class Summary:
 def summarize(records: list[dict], settings: Settings, data: DataSummary) -> list[Summary]:
     """Groups the records by optimizer and rate, and marks each optimizer's best rate."""
     summaries = []
-    for optimizer, lrs in settings.lrs.items():
+    jobs = plan(settings.lrs, settings.seeds, settings.scales)
+    for optimizer in settings.lrs:
+        points = dict.fromkeys((job.lr, job.scale) for job in jobs if job.optimizer == optimizer)
         groups = {
-            lr: [r for r in records if (r["optimizer"], r["lr"]) == (optimizer, lr)] for lr in lrs
+            point: [r for r in records if _point(r) == (optimizer, *point)] for point in points
         }
-        losses = {lr: [final_loss(record) for record in groups[lr]] for lr in lrs}
-        best = min(lrs, key=lambda lr: statistics.mean(losses[lr]))
-        for lr in lrs:
+        losses = {point: [final_loss(record) for record in groups[point]] for point in points}
+        best = min(points, key=lambda point: statistics.mean(losses[point]))
+        for point in points:
             summaries.append(
                 Summary(
                     optimizer,
-                    lr,
-                    best=lr == best,
-                    at_edge=len(lrs) > 1 and lr in (min(lrs), max(lrs)),
-                    loss=statistics.mean(losses[lr]),
-                    deviation=_deviation(losses[lr]),
-                    **_costs(groups[lr], settings),
-                    bits_per_byte=statistics.mean(losses[lr]) * _bits_per_nat(data),
+                    point[0],
+                    best=point == best,
+                    at_edge=any(map(_at_edge, point, zip(*points, strict=True))),
+                    loss=statistics.mean(losses[point]),
+                    deviation=_deviation(losses[point]),
+                    **_costs(groups[point], settings),
+                    bits_per_byte=statistics.mean(losses[point]) * _bits_per_nat(data),
+                    scale=point[1],
                 )
             )
     return summaries
+
+
+def _point(record: dict) -> tuple[str, float, float | None]:
+    return record["optimizer"], record["lr"], record.get("scale")
+
+
+def _at_edge(value: float | None, values: tuple[float | None, ...]) -> bool:
+    """Of a sweep; where nothing was swept there is none."""
+    tried = {each for each in values if each is not None}
+    return len(tried) > 1 and value in (min(tried), max(tried))
 
 
 def final_loss(record: dict) -> float:
@@ -107,7 +130,7 @@ def print_tables(records: list[dict], settings: Settings, data: DataSummary) -> 
         f"peak: {PEAK_MEANING[settings.device]}",
         style="dim",
     )
-    if any(len(lrs) > 1 for lrs in settings.lrs.values()):
+    if not all(row.best for row in summaries):
         console.print(_sweep_table(summaries))
 
 
@@ -125,7 +148,7 @@ def _main_table(summaries: list[Summary], record: dict, settings: Settings) -> T
     for row in (summary for summary in summaries if summary.best):
         table.add_row(
             row.optimizer,
-            f"{row.lr:g}",
+            row.rates,
             _loss_text(row),
             f"{row.perplexity:.3f}",
             f"{row.bits_per_byte:.3f}",
@@ -144,7 +167,7 @@ def _sweep_table(summaries: list[Summary]) -> Table:
         table.add_column(heading)
     for row in summaries:
         mark = ("best, edge" if row.at_edge else "best") if row.best else ""
-        table.add_row(row.optimizer, f"{row.lr:g}", _loss_text(row), mark)
+        table.add_row(row.optimizer, row.rates, _loss_text(row), mark)
     return table
 
 

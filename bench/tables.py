@@ -53,6 +53,45 @@ def difference_texts(row: dict) -> tuple[str, ...]:
     return str(len(row["seeds"])), mean, text(row["error"]), text(row["bound"])
 
 
+def family_texts(row: dict) -> tuple[str, ...]:
+    """What a table shows of a row of the summary of `bench.family`."""
+    return (
+        row["optimizer"],
+        f"{row['lr']:g}",
+        "" if row["scale"] is None else f"{row['scale']:g}",
+        _mean_text(row["loss"], row["loss_error"], ".4f"),
+        _mean_text(row["difference"], row["difference_error"], "+.4f"),
+        str(len(row["seeds"])),
+        f"{row['state_bytes'] / 1e6:.2f}",
+        f"{row['step_ms']:.1f}",
+        f"{row['tokens_per_second']:,.0f}",
+        str(len(row["tried"])),
+    )
+
+
+def family_marks(row: dict) -> str:
+    words = {"edge": not row["bracketed"], "unfinished": not row["finished"]}
+    return ", ".join(word for word, holds in words.items() if holds)
+
+
+def _mean_text(mean: float | None, error: float | None, form: str) -> str:
+    if mean is None:
+        return "diverged"
+    return f"{mean:{form}}" + ("" if error is None else f" ± {error:.4f}")
+
+
+def tried_text(row: dict) -> str:
+    """What was tried of a method, and at the best's side what was not."""
+
+    def text(each: dict) -> str:
+        scale = "" if each["scale"] is None else f", {each['scale']:g}"
+        loss = "diverged" if each["loss"] is None else f"{each['loss']:.3f}"
+        return f"{each['lr']:g}{scale}: {loss}"
+
+    words = [text(each) for each in row["tried"]]
+    return "; ".join([*words, *filter(None, [family_marks(row)])])
+
+
 def _unknown(value: float | None) -> bool:
     """A record has null for what is not finite."""
     return value is None or not math.isfinite(value)

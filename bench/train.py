@@ -6,6 +6,7 @@ import json
 import math
 import multiprocessing
 import os
+import time
 from collections import Counter
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -16,8 +17,8 @@ from tqdm import tqdm
 
 from bench.batches import Batches
 from bench.measure import PeakMemory, StepClock, tensor_bytes, weights_digest
-from bench.models import PRESETS, build_model, cast_parameters
-from bench.optimizers import METHODS
+from bench.models import MODELS, build_model, cast_parameters
+from bench.optimizers import named
 from bench.settings import Job, Settings
 from lowrank_kernels import param_groups
 
@@ -37,6 +38,8 @@ class History:
     validation: list[tuple[int, float]] = field(default_factory=list)
     subspaces: list[tuple[int, dict[str, tuple[int, float]]]] = field(default_factory=list)
     peak_bytes: int = 0
+    # Of all threads, in steps: what a machine that others use makes longer least.
+    cpu_seconds: float = 0.0
 
 
 class Run:
@@ -49,16 +52,17 @@ class Run:
         self.memory = PeakMemory(self.device)
         torch.manual_seed(job.seed)
         with self.device:
-            self.model = build_model(PRESETS[settings.model], vocab_size, settings.seq_len)
+            self.model = build_model(MODELS[settings.model], vocab_size, settings.seq_len)
         cast_parameters(self.model, DTYPES[settings.dtype])
+        method, options = named(job.optimizer)
+        recipe = settings.recipe_of(job)
         groups = param_groups(
             self.model,
-            rank=settings.rank,
-            scale=settings.scale,
+            rank=int(options.get("rank", settings.rank)),
+            scale=recipe.scale,
             update_proj_gap=settings.update_proj_gap,
         )
-        method = METHODS[job.optimizer]
-        self.optimizer = method.optimizer_of(self.model, groups, job.lr, settings.recipe)
+        self.optimizer = method.optimizer_of(self.model, groups, job.lr, recipe)
         for group in self.optimizer.param_groups:
             group["initial_lr"] = group["lr"]
         self.clock = StepClock(self.device)
@@ -74,7 +78,7 @@ class Run:
 
     def advance(self) -> None:
         """Takes one optimizer step."""
-        settings = self.settings
+        settings, began = self.settings, time.process_time()
         factor = schedule(self.step, settings.steps, settings.warmup)
         for group in self.optimizer.param_groups:
             group["lr"] = group["initial_lr"] * factor
@@ -99,6 +103,7 @@ class Run:
             self._note_subspaces()
         self.history.step_seconds.append(round(seconds, 6))
         self.history.optimizer_seconds.append(round(optimizer_seconds, 6))
+        self.history.cpu_seconds += time.process_time() - began
 
     @torch.no_grad()
     def validate(self) -> float:

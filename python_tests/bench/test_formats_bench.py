@@ -56,6 +56,18 @@ def test_differences_mean_standard_error_and_bound_by_hand():
     assert arm.bound == pytest.approx(0.001 + 2 * 0.003 / math.sqrt(3))
 
 
+def test_arms_are_paired_at_the_same_scale():
+    scaled = [
+        run(name, 0, loss) | {"scale": scale}
+        for name, scale, loss in [
+            *(("galore", 0.2, 1.5), ("galore", 0.4, 1.6)),
+            *(("galore-8bit", 0.4, 1.61), ("galore-8bit", 0.8, 1.7)),
+        ]
+    ]
+    (arm,) = formats.paired(scaled)
+    assert arm.differences == pytest.approx([0.01])
+
+
 def test_one_seed_has_a_mean_and_no_error():
     (arm,) = (arm for arm in formats.paired(RUNS) if arm.arm == "galore-8bit-nearest")
     assert (arm.against, arm.seeds) == ("galore", [1])

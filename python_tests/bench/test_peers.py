@@ -260,6 +260,12 @@ def test_who_is_not_here_is_named_with_the_reason(monkeypatch):
     assert present(["fira-official"], "cpu") == ([], {"fira-official": "fira is not installed"})
 
 
+def test_a_tensor_that_states_share_counts_once():
+    codes = torch.zeros(256)
+    states = [{"codes": codes, "moment": torch.zeros(10)} for _ in range(3)]
+    assert tensor_bytes(dict(enumerate(states))) == 4 * (256 + 30)
+
+
 def test_a_quantized_tensor_counts_what_it_holds():
     class Quantized(torch.Tensor):
         @staticmethod

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from bench.models import PRESETS, build_model, cast_parameters
+from bench.models import BLOCKS, PRESETS, build_model, cast_parameters
 from bench.optimizers import METHODS
 from bench.peers import Recipe
 from bench.settings import parse
@@ -31,6 +31,17 @@ def test_presets_have_the_published_sizes(name):
 
 def test_every_preset_is_known_or_nano():
     assert set(PRESETS) == {"nano", *PUBLISHED}
+
+
+@pytest.mark.parametrize(("name", "expected"), [("9m-bytes", 8.8), ("20m-bytes", 19.7)])
+def test_models_of_blocks_have_their_parameters_there(name, expected):
+    with torch.device("meta"):
+        model = build_model(BLOCKS[name], 257, 256)
+    millions = sum(parameter.numel() for parameter in model.parameters()) / 1e6
+    assert round(millions, 1) == expected
+    groups = param_groups(model, BLOCKS[name].rank)
+    projected = sum(p.numel() for g in groups if "rank" in g for _, p in g["params"]) / 1e6
+    assert projected > 0.97 * millions
 
 
 def test_cast_leaves_the_rotary_frequencies_exact():

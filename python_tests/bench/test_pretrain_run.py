@@ -187,6 +187,24 @@ def test_best_rate_is_the_best_mean_and_never_a_diverged_one(setting, tmp_path):
     draw(Comparison(records[4:], few, data, "a device"), tmp_path / "picture.png")
 
 
+def test_best_point_of_a_rate_and_a_scale(setting, tmp_path):
+    settings, _, data = setting
+    lrs, scales = {"muon": [0.1, 0.2], "adamw": [0.1]}, {"muon": [0.2, 0.4, 0.8]}
+    settings = replace(settings, lrs=lrs, scales=scales, seeds=[0])
+    losses = {(0.1, 0.2): 3.0, (0.1, 0.4): 2.0, (0.1, 0.8): 2.5}
+    losses |= {(0.2, 0.2): 2.2, (0.2, 0.4): 2.1, (0.2, 0.8): 2.4}
+    records = [record("muon", lr, 0, loss) | {"scale": s} for (lr, s), loss in losses.items()]
+    records.append(record("adamw", 0.1, 0, 2.3))
+    summaries = summarize(records, settings, data)
+    best = {summary.optimizer: summary for summary in summaries if summary.best}
+    assert (best["muon"].lr, best["muon"].scale, best["muon"].rates) == (0.1, 0.4, "0.1, scale 0.4")
+    # Of the rate, of which two were tried; the scale lies inside.
+    assert best["muon"].at_edge
+    assert not best["adamw"].at_edge
+    assert len(summaries) == 7
+    draw(Comparison(records, settings, data, "a device"), tmp_path / "picture.png")
+
+
 def records_of(out: Path) -> list[dict]:
     return [measured(run) for run in json.loads((out / "pretrain.json").read_text())["runs"]]
 

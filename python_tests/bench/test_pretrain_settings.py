@@ -3,7 +3,7 @@ import re
 import pytest
 
 from bench.pretrain import start
-from bench.settings import parse, parse_lrs, plan
+from bench.settings import Job, parse, parse_lrs, parse_scales, plan
 
 
 @pytest.mark.parametrize(
@@ -24,6 +24,47 @@ def test_every_optimizer_has_one_default_lr():
     assert all(len(rates) == 1 for rates in lrs.values())
 
 
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ([], (0.25, {"muon": [0.4]})),
+        (["0.5"], (0.5, {"muon": [0.4]})),
+        (["muon=0.2,0.8", "0.5"], (0.5, {"muon": [0.2, 0.8]})),
+        (["fira@16=0.1"], (0.25, {"muon": [0.4], "fira@16": [0.1]})),
+    ],
+)
+def test_scales(words, expected):
+    assert parse_scales(words, ["adamw", "muon", "fira@16"]) == expected
+
+
+def test_a_job_tells_its_scale_and_rank_where_there_is_one():
+    lrs = {"adamw": [1e-3], "muon@b0.9": [5e-3], "fira@16": [1e-2]}
+    jobs = plan(lrs, [0], {"muon@b0.9": [0.2, 0.4]})
+    assert [job.name for job in jobs] == [
+        "adamw-lr0.001-seed0",
+        "muon@b0.9-lr0.005-scale0.2-seed0",
+        "muon@b0.9-lr0.005-scale0.4-seed0",
+        "fira@16-lr0.01-seed0",
+    ]
+
+
+def test_what_a_job_changes_in_the_recipe():
+    """A scale is alpha of what is split, and the method's own of what has one."""
+    settings = parse(["--optimizers", "muon,fira", "--scale", "0.5"]).settings
+    assert settings.recipe_of(Job("fira", 1e-2, 0)).scale == 0.5
+    fira = settings.recipe_of(Job("fira@16", 1e-2, 0, 0.1))
+    assert (fira.scale, fira.own_scale, fira.beta) == (0.1, 1.0, None)
+    muon = settings.recipe_of(Job("muon@b0.9", 1e-2, 0, 0.1))
+    assert (muon.scale, muon.own_scale, muon.beta) == (0.5, 0.1, 0.9)
+
+
+def test_tokens_per_batch_instead_of_sequences():
+    settings = parse(["--tokens-per-batch", "4096"]).settings
+    assert (settings.batch_size, settings.micro_batch) == (32, 8)
+    bytes_9m = parse(["--model", "9m-bytes"]).settings
+    assert bytes_9m.batch_size * bytes_9m.seq_len == 4096
+
+
 def test_plan_is_every_combination():
     jobs = plan({"adamw": [1e-3, 3e-3], "fira": [1e-2]}, [0, 1])
     assert len({job.name for job in jobs}) == len(jobs) == 6
@@ -39,6 +80,11 @@ def test_plan_is_every_combination():
             "'soap' is not among adamw, adamw-split, galore, adarankgrad, fira",
         ),
         (["--lr", "fast"], "RATE"),
+        (["--scale", "adamw=0.1"], "adamw has no scale"),
+        (["--scale", "0.1,0.2"], "--scale 0.1,0.2: there is one alpha; or give NAME=0.1,0.2"),
+        (["--scale", "big"], r"--scale big: give SCALE\[,SCALE...\] or NAME=SCALE"),
+        (["--optimizers", "adamw@16"], "adamw@16: adamw takes no options"),
+        (["--tokens-per-batch", "1000"], "must be a multiple of 128"),
         (["--micro-batch", "3"], "--micro-batch 3 must divide the batch, 8"),
     ],
 )
