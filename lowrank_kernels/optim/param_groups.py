@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from ..ops import Side
 from ..ops.contract import basis_shape, projected_shape
-from .groups import PROJECTION_DEFAULTS, PROJECTION_TYPES, Group, positive_int, side_of
+from .groups import PROJECTION_DEFAULTS, PROJECTION_TYPES, Group, side_of
+from .ranks import Ranks, ranks_of
 
 logger = logging.getLogger("lowrank_kernels")
 
@@ -30,7 +31,8 @@ class Decision(NamedTuple):
     """How a parameter is trained, and why.
 
     `projected`, or else by AdamW: at lr * scale if it is `hidden`, so that it moves as fast as the
-    projected weights beside it. `transposed` as in `Candidate`.
+    projected weights beside it. `transposed` as in `Candidate`. `rank` is what it was given, also
+    where that saves no memory.
     """
 
     name: str
@@ -39,11 +41,12 @@ class Decision(NamedTuple):
     hidden: bool
     reason: str
     transposed: bool = False
+    rank: int | None = None
 
 
 def param_groups(
     model: nn.Module,
-    rank: int,
+    rank: Ranks,
     *,
     targets: str | Iterable[str] | None = None,
     weight_decay: float | None = None,
@@ -70,7 +73,13 @@ def param_groups(
     Args:
         model: any module; parameters that do not require a gradient are included, so that they can
             be unfrozen later, but they do not count where something has to be found to project.
-        rank: r of every projected matrix.
+        rank: r of every projected matrix; or patterns of names, as of `fnmatch`, with their ranks,
+            of which the first that matches counts and "*" is the rest; or a function of a weight's
+            name and the weight. Names are those of `model.named_parameters()`. A weight whose rank
+            is None, or whose name no pattern matches, is not projected. Ranks linear in depth, as
+            PRILoRA gives them to adapters (arXiv 2401.11316), are
+            `lambda name, weight: 4 + int(name.split(".")[2])` for "model.layers.3.mlp.up_proj".
+            Each rank is a group, and matrices of one group are stepped together.
         targets: instead of the rule above, the linear modules to project: name parts or regular
             expressions searched in the module names, or "all-linear" for every linear module but
             the output head.
@@ -85,26 +94,26 @@ def param_groups(
         a "scale" alone are hidden weights left to AdamW.
 
     Raises:
-        TypeError: `model` is no module, or `rank` no int.
-        ValueError: nothing that is trained matched, and the text lists the linear modules; or the
-            rank saves no memory on any of it; or `proj_type` is unknown.
+        TypeError: `model` is no module, or a rank no int.
+        ValueError: nothing that is trained matched, and the text lists the linear modules; or no
+            rank saves memory on any of it; or a rank is below 1; or a pattern decides nothing; or
+            `proj_type` is unknown.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"param_groups takes the model, not {type(model).__name__}")
-    rank = positive_int(rank, "rank")
     if proj_type not in PROJECTION_TYPES:
         raise ValueError(f"proj_type must be one of {', '.join(PROJECTION_TYPES)}")
     if targets is not None and not isinstance(targets, str):
         targets = list(targets)
     decisions = decide(model, rank, targets)
-    _check_something_is_projected(model, decisions, rank, targets)
+    _check_something_is_projected(model, decisions, targets)
     _tell_what_is_left_out(decisions, scale)
 
     groups: dict[tuple[Any, ...], Group] = {}
     for each in decisions:
         options: Group = {}
         if each.projected:
-            options = {"rank": rank, "update_proj_gap": update_proj_gap, "scale": scale}
+            options = {"rank": each.rank, "update_proj_gap": update_proj_gap, "scale": scale}
             options["proj_type"] = _stored_proj_type(each, proj_type)
         elif each.hidden:
             options = {"scale": scale}
@@ -116,19 +125,28 @@ def param_groups(
 
 
 def decide(
-    model: nn.Module, rank: int, targets: str | Iterable[str] | None = None
+    model: nn.Module, rank: Ranks, targets: str | Iterable[str] | None = None
 ) -> list[Decision]:
     """What `param_groups` does with each parameter, in the order of the model."""
     candidates = {id(candidate.param): candidate for candidate in _linear_weights(model)}
+    matched = {
+        name: param
+        for name, param in model.named_parameters()
+        if id(param) in candidates and _matches(candidates[id(param)].name, targets)
+    }
+    ranks = ranks_of(rank, matched)
     outside = _embeddings_and_heads(model)
     decisions = []
     for name, param in model.named_parameters():
         candidate = candidates.get(id(param))
         in_a_block = bool(IN_A_BLOCK.search(name.rpartition(".")[0]))
-        if candidate and _matches(candidate.name, targets):
-            saves = _saves_memory(param, rank)
-            reason = "a linear weight" if saves else f"rank {rank} saves no memory"
-            decision = Decision(name, param, saves, not saves, reason, candidate.transposed)
+        if candidate and name in ranks:
+            own = ranks[name]
+            saves = own is not None and _saves_memory(param, own)
+            reason = "a linear weight" if saves else f"rank {own} saves no memory"
+            if own is None:
+                reason = "given no rank"
+            decision = Decision(name, param, saves, not saves, reason, candidate.transposed, own)
         elif param.dim() < 2:
             decision = Decision(name, param, False, False, "not a matrix")
         elif id(param) in outside:
@@ -157,19 +175,22 @@ def _why_not(
 def _check_something_is_projected(
     model: nn.Module,
     decisions: list[Decision],
-    rank: int,
     targets: str | Iterable[str] | None,
 ) -> None:
     trained = [each for each in decisions if each.param.requires_grad] or decisions
     if any(each.projected for each in trained):
         return
     candidates = [c for c in _linear_weights(model) if any(c.param is d.param for d in trained)]
-    matched = [candidate for candidate in candidates if _matches(candidate.name, targets)]
-    if matched:
-        shapes = sorted({tuple(candidate.param.shape) for candidate in matched})
+    ranks = sorted({each.rank for each in trained if each.rank is not None})
+    if ranks:
+        shapes = sorted({tuple(each.param.shape) for each in trained if each.rank is not None})
         raise ValueError(
-            f"rank {rank} saves no memory on any of the matched trained shapes {shapes}"
+            f"rank {', '.join(map(str, ranks))} saves no memory on any of the matched trained"
+            f" shapes {shapes}"
         )
+    matched = [candidate.name for candidate in candidates if _matches(candidate.name, targets)]
+    if matched:
+        raise ValueError(f"rank gives none to any matched trained module, as {matched[0]}")
     names = "\n  ".join(dict.fromkeys(collapsed(c.name) for c in candidates)) or "none"
     raise ValueError(
         f"no trained linear module matches targets={targets!r}; give a list of name parts, or"
