@@ -137,28 +137,35 @@ class Layer:
         if optimizer is None or not self._is_served(x, weight):
             return None
         given = self._inputs.of(x, self)
-        use, projector = None, optimizer.wants(weight)
-        if _holds_a_first_whole_gradient(optimizer, weight):
-            pass
-        elif projector is not None:
-            use = Use(projector)
-        elif self._may_begin(optimizer, weight):
-            start = self._start
-            if distributed and start != "random":
-                # The same on every rank, without a word between them.
-                start = "random"
-                notice_once(
-                    logging.INFO,
-                    "first bases are random under DistributedDataParallel, whose ranks have no"
-                    " gradient in common yet",
-                )
-            use = self._first_use(start, x, given, weight, optimizer)
+        use = self._projecting(x, given, weight, optimizer, distributed)
         if use is None:
             # A whole gradient, of an input that need not be saved.
             return Use(None, dtype=_autocast_dtype(x)) if is_recomputed(x) else None
         keeps = self._keeps_input(optimizer, weight) or is_output_of_attention(x)
         products = given.products if self._shares else None
         return replace(use, keeps_input=keeps, dtype=_autocast_dtype(x), products=products)
+
+    def _projecting(
+        self, x: Tensor, given: _Input, weight: Tensor, optimizer: LowRankAdamW, distributed: bool
+    ) -> Use | None:
+        """By the basis that is there, or by a first one; None where the gradient is to be whole."""
+        if _holds_a_first_whole_gradient(optimizer, weight):
+            return None
+        projector = optimizer.wants(weight)
+        if projector is not None:
+            return Use(projector)
+        if not self._may_begin(optimizer, weight):
+            return None
+        start = self._start
+        if distributed and start != "random":
+            # The same on every rank, without a word between them.
+            start = "random"
+            notice_once(
+                logging.INFO,
+                "first bases are random under DistributedDataParallel, whose ranks have no"
+                " gradient in common yet",
+            )
+        return self._first_use(start, x, given, weight, optimizer)
 
     def _is_served(self, x: Tensor, weight: Tensor) -> bool:
         """Not under transforms, which hand over other weights, nor where nothing is trained."""

@@ -15,8 +15,8 @@ from .reduction import Reduction
 
 Start = Literal["activations", "gradient", "random", "dense"]
 STARTS = ("activations", "gradient", "random", "dense")
-PATCHED_ALREADY = "its forward is patched already"
 SHARED_STARTS = ("activations", "gradient", "random")
+PATCHED_ALREADY = "its forward is patched already"
 
 
 class Row(NamedTuple):

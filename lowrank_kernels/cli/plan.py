@@ -3,7 +3,7 @@
 import argparse
 import textwrap
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -267,10 +267,7 @@ def _needs(
 def _advice(
     name: str, model: Model, args: argparse.Namespace, memory: int, tokens: int | None
 ) -> dict[str, Any]:
-    """What to add to the command so that an optimizer fits: one after the other, cheapest first,
-    until it does, less what was needless then.
-    """
-    chosen: dict[str, Any] = {}
+    """What to add to the command so that an optimizer fits."""
 
     def total(measures: dict[str, Any]) -> int:
         planner, optimizer = _planned_with(measures, name, model, args, memory)
@@ -284,7 +281,26 @@ def _advice(
         and not (needs_projection and useless)
         and not (key == "release" and args.accumulate)
     }
-    found = total({})
+    chosen, found = _fewest(possible, total, memory)
+    added = _arguments(chosen)
+    if found > memory or not chosen:
+        text = _no_way(name, model, args, memory, found, added)
+        return {"add": added, "total_bytes": found, "most_tokens": 0, "text": text}
+    text = f"{name} fits with {' '.join(added)}: {amount(memory - found)} to spare"
+    most = None
+    if tokens is not None:
+        most = Planner.most_tokens(*_planned_with(chosen, name, model, args, memory), memory)
+        text += f", up to {_rounded(most):,} tokens"
+    return {"add": added, "total_bytes": found, "most_tokens": most, "text": f"{text}."}
+
+
+def _fewest(
+    possible: dict[str, Any], total: Callable[[dict[str, Any]], int], memory: int
+) -> tuple[dict[str, Any], int]:
+    """Measures, and what is held with them: one after the other, cheapest first, until it fits,
+    less those that are needless then; all that help if it never does.
+    """
+    chosen, found = dict[str, Any](), total({})
     for key, value in possible.items():
         more = chosen | {key: value}
         # Some take more where they have nothing left to spare.
@@ -292,28 +308,14 @@ def _advice(
             chosen, found = more, least
         if found <= memory:
             break
-    if found > memory or not chosen:
-        text = _no_way(name, model, args, memory, found, _arguments(chosen))
-        return {
-            "add": _arguments(chosen),
-            "total_bytes": found,
-            "most_tokens": 0,
-            "text": text,
-        }
-    needless = True
+    needless = found <= memory
     while needless:
         needless = False
         for key in list(chosen):
             fewer = {other: value for other, value in chosen.items() if other != key}
             if fewer and (least := total(fewer)) <= memory:
                 chosen, found, needless = fewer, least, True
-    added = _arguments(chosen)
-    text = f"{name} fits with {' '.join(added)}: {amount(memory - found)} to spare"
-    most = None
-    if tokens is not None:
-        most = Planner.most_tokens(*_planned_with(chosen, name, model, args, memory), memory)
-        text += f", up to {_rounded(most):,} tokens"
-    return {"add": added, "total_bytes": found, "most_tokens": most, "text": f"{text}."}
+    return chosen, found
 
 
 def _planned_with(

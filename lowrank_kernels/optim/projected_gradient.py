@@ -262,10 +262,7 @@ def _add(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 def _add_(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     first, other = args
     if not isinstance(first, ProjectedGradient) or not isinstance(other, Tensor):
-        raise RuntimeError(
-            f"{_needs_all(function)}; a gradient that is there must not be whole: zero_grad()"
-            " has to free it, set_to_none=True"
-        )
+        raise RuntimeError(f"{_needs_all(function)}; the gradient that is there is whole")
     first._add(other, **kwargs)
     return first
 
