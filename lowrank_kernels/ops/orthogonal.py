@@ -5,6 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .dry import device_type
+
 # Of x -> a x + b x^3 + c x^5, which brings singular values near 1 fast instead of to 1 exactly:
 # after five steps those above 0.003 of the norm lie between 0.68 and 1.14.
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
@@ -29,7 +31,7 @@ def orthogonalized(matrices: Sequence[Tensor], steps: int = STEPS) -> list[Tenso
     Source: the quintic iteration of Muon (K. Jordan and others, 2024), after Bernstein and Newhouse
     (arXiv 2409.20325).
     """
-    if matrices[0].device.type == "cpu":
+    if device_type(matrices[0]) == "cpu":
         return [_iterated(matrix.unsqueeze(0), steps)[0] for matrix in matrices]
     return list(_iterated(torch.stack(list(matrices)), steps).unbind())
 
@@ -43,7 +45,7 @@ def _iterated(matrices: Tensor, steps: int) -> Tensor:
     # In two steps, since the square of what is finite need not be.
     x = x / x.abs().amax((1, 2), keepdim=True).clamp_(min=tiny)
     x /= torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True).clamp_(min=tiny)
-    if x.device.type in FAST_IN_BFLOAT16 and dtype is torch.float32:
+    if device_type(x) in FAST_IN_BFLOAT16 and dtype is torch.float32:
         x = x.bfloat16()
     a, b, c = COEFFICIENTS
     for _ in range(steps):

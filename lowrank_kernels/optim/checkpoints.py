@@ -30,6 +30,8 @@ MOMENT_SCALES = ("exp_avg_scale", "exp_avg_sq_scale")
 BASIS = ("basis", "basis_scale")
 RANKED = (*MOMENTS, *MOMENT_SCALES, "first_direction", *BASIS)
 ON_THE_HOST = ("overlaps",)
+# Of a method, on which the size of what the limiter compares depends.
+LIMITER_PARTS = {"residual", "per"}
 
 
 def check_loadable(groups: list[Group], state_dict: State) -> None:
@@ -146,7 +148,14 @@ def restore(states: Any, groups: list[Group], state_dict: State, method: Method)
         method: the optimizer's parts.
     """
     converted: Counter[tuple[str, str]] = Counter()
-    for _, param, projected, key in _saved_params(groups, state_dict["param_groups"]):
+    saved_groups, own = state_dict["param_groups"], method.described()
+    of_other_norms = {
+        key
+        for group in saved_groups
+        if LIMITER_PARTS & _changed_parts(group.get("method"), own).keys()
+        for key in group["params"]
+    }
+    for _, param, projected, key in _saved_params(groups, saved_groups):
         saved = state_dict["state"].get(key, {})
         for entry, value in saved.items():
             if entry == "step":
@@ -159,7 +168,10 @@ def restore(states: Any, groups: list[Group], state_dict: State, method: Method)
         if "exp_avg" in saved:
             converted.update(_converted(states[param], saved, param, projected, method))
         # Of another method's steps.
-        for entry in {"limiter_norm", *MOMENTUM} - set(method.outside.entries):
+        foreign = {"limiter_norm", *MOMENTUM} - set(method.outside.entries)
+        if key in of_other_norms:
+            foreign.add("limiter_norm")
+        for entry in foreign:
             states.get(param, {}).pop(entry, None)
     for (what, became), count in converted.items():
         logger.warning("the state dict holds %s, of %d parameters: %s", what, count, became)
@@ -197,7 +209,7 @@ def _placed(entry: str, value: Tensor, param: Tensor, projected: bool) -> Tensor
     dtype = moment_dtype(param.dtype)
     if entry == "basis":
         dtype = param.dtype
-    elif entry in (*MOMENT_SCALES, "basis_scale"):
+    elif entry in (*MOMENT_SCALES, "basis_scale", "residual_avg_scale"):
         dtype = torch.float32
     elif entry in MOMENTS and value.dtype is torch.bfloat16:
         return value.to(param.device, copy=True).contiguous()
@@ -310,13 +322,28 @@ def _tell_differences(group: Group, saved: Group, index: int) -> None:
             index,
             ", ".join(differences),
         )
-    theirs, ours = saved.get("method"), group["method"]
-    theirs = None if theirs is None else theirs.partition(", state=")[0]
-    if theirs is not None and theirs != ours:
-        parts = zip(theirs.split(", "), ours.split(", "), strict=False)
-        changed = ", ".join(f"{was} (here {now})" for was, now in parts if was != now)
+    changed = _changed_parts(saved.get("method"), group["method"])
+    if changed:
         logger.warning(
             "group %d was trained by another method, and goes on with this optimizer's: %s",
             index,
-            changed,
+            ", ".join(f"{was} (here {now})" for was, now in changed.values()),
         )
+
+
+def _changed_parts(theirs: str | None, ours: str) -> dict[str, tuple[str, str]]:
+    """By name what a part was and what it is here, of what `Method.described` tells; nothing of a
+    file that does not tell it.
+    """
+    if theirs is None:
+        return {}
+    # What formats are in is told elsewhere.
+    was, now = (
+        {part.partition("=")[0]: part for part in told.partition(", state=")[0].split(", ")}
+        for told in (theirs, ours)
+    )
+    return {
+        name: (was.get(name, f"no {name}"), now.get(name, f"no {name}"))
+        for name in {**was, **now}
+        if was.get(name) != now.get(name)
+    }

@@ -10,9 +10,12 @@ With E = G - back(R), phi_j = |N_j| / |R_j| of a channel, and s = `residual_scal
     sign         s sign(E)                                          after FRUGAL
     orthogonal   s sqrt(max(rows, cols)) U Z^T, of E = U S Z^T      ours; after Muon and SWAN
 
-An update is alpha back(N) plus that. The first four are factors of channels, which operations 2
-and 3 take; the last two change E itself, and go into operation 3 in the place of G. Those may have
-a momentum, of which one byte an element is kept.
+An update is alpha back(N) plus that. All but the last two are factors of channels, which
+operations 2 and 3 take; the last two change E itself, and go into operation 3 in the place of G.
+Those may have a momentum, of which one byte an element is kept.
+
+The last three make a step as large as any other of the smallest E. So e_j counts as zero where
+|e_j| <= |R_j| / 64: that much rounding leaves of a gradient in the span of its basis.
 """
 
 import math
@@ -23,11 +26,12 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from ..ops import ChannelSums, Matrices, Operations, Projection, Residual, Scalars
+from ..ops import ChannelSums, Matrices, Operations, Projection, Residual, Scalars, Side
 from ..ops.codes import FLAT_GROUPS, decoded, encode
 from ..ops.contract import rank_axis
 from ..ops.orthogonal import orthogonalized
-from ..ops.products import factors
+from ..ops.products import factors, project
+from ..ops.reference import channel_scale
 
 State = dict[str, Any]
 
@@ -43,6 +47,8 @@ RESIDUAL_FORMS = (*LIMITED, "normalize", *TRANSFORMED)
 PERS = ("channel", "matrix")
 # s where none is given; of the other forms it is alpha.
 ORTHOGONAL_SCALE = 0.4
+# Of the length of what is in the span: what is outside of it in bases that are held in a byte.
+NEGLIGIBLE_SHARE = 2**-6
 # In a projected state, with a momentum.
 MOMENTUM = ("residual_avg", "residual_avg_scale")
 
@@ -152,13 +158,14 @@ class Updater:
             self._operations.back_project_update(matrices, projection, factor, scalars)
             return
         if form == "scale":
-            sums = _of_matrices(sums) if self._outside.per == "matrix" else sums
-            factor = self._operations.channel_scale(matrices, sums)
+            if self._outside.per == "matrix":
+                factor = _scale_of_matrices(sums, matrices.limiter_norms)
+            else:
+                factor = self._operations.channel_scale(matrices, sums)
             matrices, projection = _without_span(matrices, projection)
             scalars = scalars._replace(scale=0.0)
         else:
-            usable = sums.residual if sums.residual.dim() == 2 else sums.residual.sum(1)
-            factor = (usable < math.inf).to(sums.residual.dtype)
+            factor = (_added_up(sums).residual < math.inf).to(sums.residual.dtype)
             grads = self._transformed(matrices, states, projection.projected, factor)
             matrices = matrices._replace(grads=grads)
             projection = projection._replace(grads=None)
@@ -185,11 +192,13 @@ class Updater:
         values = []
         each = zip(matrices.grads, matrices.bases, projected, usable, states, strict=True)
         for grad, basis, low, finite, state in each:
-            taken = finite.unsqueeze(axis).bool()
+            taken, basis = finite.unsqueeze(axis).bool(), basis.to(matrices.dtype)
             value = grad.to(matrices.dtype).where(taken, 0.0)
-            value.addmm_(*factors(low.where(taken, 0.0), basis.to(value.dtype), side), alpha=-1)
+            value = _without(value, low.where(taken, 0.0), basis, side)
             if self._outside.residual_momentum:
-                value = _averaged(value, taken, state, self._outside.residual_momentum)
+                mean = _averaged(value, taken, state, self._outside.residual_momentum)
+                # A mean was outside of earlier bases, and its codes hardly of this one.
+                value = _without(mean, project(mean, basis, side), basis, side)
             values.append(value)
         return (
             [v.sign() for v in values]
@@ -209,6 +218,18 @@ def new_momentum(param: Tensor) -> State:
     }
 
 
+def _without(value: Tensor, low: Tensor, basis: Tensor, side: Side) -> Tensor:
+    """A new matrix without what the basis spans of it, `low`; zero in channels that it spans."""
+    axis = rank_axis(side)
+    outside = torch.addmm(value, *factors(low, basis, side), alpha=-1)
+    # In float64 for the sake of its range.
+    length, spanned = (
+        torch.linalg.vector_norm(x, dim=axis, keepdim=True, dtype=torch.float64)
+        for x in (outside, low)
+    )
+    return outside.where(length > NEGLIGIBLE_SHARE * spanned, 0.0)
+
+
 def _averaged(value: Tensor, taken: Tensor, state: State, momentum: float) -> Tensor:
     """The mean of E with this one, where it is taken, and zero elsewhere.
 
@@ -216,28 +237,32 @@ def _averaged(value: Tensor, taken: Tensor, state: State, momentum: float) -> Te
     """
     codes, scales = (state[name] for name in MOMENTUM)
     mean = decoded(codes, scales, FLAT_GROUPS).to(value.dtype)
-    mean = mean.lerp(value, 1 - momentum).where(taken, mean)
+    largest = torch.finfo(scales.dtype).max
+    mean = mean.lerp(value, 1 - momentum).where(taken, mean).clamp(-largest, largest)
     encode(codes, scales, mean.float(), FLAT_GROUPS, None)
     return mean.where(taken, 0.0)
 
 
-def _of_matrices(sums: ChannelSums) -> ChannelSums:
-    """Those of N and R of a whole matrix in the place of each channel's; E's stay."""
-    direction, projected, residual = (x.sum(1) if x.dim() == 3 else x for x in sums)
-    finite = residual < math.inf
+def _added_up(sums: ChannelSums) -> ChannelSums:
+    """B x channels of each."""
+    return ChannelSums(*(x.sum(1) if x.dim() == 3 else x for x in sums))
 
-    def whole(own: Tensor) -> Tensor:
-        return own.where(finite, 0.0).sum(1, keepdim=True).expand_as(own).contiguous()
 
-    return ChannelSums(whole(direction), whole(projected), residual)
+def _scale_of_matrices(sums: ChannelSums, limiter_norms: Sequence[Tensor]) -> Tensor:
+    """Operation 2 with each matrix as one channel; 0 in channels that are not finite."""
+    sums = _added_up(sums)
+    finite = sums.residual < math.inf
+    whole = ChannelSums(*(x.where(finite, 0.0).sum(1, keepdim=True) for x in sums))
+    return channel_scale(whole, limiter_norms) * finite
 
 
 def _normalizing(sums: ChannelSums, matrices: Matrices) -> Tensor:
-    """sqrt(d) / |e_j|; 0 for a channel that is zero or not finite."""
-    squares = sums.residual.sum(1) if sums.residual.dim() == 3 else sums.residual
+    """sqrt(d) / |e_j|; 0 for a channel that is zero, in the span or not finite."""
+    _, spanned, squares = _added_up(sums)
     depth = matrices.params[0].shape[rank_axis(matrices.side)]
-    usable = (squares > 0) & (squares < math.inf)
-    return (depth / squares.where(usable, 1.0)).sqrt_().where(usable, 0.0)
+    least = (NEGLIGIBLE_SHARE**2 * spanned).clamp_(min=torch.finfo(squares.dtype).tiny)
+    usable = (squares > least) & (squares < math.inf)
+    return (math.sqrt(depth) / squares.where(usable, 1.0).sqrt_()).where(usable, 0.0)
 
 
 def _without_span(matrices: Matrices, projection: Projection) -> tuple[Matrices, Projection]:

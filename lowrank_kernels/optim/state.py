@@ -45,6 +45,9 @@ from .parts import Method
 
 State = dict[str, Any]
 
+# Of a projected state, what every backend takes as contiguous.
+CONTIGUOUS = (*Stored._fields, *MOMENTUM)
+
 # What steps may be counted in: 1 can be added to it in place.
 COUNTS = (torch.float32, torch.float64, torch.int32, torch.int64)
 
@@ -213,8 +216,11 @@ def check_shapes(name: str, param: Tensor, state: State, projected: bool) -> Non
         ) from None
     _check_shape(name, param, "exp_avg", exp_avg, expected)
     _check_shape(name, param, "exp_avg_sq", exp_avg_sq, expected)
-    if "low_bits" in state:
-        _check_shape(name, param, "low_bits", state["low_bits"], tuple(param.shape))
+    for key in {"low_bits", "residual_avg"} & state.keys():
+        _check_shape(name, param, key, state[key], tuple(param.shape))
+    if "residual_avg" in state:
+        key, scales = "residual_avg_scale", FLAT_GROUPS.scales(param.shape)
+        _check_shape(name, param, key, state.get(key), scales)
     if exp_avg.dtype is torch.int8:
         scales = groups_of(state).scales(expected)
         for key in ("exp_avg_scale", "exp_avg_sq_scale"):
@@ -238,6 +244,11 @@ def check_counts(name: str, state: State, projected: bool) -> None:
 def check_codes(name: str, state: State) -> None:
     """Raises ValueError if codes, or their scales, are none that a run has left."""
     dtypes = {"exp_avg": (torch.int8,), "exp_avg_sq": (torch.uint8,), "basis": BASIS_CODES}
+    momentum = state.get("residual_avg")
+    if momentum is not None and momentum.dtype is not torch.int8:
+        raise ValueError(
+            f"the state of {name} has residual_avg as {momentum.dtype}, which are no codes"
+        )
     for key, codes in dtypes.items():
         value = state.get(key)
         if value is not None and not value.is_floating_point() and value.dtype not in codes:
@@ -247,7 +258,7 @@ def check_codes(name: str, state: State) -> None:
         raise ValueError(
             f"the state of {name} has exp_avg as {pair[0].dtype} and exp_avg_sq as {pair[1].dtype}"
         )
-    for key in ("exp_avg_scale", "exp_avg_sq_scale", "basis_scale"):
+    for key in ("exp_avg_scale", "exp_avg_sq_scale", "basis_scale", "residual_avg_scale"):
         scale = state.get(key)
         if scale is not None and not bool(((scale >= 0) & (scale < float("inf"))).all()):
             raise ValueError(f"the state of {name} has a {key} below 0, or not finite")
@@ -263,6 +274,7 @@ def check_storage(name: str, param: Tensor, state: State) -> None:
         held = state["basis"].dtype
         dtypes["basis"] = held if held in BASIS_CODES else param.dtype
         dtypes |= {"basis_scale": torch.float32, "limiter_norm": wide, "norm_sq": wide}
+        dtypes |= {"residual_avg": torch.int8, "residual_avg_scale": torch.float32}
     for key, dtype in dtypes.items():
         value = state.get(key)
         if value is None:
@@ -278,7 +290,7 @@ def check_storage(name: str, param: Tensor, state: State) -> None:
                 f" {value.dtype} on {value.device}: after moving or casting a model call"
                 " optimizer.load_state_dict(optimizer.state_dict()), which converts the state"
             )
-        if "basis" in state and key in Stored._fields and not value.is_contiguous():
+        if "basis" in state and key in CONTIGUOUS and not value.is_contiguous():
             raise ValueError(
                 f"the state of {name} has {key} with strides {tuple(value.stride())}: make it"
                 " contiguous"

@@ -32,6 +32,7 @@ AVERAGED = {
     "sign": {"residual": "sign", "residual_momentum": 0.9},
     "orthogonal": {"residual": "orthogonal", "residual_momentum": 0.9},
 }
+NONE = {"none": {"residual": None}}
 EVERY = {**FORMS, **{f"{name}, averaged": own for name, own in AVERAGED.items()}}
 SHAPES = [(12, 20), (20, 12), (16, 16), (12, 20)]
 LR, DECAY, ALPHA, RANK = 0.03, 0.1, 0.25, 4
@@ -41,7 +42,7 @@ def start(form, backend="auto", dtype=torch.float64, shapes=SHAPES, **options):
     torch.manual_seed(0)
     params = [nn.Parameter(torch.randn(shape, dtype=torch.float64).to(dtype)) for shape in shapes]
     group = {"params": params, "rank": RANK, "update_proj_gap": 3, "scale": ALPHA}
-    own = {"lr": LR, "weight_decay": DECAY, "backend": backend, **EVERY[form], **options}
+    own = {"lr": LR, "weight_decay": DECAY, "backend": backend, **(NONE | EVERY)[form], **options}
     return params, LowRankAdamW([group], **own)
 
 
@@ -115,18 +116,21 @@ def test_a_momentum_is_the_mean_of_what_is_outside_in_a_byte_an_element(name):
             assert not torch.equal(param.data, before[place])
 
 
-@pytest.mark.parametrize("backend", ["reference", "foreach", "native"])
+@pytest.mark.parametrize(
+    ("backend", "dtype"),
+    [("reference", torch.float32), ("foreach", torch.float64), ("native", torch.float32)],
+)
 @pytest.mark.parametrize("form", EVERY)
-def test_a_resumed_run_has_the_same_bits(form, backend):
-    whole, optimizer = start(form, backend, torch.float32)
+def test_a_resumed_run_has_the_same_bits(form, backend, dtype):
+    whole, optimizer = start(form, backend, dtype)
     run(whole, optimizer, range(9))
-    part, first = start(form, backend, torch.float32)
+    part, first = start(form, backend, dtype)
     run(part, first, range(4))
     stream = io.BytesIO()
     torch.save([first.state_dict(), part], stream)
     stream.seek(0)
     state_dict, weights = torch.load(stream)
-    resumed, second = start(form, backend, torch.float32)
+    resumed, second = start(form, backend, dtype)
     for param, weight in zip(resumed, weights, strict=True):
         param.data.copy_(weight)
     second.load_state_dict(state_dict)
@@ -173,15 +177,93 @@ def test_zero_gradients_move_nothing_before_there_is_momentum(form):
     assert all(param.data.isfinite().all() for param in params)
 
 
-@pytest.mark.parametrize("form", EVERY)
-def test_a_gradient_in_the_span_of_its_basis_leaves_next_to_nothing_outside(form):
-    """Of what rounding leaves, `sign`, `normalize` and `orthogonal` make a step as of any other."""
-    params, optimizer = start(form, dtype=torch.float32, shapes=[(16, 24)], weight_decay=0.0)
-    low = torch.randn(16, 2) @ torch.randn(2, 24)
-    for _ in range(5):
+AMPLIFIED = [name for name in EVERY if not name.startswith("scale")]
+
+
+@pytest.mark.parametrize("basis", ["weight", "int8"])
+@pytest.mark.parametrize("backend", ["reference", "foreach", "native", "triton"])
+@pytest.mark.parametrize("form", AMPLIFIED)
+def test_of_a_gradient_in_the_span_rounding_is_no_step(form, backend, basis):
+    """All of it in the first matrix, whose gradient has a rank of 2, and in the second, which the
+    basis spans; of the third half of the channels, and the others are stepped.
+    """
+    shapes = [(16, 24), (RANK, 9), (16, 20)]
+    options = {"shapes": shapes, "weight_decay": 0.0, "basis": basis}
+    params, optimizer = start(form, backend, torch.float32, **options)
+    twins, inside = start("none", backend, torch.float32, **options)
+    generator = torch.Generator().manual_seed(0)
+    two = torch.randn(16, 2, generator=generator)
+    low = two @ torch.randn(2, 24, generator=generator)
+    for seed in range(5):
+        gradients(params, seed)
         params[0].grad = low.clone()
+        part = two @ torch.randn(2, 10, generator=generator)
+        params[2].grad = torch.cat([1e3 * part, 1e-3 * params[2].grad[:, 10:]], dim=1)
+        for param, twin in zip(params, twins, strict=True):
+            twin.data.copy_(param.data)
+            twin.grad = param.grad.clone()
         optimizer.step()
-    assert params[0].data.isfinite().all()
+        inside.step()
+    for param, twin in zip(params[:2], twins[:2], strict=True):
+        # Adam divides what rounding leaves of R, which another order of sums changes.
+        assert float((param.data - twin.data).abs().max()) < 0.01 * LR
+    differs = (params[2].data - twins[2].data).abs() > 0.01 * LR
+    assert not differs[:, :10].any()
+    assert differs[:, 10:].float().mean() > 0.8
+
+
+@pytest.mark.parametrize("form", ["sign, averaged", "orthogonal, averaged"])
+def test_a_mean_takes_no_step_in_the_span(form):
+    """Nor what its codes have rounded into it."""
+    params, optimizer = start(form, "reference", shapes=[(32, 48)], weight_decay=0.0)
+    for seed in range(6):
+        before = params[0].data.clone()
+        run(params, optimizer, [seed])
+    state = optimizer.state[params[0]]
+    # Nothing of it is left in the span before the transformation; orthogonal keeps it so.
+    moved = (before - params[0].data) / LR
+    exp_avg, exp_avg_sq = optimizer.moments(params[0])
+    corrected = exp_avg / (1 - 0.9**6), exp_avg_sq / (1 - 0.999**6)
+    direction = corrected[0] / (corrected[1].sqrt() + 1e-6)
+    outside = moved - ALPHA * state["basis"] @ direction
+    spanned = state["basis"].T @ outside
+    if form.startswith("orthogonal"):
+        assert float(spanned.norm() / outside.norm()) < 1e-12
+    else:
+        assert float(outside.abs().amax()) == pytest.approx(ALPHA, rel=1e-9)
+
+
+@pytest.mark.parametrize("backend", ["reference", "foreach", "native", "triton"])
+def test_channels_of_next_to_nothing_are_finite(backend):
+    """Of which the square is, and not a channel's length divided by it."""
+    params, optimizer = start("normalize", backend, torch.float32, weight_decay=0.0)
+    for seed in range(4):
+        gradients(params, seed)
+        for param in params:
+            param.grad[:, 3] *= 1e-19
+            param.grad[5] *= 1e-20
+        optimizer.step()
+    assert all(param.data.isfinite().all() for param in params)
+
+
+@pytest.mark.parametrize("channels", [50, 5000])
+def test_the_limiter_holds_back_matrices_of_any_width(channels):
+    params, optimizer = start(
+        "scale of a matrix", "reference", torch.float32, shapes=[(4, channels)], weight_decay=0.0
+    )
+    optimizer.param_groups[0]["rank"] = 1
+    norms = []
+    for seed in range(4):
+        gradients(params, seed)
+        params[0].grad *= 1.0 if seed < 3 else 1e-4
+        if seed == 3:
+            # phi divides what momentum has left by a projection of almost nothing.
+            params[0].grad[0] = 1.0
+        optimizer.step()
+        norms.append(float(optimizer.state[params[0]]["limiter_norm"]))
+    assert norms[0] > 0
+    for before, after in itertools.pairwise(norms):
+        assert after <= 1.01 * before * (1 + 1e-5)
 
 
 @pytest.mark.parametrize("shape", [(1, 9), (9, 1), (1, 1), (7, 3)])
@@ -287,6 +369,73 @@ def test_forms_can_be_changed_between_steps():
         state = optimizer.state[params[0]]
         assert ("residual_avg" in state) == ("residual_momentum" in EVERY[form])
         assert all(param.data.isfinite().all() for param in params)
+
+
+def test_float64_gradients_beyond_float32_leave_a_finite_mean():
+    params, optimizer = start("sign, averaged")
+    for seed in range(3):
+        gradients(params, seed)
+        for param in params:
+            param.grad *= 1e60 if seed == 1 else 1.0
+        before = [param.data.clone() for param in params]
+        optimizer.step()
+        for param, old in zip(params, before, strict=True):
+            assert (param.data != old).all()
+            assert param.data.isfinite().all()
+    assert all(optimizer.state[param]["residual_avg_scale"].isfinite().all() for param in params)
+
+
+@pytest.mark.parametrize(
+    ("entry", "change", "text"),
+    [
+        ("residual_avg", lambda value: value[1:], "residual_avg"),
+        ("residual_avg", lambda value: value.float(), "residual_avg as torch.float32"),
+        ("residual_avg_scale", lambda value: value[:0], "residual_avg_scale"),
+        ("residual_avg_scale", lambda value: value - 1e9, "residual_avg_scale below 0"),
+        ("residual_avg_scale", lambda value: None, "residual_avg_scale"),
+    ],
+)
+def test_a_mean_that_is_none_is_not_loaded(entry, change, text):
+    params, optimizer = start("sign, averaged", dtype=torch.float32)
+    run(params, optimizer, range(2))
+    state_dict = copy.deepcopy(optimizer.state_dict())
+    state = state_dict["state"][0]
+    state[entry] = change(state[entry])
+    if state[entry] is None:
+        del state[entry]
+    with pytest.raises(ValueError, match=text):
+        optimizer.load_state_dict(state_dict)
+
+
+@pytest.mark.parametrize(
+    ("saved", "here", "kept"),
+    [
+        ({"residual": "scale"}, {"residual": "scale"}, True),
+        ({"residual": "scale"}, {"residual": "official"}, False),
+        ({"residual": "scale"}, {"residual": "scale", "per": "matrix"}, False),
+        ({"residual": "official"}, {"residual": "paper"}, False),
+    ],
+)
+def test_the_limiter_compares_norms_of_one_form(saved, here, kept):
+    params = [nn.Parameter(torch.ones(6, 8)) for _ in range(2)]
+    group = {"params": params, "rank": 2}
+    first, second = LowRankAdamW([dict(group)], **saved), LowRankAdamW([dict(group)], **here)
+    run(params, first, range(2))
+    second.load_state_dict(first.state_dict())
+    assert ("limiter_norm" in second.state[params[0]]) is kept
+    run(params, second, [2])
+    assert float(second.state[params[0]]["limiter_norm"]) != 0
+
+
+def test_another_method_is_told_by_the_names_of_its_parts(caplog):
+    params, averaged = start("sign, averaged", dtype=torch.float32)
+    run(params, averaged, [0])
+    _, fira = start("none", dtype=torch.float32, residual="paper")
+    fira.load_state_dict(averaged.state_dict())
+    told = caplog.messages[-1].partition("optimizer's: ")[2]
+    assert told == (
+        "residual=sign (here residual=paper), residual_momentum=0.9 (here no residual_momentum)"
+    )
 
 
 def test_another_methods_momentum_is_not_loaded():
