@@ -159,7 +159,8 @@ class LowRankAdamW(Optimizer):
         residual_scale: s of the last three, beside `scale` of what is in the subspace; None: 0.4
             for "orthogonal", else that `scale`.
         residual_momentum: with "sign" and "orthogonal", the decay rate of a mean of E, held in a
-            byte an element, that takes the place of E; 0 for none. Larger batches want more.
+            byte an element, that takes the place of E: up to 0.98, or 0 for none. Larger batches
+            want more.
         per: of "scale", whether norms of each "channel" or of the "matrix" are compared.
         corrected: whether the moments are corrected for their bias, as in torch's AdamW, or the
             step size, as in the official code of GaLore and Fira; None: the moments in the paper

@@ -49,6 +49,8 @@ PERS = ("channel", "matrix")
 ORTHOGONAL_SCALE = 0.4
 # Of the length of what is in the span: what is outside of it in bases that are held in a byte.
 NEGLIGIBLE_SHARE = 2**-6
+# A code next to another is a 64th larger, or more.
+MOST_MOMENTUM = 0.98
 # In a projected state, with a momentum.
 MOMENTUM = ("residual_avg", "residual_avg_scale")
 
@@ -87,9 +89,13 @@ class Outside(NamedTuple):
             raise ValueError("per='matrix' goes with residual='scale'")
         if (
             not isinstance(self.residual_momentum, (int, float))
-            or not 0 <= self.residual_momentum < 1
+            or not 0 <= self.residual_momentum <= MOST_MOMENTUM
         ):
-            raise ValueError(f"residual_momentum must be in [0, 1), got {self.residual_momentum!r}")
+            raise ValueError(
+                f"residual_momentum must be in [0, {MOST_MOMENTUM}], got"
+                f" {self.residual_momentum!r}: beyond, a byte an element rounds away what a step"
+                " adds"
+            )
         if self.residual_momentum and self.residual not in TRANSFORMED:
             raise ValueError(f"residual_momentum goes with residual={' or '.join(TRANSFORMED)}")
         if self.residual_scale is None:

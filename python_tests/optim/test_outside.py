@@ -468,7 +468,7 @@ def test_linear_layers_do_not_hand_r_over():
         ({"residual": "sign", "residual_scale": "1"}, TypeError, "residual_scale must be a number"),
         ({"residual": "scale", "residual_scale": 1.0}, ValueError, "residual_scale goes with"),
         ({"residual_scale": 1.0}, ValueError, "residual_scale goes with"),
-        ({"residual": "sign", "residual_momentum": 1.0}, ValueError, "must be in"),
+        ({"residual": "sign", "residual_momentum": 0.99}, ValueError, "must be in"),
         ({"residual": "paper", "residual_momentum": 0.9}, ValueError, "residual_momentum goes"),
         (
             {"residual": "orthogonal", "subspace": Subspace("gaussian")},
