@@ -142,14 +142,18 @@ def _project_linears(
     return project_linears(model, optimizer, **options)
 
 
+# As in its authors' code.
+LDADAM_RHO = 0.908
+
+
 def _ldadam(groups: list[dict], lr: float, recipe: Recipe) -> torch.optim.Optimizer:
-    """A power iteration a step, moments that follow the basis; without its full-size feedback of
-    errors, and with its basis from the gradient alone.
+    """A power iteration a step on a blend of momentum and gradient, moments that follow the basis;
+    without its full-size feedback of errors.
     """
     from lowrank_kernels import LowRankAdamW, Subspace
 
     every = [group | ({"update_proj_gap": 1} if "rank" in group else {}) for group in groups]
-    subspace = Subspace("power", moments="carry_ldadam", stagger=False)
+    subspace = Subspace("power", moments="carry_ldadam", stagger=False, interpolation=LDADAM_RHO)
     return LowRankAdamW(every, corrected=True, subspace=subspace, **_common(lr, recipe))
 
 

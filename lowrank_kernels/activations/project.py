@@ -106,14 +106,16 @@ def project_linears(
         What was taken and why not; its `undo()` restores the layers.
 
     Raises:
-        ValueError: `share_bases` with another `start`, or with a criterion, which asks for bases
-            one by one; the optimizer needs whole gradients (Fira, `capturable`); no layer's weight
-            is projected; `start` is unknown; or the model is wrapped already.
+        ValueError: `share_bases` with another `start`, with a criterion, which asks for bases one
+            by one, or with interpolation; the optimizer needs whole gradients (Fira, `capturable`);
+            no layer's weight is projected; `start` is unknown; or the model is wrapped already.
 
     Source: GaLore (arXiv 2403.03507) by associativity; LoQT (2405.16528) and CompAct (2410.15352)
     save x P.
     """
     _check(model, optimizer, start)
+    if share_bases and optimizer.subspace.interpolation:
+        raise ValueError("share_bases=True goes without interpolation: M of each has its own scale")
     if share_bases and (start not in SHARED_STARTS or optimizer.subspace.criterion is not None):
         raise ValueError(
             f"share_bases=True goes with start={', '.join(SHARED_STARTS)} and without a criterion,"

@@ -418,7 +418,10 @@ def due_of(batches: list[Batch], subspace: Subspace, readback: Readback) -> list
     for batch in batches:
         if batch.is_looked_at(subspace):
             found += batch.due(subspace, readback)
-    return joined([due for _, due in sorted(found, key=itemgetter(0))]) if found else []
+    if not found:
+        return []
+    due = [each for _, each in sorted(found, key=itemgetter(0))]
+    return joined(due, apart=subspace.interpolation > 0)
 
 
 def scalars_of(batches: list[Batch], method: Method) -> list[Scalars]:

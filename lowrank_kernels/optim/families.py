@@ -42,15 +42,17 @@ def tie(states: Iterable[State]) -> None:
             state |= {name: lead[name] for name in BASIS if name in lead}
 
 
-def joined(due: list[Due]) -> list[Due]:
-    """One for each family that is due as a whole; what is due without its siblings leaves them."""
+def joined(due: list[Due], *, apart: bool = False) -> list[Due]:
+    """One for each family that is due as a whole; what is due without its siblings leaves them, and
+    all do that are to be `apart`.
+    """
     families: dict[int, list[Due]] = {}
     for place, item in enumerate(due):
         families.setdefault(item.state.get("family", -1 - place), []).append(item)
     result = []
     for items in families.values():
         lead, *others = items
-        if lead.state.get("siblings", 1) == len(items):
+        if lead.state.get("siblings", 1) == len(items) and not (apart and others):
             if others:
                 grad = torch.cat([_of_norm_1(item.grad) for item in items])
                 states = tuple(item.state for item in others)

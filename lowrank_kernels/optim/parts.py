@@ -32,11 +32,14 @@ class Method(NamedTuple):
 
     def described(self) -> str:
         """What makes a state: kept beside it, so that a checkpoint tells what it is of."""
+        subspace = asdict(self.subspace)
+        if not self.subspace.interpolation:
+            del subspace["interpolation"]  # as before there was any
         parts = {
             **self.outside.described(),
             "corrected": self.corrected,
             "rounding": self.rounding,
-            **asdict(self.subspace),
+            **subspace,
         }
         return ", ".join(f"{name}={value}" for name, value in parts.items())
 

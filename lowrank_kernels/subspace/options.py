@@ -47,6 +47,11 @@ class Subspace:
             about the next one, so that no step waits for the device.
         lazy: Q-GaLore: if the mean overlap |P_new^T P_old|^2 / r of the last five refreshes is at
             least this, the matrix' interval doubles. None keeps the interval.
+        interpolation: rho of LDAdam, in [0, 1): "power" iterates on rho P_old M / c1 + (1 - rho) G,
+            from the previous basis and its first moment before they change, with c1 = 1 - beta1^t.
+            A refresh then holds one more matrix of the gradient's size, in at least float32. Needs
+            moments that are reset or follow the basis: of kept ones P_old M is no mean of
+            gradients. 0, the default, is the gradient alone.
 
     Raises:
         ValueError: a value does not fit, or does nothing beside the others; the text names it.
@@ -66,6 +71,7 @@ class Subspace:
     threshold: float = 0.0
     check_gap: int = 50
     lazy: float | None = None
+    interpolation: float = 0.0
 
     def __post_init__(self) -> None:
         choices = {"range_finder": tuple(RANGE_FINDERS), "moments": MOMENTS}
@@ -96,6 +102,7 @@ class Subspace:
                 f"subspace: criterion={self.criterion!r} needs a threshold above 0, to which its"
                 f" measure can fall, got {self.threshold}"
             )
+        self._check_interpolation()
         changed = self.changed()
         for name, switch in SWITCHES.items():
             if name in changed and switch not in changed:
@@ -106,6 +113,28 @@ class Subspace:
             raise ValueError(
                 f"subspace: power_iterations={self.power_iterations} does nothing with"
                 f" range_finder={self.range_finder!r}, only with {' or '.join(ITERATED)}"
+            )
+
+    def _check_interpolation(self) -> None:
+        rho = self.interpolation
+        if not 0 <= rho < 1:
+            raise ValueError(f"subspace: interpolation must be in [0, 1), got {rho}")
+        if not rho:
+            return
+        if self.range_finder != "power":
+            raise ValueError(
+                f"subspace: interpolation={rho} does nothing with"
+                f" range_finder={self.range_finder!r}, only with power"
+            )
+        if self.moments == "keep":
+            raise ValueError(
+                f"subspace: interpolation={rho} needs moments that follow the basis, as"
+                " moments='carry_ldadam'"
+            )
+        if self.residual_energy is not None:
+            raise ValueError(
+                "subspace: residual_energy needs directions in the order of the gradient's energy,"
+                f" which interpolation={rho} does not find"
             )
 
     @classmethod

@@ -32,6 +32,8 @@ class Request(NamedTuple):
         power_iterations: passes over A and back.
         measured: whether the energies decide about a rank, so that they have to be right to float32
             even where a sketch in bfloat16 would do for the directions.
+        blends: what a warm start iterates on in the place of A, B x d x n in at least float32; None
+            for A itself.
     """
 
     matrices: Tensor
@@ -41,6 +43,7 @@ class Request(NamedTuple):
     seeds: Sequence[int]
     power_iterations: int
     measured: bool = False
+    blends: Tensor | None = None
 
 
 class Found(NamedTuple):
@@ -125,8 +128,19 @@ def randomized(request: Request) -> Found:
 
 
 def warm_started(request: Request) -> Found:
-    """As `randomized`, from the previous basis and a few random columns beside it."""
-    return _iterated(request, request.previous)
+    """As `randomized`, from the previous basis and a few random columns beside it.
+
+    The energies are those of A also where the directions are those of a blend.
+
+    Source of the blends: LDAdam (arXiv 2410.16103), from secondary sources. Its iteration has no
+    random columns, and leaves the directions as QR makes them.
+    """
+    if request.blends is None:
+        return _iterated(request, request.previous)
+    norms = torch.linalg.vector_norm(request.blends, dim=(1, 2), dtype=torch.float64)
+    blended = request._replace(matrices=request.blends, norms=norms)
+    found = _iterated(blended, request.previous)
+    return _found(request, *_for_sketches(request), found.bases, found.slow)
 
 
 def random(request: Request) -> Found:

@@ -158,14 +158,16 @@ def _refresh_batch(batch: list[Due], subspace: Subspace, problems: Problems) -> 
 def _factor(batch: list[Due], norms: Tensor, subspace: Subspace, problems: Problems) -> None:
     grads = [item.grad for item in batch]
     stack = grads[0].unsqueeze(0) if len(grads) == 1 else torch.stack(grads)
+    matrices = stack if batch[0].state["side"] == Side.LEFT else stack.mT
     request = Request(
-        matrices=stack if batch[0].state["side"] == Side.LEFT else stack.mT,
+        matrices=matrices,
         norms=norms,
         rank=min(batch[0].rank, *stack.shape[1:]),
         previous=[item.previous for item in batch],
         seeds=[item.seed for item in batch],
         power_iterations=subspace.power_iterations,
         measured=subspace.residual_energy is not None,
+        blends=_blends(batch, matrices, subspace.interpolation),
     )
     try:
         found = RANGE_FINDERS[subspace.range_finder](request)
@@ -177,6 +179,33 @@ def _factor(batch: list[Due], norms: Tensor, subspace: Subspace, problems: Probl
             _factor([item], norms[index : index + 1], subspace, problems)
     else:
         _adopt(batch, found, subspace, problems)
+
+
+def _blends(batch: list[Due], matrices: Tensor, rho: float) -> Tensor | None:
+    """rho P M / c1 + (1 - rho) G of each, in the form of `matrices`; None without a rho, and before
+    the first basis.
+
+    Source: LDAdam (arXiv 2410.16103), its rule for P, from secondary sources.
+    """
+    if not rho or batch[0].previous is None:
+        return None
+    blends = []
+    for item, matrix in zip(batch, matrices, strict=True):
+        side = Side(item.state["side"])
+        exp_avg, _ = loaded(Stored.of(item.state), channel_groups(side))
+        mean = exp_avg if side is Side.LEFT else exp_avg.mT
+        # Of moments that have seen no step there is none, and they are zero.
+        share = rho / (_corrections(item, item.state).first or 1.0)
+        wide = moment_dtype(matrix.dtype)
+        basis = loaded_basis(item.state).to(wide)
+        blend = torch.addmm(matrix.to(wide), basis, mean.to(wide), beta=1 - rho, alpha=share)
+        blends.append(blend)
+    return blends[0].unsqueeze(0) if len(blends) == 1 else torch.stack(blends)
+
+
+def _corrections(item: Due, state: State) -> Corrections:
+    steps = item.completed - state["moments_step"]
+    return Corrections(*(1 - beta**steps for beta in item.betas))
 
 
 def _keep(item: Due, problem: str, problems: Problems) -> None:
@@ -257,11 +286,10 @@ def _signs(basis: Tensor, overlap: Tensor | None) -> Tensor:
 def _transfer_moments(item: Due, state: State, overlap: Tensor, how: str) -> None:
     if how == "keep" and overlap.shape[0] == overlap.shape[1]:
         return
-    steps = item.completed - state["moments_step"]
-    corrections = Corrections(*(1 - beta**steps for beta in item.betas))
     side, stored = Side(state["side"]), Stored.of(state)
     groups = channel_groups(side)
-    new = transferred(how, Moments(*loaded(stored, groups)), overlap, side, corrections)
+    old = Moments(*loaded(stored, groups))
+    new = transferred(how, old, overlap, side, _corrections(item, state))
     if new.exp_avg.shape != stored.exp_avg.shape:
         dtype, device = stored.exp_avg.dtype, stored.exp_avg.device
         stored = new_stored(new.exp_avg.shape, dtype, device, groups)

@@ -277,6 +277,7 @@ def test_ldadam_renews_its_basis_every_step_and_moments_follow():
         for param in group["params"]
     )
     assert optimizer.subspace.moments == "carry_ldadam"
+    assert optimizer.subspace.interpolation == 0.908
     assert {g["update_proj_gap"] for g in optimizer.param_groups if "rank" in g} == {1}
 
 

@@ -17,6 +17,7 @@ SHAPES = {"tall": (40, 16), "wide": (16, 40)}
 PARTS = {
     "randomized": Subspace(),
     "power": Subspace("power", power_iterations=2),
+    "interpolated": Subspace("power", moments="carry_ldadam", interpolation=0.9),
     "random": Subspace("random"),
     "svd": Subspace("svd", stagger=False),
     "reset": Subspace(moments="reset"),
@@ -353,7 +354,8 @@ def test_a_bad_gradient_at_a_refresh_is_counted_and_survived(part, make, counter
     optimizer.step()
     for row in optimizer.stats():
         assert row["step"] == GAP + 1
-        expected = 0 if counter == "deficient" and part == "random" else 1
+        others = part in ("random", "interpolated")  # directions than the gradient's own
+        expected = 0 if counter == "deficient" and others else 1
         assert row[counter] >= expected
     run(params, optimizer, range(GAP, 2 * GAP))
     for param, state in zip(params, states(params, optimizer), strict=True):
@@ -453,6 +455,20 @@ def test_a_refresh_stacks_no_more_than_its_share(monkeypatch):
         ({"range_finder": "svd", "power_iterations": 2}, "=2 does nothing with range_finder='svd'"),
         ({"range_finder": "random", "residual_energy": 0.1}, "needs directions in the order"),
         ({"range_finder": "gaussian", "moments": "carry"}, "needs an orthonormal basis"),
+        ({"interpolation": 1.0}, r"interpolation must be in \[0, 1\), got 1.0"),
+        ({"interpolation": -0.1}, "interpolation must be"),
+        ({"interpolation": float("nan")}, "interpolation must be .*, got nan"),
+        ({"interpolation": 0.9}, "=0.9 does nothing with range_finder='randomized', only with pow"),
+        ({"interpolation": 0.9, "range_finder": "power"}, "needs moments that follow the basis"),
+        (
+            {
+                "interpolation": 0.9,
+                "range_finder": "power",
+                "moments": "carry",
+                "residual_energy": 0.1,
+            },
+            "in the order of the gradient's energy, which interpolation=0.9 does not",
+        ),
     ],
 )
 def test_wrong_subspaces_are_refused(options, text):

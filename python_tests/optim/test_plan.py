@@ -161,6 +161,7 @@ def test_workspace_of_triton(shapes, method, monkeypatch):
     [
         {},
         {"range_finder": "power"},
+        {"range_finder": "power", "moments": "carry_ldadam", "interpolation": 0.9},
         *({"moments": moments} for moments in MOMENTS if moments != "keep"),
     ],
     ids=str,
