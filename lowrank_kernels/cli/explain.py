@@ -9,7 +9,14 @@ from ..ops.codes import FORMATS
 from ..ops.dispatch import Kind
 from ..optim.param_groups import collapsed, decide
 from ..text import amount, table
-from .models import OPTIMIZERS, add_model_arguments, backend_of, build_optimizer, model_of
+from .models import (
+    OPTIMIZERS,
+    add_model_arguments,
+    backend_of,
+    build_optimizer,
+    model_of,
+    rank_of,
+)
 
 SUMMARY = "say which parameters are projected, at which learning rate, and who computes their step"
 
@@ -36,7 +43,7 @@ def facts(args: argparse.Namespace) -> dict[str, Any]:
         for name in group["param_names"]
     }
     rows = []
-    for decision in decide(model.module, model.rank):
+    for decision in decide(model.module, rank_of(args.optimizer, model, args)):
         row, lr = planned[decision.name], factors[decision.name]
         backend, reason = "torch", decision.reason
         if decision.projected:

@@ -15,15 +15,39 @@ from torch import nn
 
 from ..ops import Choice, Side, Size, requested_backend
 from ..ops.dispatch import REQUESTS, Kind, choose_kind
-from ..optim import AdaRankGradAdamW, FiraAdamW, GaLoreAdamW, LowRankAdamW, param_groups
+from ..optim import (
+    AdaRankGradAdamW,
+    ApolloAdamW,
+    FiraAdamW,
+    GaLoreAdamW,
+    LowRankAdamW,
+    param_groups,
+)
 from ..optim.formats import BASIS_FORMATS, STATE_FORMATS
+from ..optim.groups import PROJECTION_DEFAULTS
+from ..optim.outside import TRANSFORMED
 from .text import UserError, user_errors
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-OPTIMIZERS: dict[str, type[LowRankAdamW]] = {
-    "galore": GaLoreAdamW,
-    "fira": FiraAdamW,
-    "adarankgrad": AdaRankGradAdamW,
+
+
+class Method(NamedTuple):
+    """An optimizer, what makes it the one of its name, and the rank that it has of itself."""
+
+    optimizer: type[LowRankAdamW]
+    options: dict[str, Any]
+    scale: float = PROJECTION_DEFAULTS["scale"]
+    rank: int | None = None
+
+
+OPTIMIZERS = {
+    "galore": Method(GaLoreAdamW, {}),
+    "fira": Method(FiraAdamW, {}),
+    "adarankgrad": Method(AdaRankGradAdamW, {}),
+    "apollo": Method(ApolloAdamW, {}, scale=1.0),
+    "apollo-mini": Method(ApolloAdamW, {"per": "matrix"}, scale=128**0.5, rank=1),
+    "normalize": Method(LowRankAdamW, {"residual": "normalize"}),
+    **{form: Method(LowRankAdamW, {"residual": form}) for form in TRANSFORMED},
 }
 
 
@@ -76,6 +100,8 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         "--config", metavar="PATH", type=Path, help="config.json of transformers, or its directory"
     )
     parser.add_argument("--rank", type=int, help="default: the preset's, or hidden size / 4")
+    held = f"of {' and '.join(TRANSFORMED)}, held in a byte an element; default: none"
+    parser.add_argument("--residual-momentum", type=float, default=0.0, metavar="BETA", help=held)
     parser.add_argument("--dtype", choices=DTYPES, default="bf16", help="default: %(default)s")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default: cpu")
     parser.add_argument("--backend", choices=REQUESTS, default="auto", help="default: auto")
@@ -108,16 +134,24 @@ def model_of(args: argparse.Namespace) -> Model:
     return Model(name, type(module).__name__, module, rank)
 
 
+def rank_of(name: str, model: Model, args: argparse.Namespace) -> int:
+    """The rank of one of `OPTIMIZERS`: as asked for, its own, or the model's."""
+    return args.rank or OPTIMIZERS[name].rank or model.rank
+
+
 def build_optimizer(name: str, model: Model, args: argparse.Namespace) -> LowRankAdamW:
     """One of `OPTIMIZERS` over the model's groups, as the command line asks for it.
 
     Raises:
-        UserError: nothing can be projected.
+        UserError: nothing can be projected, or an option is out of range.
     """
     with user_errors():
-        groups = param_groups(model.module, model.rank)
-        formats = {"state": args.state, "basis": args.basis}
-        return OPTIMIZERS[name](groups, backend=args.backend, **formats)
+        optimizer, own, scale, _ = OPTIMIZERS[name]
+        groups = param_groups(model.module, rank_of(name, model, args), scale=scale)
+        options = {**own, "state": args.state, "basis": args.basis}
+        if own.get("residual") in TRANSFORMED:
+            options["residual_momentum"] = args.residual_momentum
+        return optimizer(groups, backend=args.backend, **options)
 
 
 def backend_of(args: argparse.Namespace, row: dict[str, Any] | None = None) -> Choice:

@@ -20,12 +20,21 @@ from ..optim import LowRankAdamW
 from ..optim.param_groups import collapsed
 from ..text import amount, table
 from .cards import CARDS, bytes_of, card_bytes
-from .models import OPTIMIZERS, Model, add_model_arguments, backend_of, build_optimizer, model_of
+from .models import (
+    OPTIMIZERS,
+    Model,
+    add_model_arguments,
+    backend_of,
+    build_optimizer,
+    model_of,
+    rank_of,
+)
 from .text import UserError
 
 SUMMARY = "say what training takes, activations too, whether it fits, and with how many tokens"
 
 ALL_OPTIMIZERS = ("adamw", *OPTIMIZERS)
+USUAL = ("adamw", "galore", "fira", "adarankgrad")
 TOKENS = 2048
 
 # What makes a model fit, cheapest first: by an argument, its value, and whether it needs R.
@@ -43,8 +52,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The model, the optimizers, how it is trained, and the memory that it should fit into."""
     add_model_arguments(parser)
     parser.set_defaults(device=None)
-    names = ",".join(ALL_OPTIMIZERS)
-    parser.add_argument("--optimizers", default=names, metavar="NAMES", help=f"default: {names}")
+    names = ",".join(USUAL)
+    which = f"of {', '.join(ALL_OPTIMIZERS)}; default: {names}"
+    parser.add_argument("--optimizers", default=names, metavar="NAMES", help=which)
     add = parser.add_argument
     without = "in a micro-batch, 0 to leave activations out; default: %(default)s"
     add("--tokens", type=int, default=TOKENS, help=without)
@@ -87,6 +97,7 @@ def facts(args: argparse.Namespace) -> dict[str, Any]:
         optimizer = None if name == "adamw" else build_optimizer(name, model, args)
         plan = planner.plan(optimizer, tokens)
         optimizers[name] = _needs(plan, planner, optimizer, memory)
+        optimizers[name]["rank"] = None if optimizer is None else rank_of(name, model, args)
         optimizers[name]["remark"] = None
         if optimizer is not None:
             rows = optimizer.plan()
@@ -141,9 +152,8 @@ def as_text(facts: dict[str, Any]) -> str:
         if facts["memory_bytes"] is not None:
             row.append(_verdict(needs, facts["tokens"]))
         rows.append(row)
-        for remark in (needs["remark"], *_left_out(needs, facts)):
-            if remark:
-                about[remark].append(name)
+        for remark in _remarks(needs, facts):
+            about[remark].append(name)
     how = [f"--{name}" for name in _HOW if facts[name]]
     tokens = f"{facts['tokens']:,} tokens" if facts["tokens"] else "without activations"
     lines = [
@@ -205,8 +215,12 @@ def _rounded(tokens: int) -> int:
     return tokens // unit * unit
 
 
-def _left_out(needs: dict[str, Any], facts: dict[str, Any]) -> Iterator[str]:
-    """Of what was asked for, what an optimizer cannot."""
+def _remarks(needs: dict[str, Any], facts: dict[str, Any]) -> Iterator[str]:
+    """Of an optimizer; at last what was asked for and it cannot."""
+    if needs["rank"] not in (None, facts["rank"]):
+        yield f"rank {needs['rank']}, unless --rank is given"
+    if needs["remark"]:
+        yield needs["remark"]
     if facts["project"] and not needs["projected"]:
         yield "takes whole gradients, which are not projected"
     if facts["release"] and not needs["released"]:

@@ -195,7 +195,8 @@ class LowRankAdamW(Optimizer):
             float32 copies, which take 4 bytes a weight. What other code writes into a weight is
             seen at the next step, with the old byte beside it: to half a unit in its last place.
         monitor: counts non-finite gradients and steps held back by Fira's limiter for `stats`, and
-            lets it tell the gradient's noise, at the cost of a few small launches a matrix.
+            lets it tell the gradient's noise, at the cost of a few small launches a matrix. Steps
+            without it forget what was counted.
 
     Attributes:
         state_format, basis_format, master: the arguments `state`, `basis` and `master`. They may be
@@ -690,6 +691,9 @@ class LowRankAdamW(Optimizer):
         if is_projected(group):
             convert_basis(state, param, self.basis_format)
             complete(state, salt, self.subspace, *self.method.counters)
+            if not self.monitor:
+                for entry in monitor.ENTRIES:
+                    state.pop(entry, None)
             if not self.residual_momentum:
                 for entry in MOMENTUM:
                     state.pop(entry, None)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from fnmatch import fnmatchcase
+from glob import escape
 
 from torch import Tensor
 
@@ -48,9 +49,11 @@ def _by_patterns(
         # For "*", the rest, there may be nothing left.
         if weights and not new and (pattern != "*" or not matched):
             why = "that none before it matches, of which the first counts" if matched else "at all"
+            bracketed = "[" in pattern and next((name for name in weights if "[" in name), None)
+            hint = f", of which the pattern is {escape(bracketed)!r}" if bracketed else ""
             raise ValueError(
                 f"rank: the pattern {pattern!r} matches no weight that would be projected {why};"
-                f" they are called as {next(iter(weights))!r}"
+                f" they are called as {bracketed or next(iter(weights))!r}{hint}"
             )
         found |= dict.fromkeys(new, rank)
     return {name: found.get(name) for name in weights}

@@ -47,13 +47,20 @@ def plan(optimizer: LowRankAdamW) -> list[Row]:
 def stats(optimizer: LowRankAdamW) -> list[Row]:
     """See `LowRankAdamW.stats`."""
     return [
-        {"name": name, **subspace_stats(optimizer.state[param]), **_noise(optimizer, group, param)}
+        {
+            "name": name,
+            **subspace_stats(optimizer.state[param]),
+            **_monitored(optimizer, group, param),
+        }
         for name, group, param in _parameters(optimizer)
         if is_projected(group) and optimizer.state.get(param)
     ]
 
 
-def _noise(optimizer: LowRankAdamW, group: Group, param: Tensor) -> Row:
+def _monitored(optimizer: LowRankAdamW, group: Group, param: Tensor) -> Row:
+    """Of what `monitor` keeps; a state may have it from before, until the next step."""
+    if not optimizer.monitor:
+        return dict.fromkeys(("nonfinite", "limited", "noise", "signal"))
     values = noise_and_signal(optimizer.state[param], float(group["betas"][0]))
     return dict(zip(("noise", "signal"), values, strict=True))
 

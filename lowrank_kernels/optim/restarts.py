@@ -1,5 +1,7 @@
 """Momentum that begins anew every so many steps, at a rate that recovers."""
 
+from functools import wraps
+from types import MethodType
 from typing import Any
 
 import torch
@@ -12,6 +14,8 @@ from .state import forget_moments
 
 # Of the rate, at the first step after a restart.
 LOWEST = 0.001
+# Of torch's optimizers; one that merely calls itself so has none.
+HOOKS = "_optimizer_step_pre_hooks"
 
 
 class Restarts:
@@ -34,10 +38,12 @@ class Restarts:
 
     Step k = 0, 1, ... of the `recovery` steps after a restart is taken at
     (0.001 + 0.999 k / (recovery - 1)) times the rate of each group, so that the last is taken at
-    all of it. `group["lr"]` is lower within `optimizer.step()` only: schedulers, logs and
-    checkpoints never see it. The published code takes the scheduler's rate of the end of the
-    recovery in place of the step's own. If `optimizer.step()` raises in a recovery, rates are put
-    back by the next `optimizer.step()`, `optimizer.state_dict()` or `restarts.step()`.
+    all of it. `group["lr"]` is lower within `optimizer.step()` only, whether it returns or raises:
+    schedulers, logs and checkpoints never see it. The published code takes the scheduler's rate of
+    the end of the recovery in place of the step's own.
+
+    A copy of the optimizer, by `copy.deepcopy` or pickle, has no restarts, since torch leaves hooks
+    out of it: make others for it, and load the `state_dict` of these.
 
     Args:
         optimizer: of torch or of this package, before accelerate or the like wraps it.
@@ -58,15 +64,14 @@ class Restarts:
     """
 
     def __init__(self, optimizer: Optimizer, every: int = 200, recovery: int = 10) -> None:
-        hooks = getattr(optimizer, "_optimizer_step_pre_hooks", None)
-        if not isinstance(optimizer, Optimizer) or hooks is None:
+        if not isinstance(optimizer, Optimizer) or not hasattr(optimizer, HOOKS):
             raise TypeError(
                 f"Restarts takes an optimizer of torch or of lowrank_kernels, not"
                 f" {type(optimizer).__name__}: pass it before it is wrapped, as by accelerate"
             )
         if isinstance(optimizer, Adagrad):
             raise TypeError("Adagrad makes its state when it is made, and cannot begin anew")
-        if any(isinstance(getattr(hook, "__self__", None), Restarts) for hook in hooks.values()):
+        if _of(optimizer):
             raise ValueError("the optimizer has Restarts already: remove() the other ones")
         self.every, self.recovery = _checked(every, recovery)
         self.optimizer, self.steps = optimizer, 0
@@ -75,8 +80,9 @@ class Restarts:
         self._handles = [
             optimizer.register_step_pre_hook(self._lower),
             optimizer.register_step_post_hook(self._put_back),
-            optimizer.register_state_dict_pre_hook(self._put_back),
+            optimizer.register_state_dict_post_hook(self._save_own_rates, prepend=True),
         ]
+        self._guard_step()
 
     @property
     def factor(self) -> float:
@@ -87,8 +93,17 @@ class Restarts:
         return LOWEST + (1 - LOWEST) * since / (self.recovery - 1)
 
     def step(self) -> None:
-        """Counts a step, after `optimizer.step()`, and restarts if it is time."""
-        self._put_back()
+        """Counts a step, after `optimizer.step()`, and restarts if it is time.
+
+        Raises:
+            RuntimeError: the optimizer is a copy, which has no restarts.
+            ValueError: it has become capturable.
+        """
+        if self not in _of(self.optimizer):
+            raise RuntimeError(
+                "the optimizer is a copy, which has no restarts, or they were removed: make"
+                " Restarts(optimizer) for it, and load the state_dict of these"
+            )
         if (self.steps + 1) % self.every == 0:
             self._check_capturable()
             self._restart()
@@ -137,6 +152,25 @@ class Restarts:
                 " the state and the rate that it captured"
             )
 
+    def _guard_step(self) -> None:
+        """Puts rates back after a step that raises, too, for which torch has no hook."""
+        step = self.optimizer.step
+
+        # As torch's schedulers wrap a step, to whom it has to remain a method.
+        @wraps(getattr(step, "__func__", step))
+        def guarded(_: Optimizer, *args: Any, **options: Any) -> Any:
+            try:
+                return step(*args, **options)
+            finally:
+                self._put_back()
+
+        self.optimizer.step = MethodType(guarded, self.optimizer)  # type: ignore[method-assign]
+
+    def _save_own_rates(self, optimizer: Optimizer, saved: dict[str, Any]) -> None:
+        """Of a state dict that is asked for within a step, as by its closure."""
+        for group, (_, lr) in zip(saved["param_groups"], self._lowered, strict=False):
+            group["lr"] = lr
+
     def _lower(self, *_: object) -> None:
         self._put_back()
         factor = self.factor
@@ -157,6 +191,12 @@ class Restarts:
         """Steps that are taken in the backward pass are not within `optimizer.step()`."""
         if isinstance(self.optimizer, LowRankAdamW):
             self.optimizer.lr_factor = self.factor if factor is None else factor
+
+
+def _of(optimizer: Optimizer) -> list["Restarts"]:
+    """Those that an optimizer has."""
+    owners = (getattr(hook, "__self__", None) for hook in getattr(optimizer, HOOKS).values())
+    return [owner for owner in owners if isinstance(owner, Restarts)]
 
 
 def _checked(every: int, recovery: int) -> tuple[int, int]:

@@ -42,6 +42,27 @@ def test_every_parameter(json_of):
     assert {row["backend"] for row in rows.values() if not row["projected"]} == {"torch"}
 
 
+@pytest.mark.parametrize(("name", "rank", "lr"), [("apollo", 32, 1), ("apollo-mini", 1, 128**0.5)])
+def test_apollo_has_a_scale_and_mini_a_rank_of_its_own(json_of, name, rank, lr):
+    rows = json_of(f"explain --model nano --optimizer {name}")["parameters"]
+    projected = [row for row in rows if row["projected"]]
+    assert len(projected) == 4 * 7
+    assert {(row["rank"], row["lr"]) for row in projected} == {(rank, lr)}
+
+
+def test_a_rank_of_its_own_saves_memory_where_the_models_does_not(json_of, tiny_config):
+    line = f"explain --config {tiny_config(num_key_value_heads=1)} --optimizer"
+    small = "model.layers.0.self_attn.k_proj.weight"
+    reasons = {
+        name: row["reason"]
+        for name in ("apollo", "apollo-mini")
+        for row in json_of(f"{line} {name}")["parameters"]
+        if row["name"] == small
+    }
+    assert reasons["apollo"] == "rank 16 saves no memory"
+    assert reasons["apollo-mini"] == "compiled CPU passes"
+
+
 def test_codes_without_a_rank_are_stepped_by_the_compiled_pass(json_of):
     rows = json_of("explain --model nano --state int8 --basis int4")["parameters"]
     rows = {row["name"]: row for row in rows}

@@ -4,7 +4,14 @@ import pytest
 import torch
 
 from bench.models import PRESETS, build_model, cast_parameters
-from lowrank_kernels import AdaRankGradAdamW, FiraAdamW, GaLoreAdamW, param_groups
+from lowrank_kernels import (
+    AdaRankGradAdamW,
+    ApolloAdamW,
+    FiraAdamW,
+    GaLoreAdamW,
+    LowRankAdamW,
+    param_groups,
+)
 from lowrank_kernels.optim.state import state_bytes
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -47,6 +54,43 @@ def test_20m_holds_what_is_planned(json_of, dtype):
     assert {name: needs["state_bytes"] for name, needs in facts["optimizers"].items()} == held
 
 
+# Those beside them, with what they are built of.
+OTHERS = {
+    "apollo": lambda model, rank: ApolloAdamW(param_groups(model, rank)),
+    "apollo-mini": lambda model, rank: ApolloAdamW(param_groups(model, 1), per="matrix"),
+    "normalize": lambda model, rank: LowRankAdamW(param_groups(model, rank), residual="normalize"),
+    "sign": lambda model, rank: LowRankAdamW(
+        param_groups(model, rank), residual="sign", residual_momentum=0.9
+    ),
+    "orthogonal": lambda model, rank: LowRankAdamW(
+        param_groups(model, rank), residual="orthogonal", residual_momentum=0.9
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_optimizers_hold_what_is_planned(json_of, command, name):
+    model = build_model(PRESETS["nano"], 32000, 256)
+    cast_parameters(model, torch.bfloat16)
+    for param in model.parameters():
+        param.grad = torch.ones_like(param)
+    optimizer = OTHERS[name](model, 16)
+    optimizer.step()
+    line = f"plan --model nano --tokens 0 --optimizers {name} --residual-momentum 0.9"
+    rank = "" if name == "apollo-mini" else " --rank 16"
+    needs = json_of(f"{line}{rank}")["optimizers"]
+    assert needs[name]["state_bytes"] == sum(map(state_bytes, optimizer.state.values()))
+    assert needs[name]["rank"] == (1 if name == "apollo-mini" else 16)
+    assert ("apollo-mini: rank 1, unless" in command(f"{line}{rank}")[1]) == (not rank)
+
+
+def test_a_rank_that_is_asked_for_is_that_of_all(json_of, command):
+    line = "plan --model nano --tokens 0 --optimizers adamw,fira,apollo-mini --rank 8"
+    needs = json_of(line)["optimizers"]
+    assert [each["rank"] for each in needs.values()] == [None, 8, 8]
+    assert "rank 8, unless" not in command(line)[1]
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("size", LLAMAS)
 def test_larger_models_by_closed_formulas(json_of, size, dtype):
@@ -80,7 +124,7 @@ def test_totals_and_what_is_left(json_of):
         assert set(needs) == {
             *("state_bytes", "gradient_bytes", "activation_bytes", "step_workspace_bytes"),
             *("refresh_workspace_bytes", "peak_bytes", "peak_in", "total_bytes", "left_bytes"),
-            *("most_tokens", "projected", "released", "remark"),
+            *("most_tokens", "projected", "released", "rank", "remark"),
         }
 
 
@@ -325,6 +369,10 @@ def test_tied_weights_count_once(json_of, tiny_config):
         ("plan --model nano --rank many", "invalid int value: 'many'"),
         ("plan --model nano --rank 5000", "rank 5000 saves no memory"),
         ("plan --model nano --optimizers lion", "'lion' is not one of adamw, galore"),
+        (
+            "plan --model nano --optimizers sign --residual-momentum 2",
+            "residual_momentum must be in [0, 1), got 2",
+        ),
         ("plan --model nano --memory 0", "--memory must be an amount above 0"),
         ("plan --model nano --memory 3GF", "as 24, which are GB, 24GB or 24GiB, got 3GF"),
         ("plan --model nano --tokens -1", "--tokens must be at least 0, got -1"),

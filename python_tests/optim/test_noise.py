@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from lowrank_kernels import FiraAdamW, GaLoreAdamW, Restarts, Subspace
+from lowrank_kernels.optim.monitor import ENTRIES
 from python_tests.devices import device_of
 
 RANK = 40
@@ -184,6 +185,64 @@ def test_asked_for_in_the_middle_of_a_run() -> None:
         error = statistics.stdev(values) / math.sqrt(len(values))
         assert error < 0.02
         assert abs(statistics.mean(values) - 1) < 4 * error + 0.002
+
+
+WATCHED = ("nonfinite", "limited", "noise", "signal")
+
+
+def test_nothing_is_told_while_it_is_off_and_it_begins_anew_after() -> None:
+    """Gradients of ten times the size between, of which M is but not the mean of |R|^2."""
+    source = Source(2.0, 0, shapes=SHAPES * 8)
+    optimizer = source.optimizer()
+    for _ in range(20):
+        source.draw()
+        optimizer.step()
+    optimizer.monitor = False
+    assert all(row[key] is None for row in optimizer.stats() for key in WATCHED)
+    source.means = [10 * mean for mean in source.means]
+    source.deviation *= 10
+    for _ in range(60):
+        source.draw()
+        optimizer.step()
+    assert all(row[key] is None for row in optimizer.stats() for key in WATCHED)
+    resumed = source.optimizer(monitor=True)
+    resumed.load_state_dict(optimizer.state_dict())
+    for each in (optimizer, resumed):
+        each.monitor = True
+        assert all(row["noise"] is row["signal"] is None for row in each.stats())
+        source.draw()
+        each.step()
+        assert {state["norm_step"] for state in each.state.values()} == {80}
+        assert sums(each.stats()) == pytest.approx(source.inside(each), rel=0.2)
+
+
+def test_turned_off_and_on_between_two_steps_goes_on() -> None:
+    source = Source(1.0, 0)
+    optimizer = source.optimizer()
+    for _ in range(3):
+        source.draw()
+        optimizer.step()
+    told, optimizer.monitor = optimizer.stats(), False
+    optimizer.monitor = True
+    assert optimizer.stats() == told
+    source.draw()
+    optimizer.step()
+    assert {state["norm_step"] for state in optimizer.state.values()} == {0}
+
+
+def test_a_checkpoint_tells_nothing_where_it_is_not_asked_for() -> None:
+    source = Source(1.0, 0)
+    optimizer = source.optimizer()
+    for _ in range(5):
+        source.draw()
+        optimizer.step()
+    resumed = source.optimizer(monitor=False)
+    resumed.load_state_dict(optimizer.state_dict())
+    for _ in range(2):
+        assert all(row[key] is None for row in resumed.stats() for key in WATCHED)
+        source.draw()
+        resumed.step()
+    assert not any(set(ENTRIES) & state.keys() for state in resumed.state.values())
 
 
 @pytest.mark.parametrize("how", ["restarts", "reset"])

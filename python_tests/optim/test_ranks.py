@@ -166,6 +166,19 @@ def test_what_is_refused(rank: object, error: type[Exception], text: str) -> Non
         param_groups(llama(), rank=rank)
 
 
+def test_brackets_in_names_are_to_be_escaped() -> None:
+    model = nn.ModuleDict({name: nn.Sequential(nn.Linear(8, 8)) for name in ("out", "in[0]")})
+    with pytest.raises(ValueError, match="matches no weight") as error:
+        param_groups(model, rank={"in[0].*": 2, "*": 3})
+    assert "called as 'in[0].0.weight', of which the pattern is 'in[[]0].0.weight'" in str(
+        error.value
+    )
+    groups = param_groups(model, rank={"in[[]0].0.weight": 2, "*": 3})
+    assert ranks_by_name(groups) == {"in[0].0.weight": 2, "out.0.weight": 3}
+    with pytest.raises(ValueError, match=r"called as 'out\.0\.weight'$"):
+        param_groups(model, rank={"inner.*": 2, "*": 3})
+
+
 def test_no_match_of_targets_is_told_first() -> None:
     with pytest.raises(ValueError, match="no trained linear module matches"):
         param_groups(llama(), rank={"*": 4}, targets="no_such")

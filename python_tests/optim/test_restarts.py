@@ -1,7 +1,9 @@
 """Restarts: what is forgotten and what stays, the rate of each step, schedulers, resume."""
 
 import copy
+import inspect
 import io
+import pickle
 
 import pytest
 import torch
@@ -395,6 +397,100 @@ def test_a_step_that_raises_leaves_no_lower_rate_in_a_checkpoint() -> None:
         assert [group["lr"] for group in optimizer.param_groups] == [0.01, 0.01]
 
 
+@pytest.mark.parametrize("name", ["sgd", "adamw", "adamw, tensor", "galore"])
+def test_a_state_dict_within_a_step_has_the_own_rates_and_the_step_the_lower(name: str) -> None:
+    def run(saving: bool) -> list[nn.Parameter]:
+        params = parameters()
+        optimizer = MAKERS[name](params)
+        rates = [group["lr"] for group in optimizer.param_groups]
+        restarts = Restarts(optimizer, EVERY, RECOVERY)
+        for step in range(EVERY + 2):
+
+            def closure(step: int = step) -> float:
+                set_gradients(params, step)
+                if saving:
+                    saved = optimizer.state_dict()["param_groups"]
+                    assert [group["lr"] for group in saved] == rates
+                return 0.0
+
+            optimizer.step(closure)
+            restarts.step()
+        return params
+
+    assert_same(run(False), run(True))
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("scheduler_first", [True, False])
+@pytest.mark.parametrize("where", ["in the closure", "in the step", "in a hook"])
+@pytest.mark.parametrize("make", [MAKERS["sgd"], MAKERS["adamw"], galore])
+def test_a_scheduler_after_a_step_that_raised_in_a_recovery(
+    make, where: str, scheduler_first: bool
+) -> None:
+    params = parameters()
+    optimizer = make(params)
+    made = [Restarts, lr_scheduler.ExponentialLR]
+    first, second = made[:: -1 if scheduler_first else 1]
+    arguments = {Restarts: (EVERY, RECOVERY), lr_scheduler.ExponentialLR: (0.5,)}
+    parts = {kind: kind(optimizer, *arguments[kind]) for kind in (first, second)}
+    restarts, schedule = (parts[kind] for kind in made)
+    train(params, optimizer, restarts, range(EVERY))
+
+    def fail(*_: object) -> None:
+        raise RuntimeError("out of memory")
+
+    set_gradients(params, EVERY)
+    closure, handle = None, None
+    if where == "in the closure":
+        closure = fail
+    elif where == "in the step":
+        params[0].grad.data = torch.randn(3, 3)
+    else:
+        handle = optimizer.register_step_pre_hook(fail)
+    for expected in (0.005, 0.0025):
+        with pytest.raises(RuntimeError):
+            optimizer.step(closure)
+        schedule.step()
+        assert [group["lr"] for group in optimizer.param_groups] == pytest.approx(
+            [expected] * len(optimizer.param_groups), rel=1e-12
+        )
+    if handle is not None:
+        handle.remove()
+    within = []
+    optimizer.register_step_pre_hook(lambda *_: within.append(optimizer.param_groups[0]["lr"]))
+    train(params, optimizer, restarts, range(EVERY, EVERY + 1), schedule)
+    assert within == [pytest.approx(0.0025 * FACTORS[0])]
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(0.00125)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
+@pytest.mark.parametrize("make", [MAKERS["adamw"], galore])
+def test_a_copy_has_no_restarts_and_is_told_so(make, copied) -> None:
+    params = parameters()
+    optimizer = make(params)
+    restarts = Restarts(optimizer, EVERY, RECOVERY)
+    train(params, optimizer, restarts, range(EVERY + 1))
+    others, twin, lost = copied((params, optimizer, restarts))
+    before = lost.state_dict()
+    with pytest.raises(RuntimeError, match="is a copy"):
+        lost.step()
+    assert lost.state_dict() == before
+    again = Restarts(twin)
+    again.load_state_dict(before)
+    train(params, optimizer, restarts, range(EVERY + 1, 2 * EVERY + 2))
+    train(others, twin, again, range(EVERY + 1, 2 * EVERY + 2))
+    assert_same(params, others)
+
+
+def test_gradient_scaling_goes_on() -> None:
+    """It asks the step for its signature."""
+    params = parameters()
+    optimizer = MAKERS["adamw, fused"](params)
+    expected = inspect.signature(optimizer.step)
+    Restarts(optimizer)
+    assert inspect.signature(optimizer.step) == expected
+
+
 def test_removed() -> None:
     params = parameters()
     optimizer = galore(params)
@@ -406,6 +502,8 @@ def test_removed() -> None:
     train(params, optimizer, None, range(1))
     assert seen == [0.01]
     assert optimizer.lr_factor == 1.0
+    with pytest.raises(RuntimeError, match="were removed"):
+        restarts.step()
     Restarts(optimizer, EVERY, RECOVERY)
 
 
