@@ -151,6 +151,9 @@ def build_optimizer(name: str, model: Model, args: argparse.Namespace) -> LowRan
         options = {**own, "state": args.state, "basis": args.basis}
         if own.get("residual") in TRANSFORMED:
             options["residual_momentum"] = args.residual_momentum
+        elif args.residual_momentum:
+            which = " and ".join(TRANSFORMED)
+            raise ValueError(f"--residual-momentum is of {which}, and {name} has none")
         return optimizer(groups, backend=args.backend, **options)
 
 

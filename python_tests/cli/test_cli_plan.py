@@ -371,7 +371,11 @@ def test_tied_weights_count_once(json_of, tiny_config):
         ("plan --model nano --optimizers lion", "'lion' is not one of adamw, galore"),
         (
             "plan --model nano --optimizers sign --residual-momentum 2",
-            "residual_momentum must be in [0, 1), got 2",
+            "residual_momentum must be in [0, 0.98], got 2",
+        ),
+        (
+            "plan --model nano --optimizers fira,sign --residual-momentum 0.9",
+            "--residual-momentum is of sign and orthogonal, and fira has none",
         ),
         ("plan --model nano --memory 0", "--memory must be an amount above 0"),
         ("plan --model nano --memory 3GF", "as 24, which are GB, 24GB or 24GiB, got 3GF"),
