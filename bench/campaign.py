@@ -178,6 +178,13 @@ def _comparisons_on_gpu(out: Path) -> Iterator[Part]:
         size = f"--model {model} --steps {steps} --batch-size {batch} --micro-batch {batch}"
         words = (*size.split(), *text.split(), "--optimizers", ",".join(everyone))
         yield _bench("pretrain", out / f"pretrain-{model}-cuda", *words, resumes=True)
+    for model, steps, batch, rank in (("60m", 450, 256, 32), ("350m", 250, 64, 64)):
+        size = f"--model {model} --steps {steps} --batch-size {batch} --micro-batch {batch}"
+        ours = f"orthogonal@{rank},orthogonal@{rank}@b0.9"
+        names = f"adamw-split,muon,muon-8bit,fira@{rank},{ours}"
+        search = f"--optimizers {names} --tune-steps {steps // 3} --budget 5 --seeds 0,1,2"
+        words = (*size.split(), *text.split(), *search.split())
+        yield _bench("family", out / f"family-{model}-cuda", *words, resumes=True)
 
 
 def run(part: Part, out: Path, seconds: float = SECONDS) -> dict:

@@ -436,8 +436,6 @@ def parse(arguments: list[str]) -> tuple[Options, bool]:
     if own.budget < 1 or own.factor <= 1 or own.refine < 0 or own.workers < 1:
         line.error("--budget and --workers are 1 at least, --factor is more, --refine not negative")
     command = parse_settings(rest)
-    if command.resume:
-        line.error("--resume: the same command goes on")
     if own.tune_steps is not None and not 0 < own.tune_steps < command.settings.steps:
         line.error(f"--tune-steps is less than the {command.settings.steps} steps of a run")
     search = Search(own.factor, own.refine, own.budget, own.tune_steps)

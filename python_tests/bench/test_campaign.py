@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from bench import campaign
+from bench import campaign, family, settings
 from bench.campaign import Part
 
 
@@ -66,6 +66,18 @@ def test_the_parts_have_names_and_records_of_their_own(device, tmp_path):
     assert len(set(places)) == len(places)
     assert {"build", "selftest", "memory", "tests-bench", "tests-ops"} <= set(names)
     assert ("sanitize-memcheck" in names) == (device == "cuda")
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_comparisons_have_arguments_that_are_known(device, tmp_path):
+    todo = [part for part in campaign.parts(tmp_path, device, quick=False) if part.resumes]
+    for each in todo:
+        bench, arguments = each.command[2], [*each.command[3:], "--resume", "--device", "cpu"]
+        if bench == "bench.pretrain":
+            settings.parse(arguments)
+        elif bench == "bench.family":
+            family.parse(arguments)
+    assert ("family-60m-cuda" in [each.name for each in todo]) == (device == "cuda")
 
 
 def test_on_a_gpu_kernels_go_before_what_needs_none(tmp_path):

@@ -127,7 +127,6 @@ def test_differences_are_paired_by_seed():
     ("arguments", "message"),
     [
         (["--budget", "0"], "--budget and --workers are 1 at least"),
-        (["--resume"], "the same command goes on"),
         (["--tune-steps", "800"], "--tune-steps is less than the 800 steps of a run"),
         (["--against", "soap"], "--against soap is not among adamw"),
     ],
