@@ -163,8 +163,8 @@ class LowRankAdamW(Optimizer):
             want more.
         per: of "scale", whether norms of each "channel" or of the "matrix" are compared.
         corrected: whether the moments are corrected for their bias, as in torch's AdamW, or the
-            step size, as in the official code of GaLore and Fira; None: the moments in the paper
-            form of the residual alone.
+            step size, as in the official code of GaLore and Fira; None: the step size with
+            residual=None and "official", the moments with every other form.
         subspace: a `Subspace`, or the name of a range finder: "randomized" (default), "power",
             "random", or "svd", which computes all bases at once by an exact SVD as the official
             packages do. The named ones spread their refreshes over the steps, except "svd" and
