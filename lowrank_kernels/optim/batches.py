@@ -261,7 +261,7 @@ def batches_of(
         assert param.grad is not None
         rank = state["basis"].shape[1]
         size = ops.batch_size(param, held(param.grad), rank, backend=backend)
-        size = min(size, Room.matrices(param, state))
+        size = min(size, Room.matrices(param, state), method.outside.matrices(param) or size)
         parts += [equal[start : start + size] for start in range(0, len(equal), size)]
     memory = memory_of(room_bytes(parts), members[0].param.device)
     return [

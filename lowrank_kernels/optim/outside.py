@@ -30,7 +30,7 @@ from ..ops import ChannelSums, Matrices, Operations, Projection, Residual, Scala
 from ..ops.codes import FLAT_GROUPS, decoded, encode
 from ..ops.contract import rank_axis
 from ..ops.orthogonal import orthogonalized
-from ..ops.products import factors, project
+from ..ops.products import factors, matrices_in_workspace, project
 from ..ops.reference import channel_scale
 
 State = dict[str, Any]
@@ -45,6 +45,8 @@ TRANSFORMED = ("sign", "orthogonal")
 AS_THEY_ARE = (None, "official", "paper")
 RESIDUAL_FORMS = (*LIMITED, "normalize", *TRANSFORMED)
 PERS = ("channel", "matrix")
+# An element, of E in float32, stacked, brought to a norm of 1, and in bfloat16 iterated.
+TRANSFORMED_BYTES = 16
 # s where none is given; of the other forms it is alpha.
 ORTHOGONAL_SCALE = 0.4
 # Of the length of what is in the span: what is outside of it in bases that are held in a byte.
@@ -113,6 +115,14 @@ class Outside(NamedTuple):
             raise ValueError(
                 f"residual_scale must be at least 0 and finite, got {self.residual_scale}"
             )
+
+    def matrices(self, param: Tensor) -> int | None:
+        """As many of this shape as have room in a workspace, with E and what is made of it; None
+        where no operation holds it.
+        """
+        if self.residual not in TRANSFORMED:
+            return None
+        return matrices_in_workspace(param.device, TRANSFORMED_BYTES * param.numel())
 
     def numbers(self, alpha: float, shape: Sequence[int]) -> Residual | None:
         """What operations 1 and 3 are told of it.

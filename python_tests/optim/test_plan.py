@@ -275,3 +275,15 @@ def test_frozen_parameters_have_neither_gradient_nor_state():
         assert row["weight_bytes"] > 0
         assert row["gradient_bytes"] == row["state_bytes"] == 0
     assert planned_workspace(optimizer, "cpu") == (0, 0, 0)
+
+
+@pytest.mark.parametrize("method", ["sign", "orthogonal", "orthogonal, averaged"])
+def test_forms_that_change_a_matrix_stay_within_the_workspace(method):
+    """On a GPU, where as many small matrices as have room in it are stepped together."""
+    memory = 16 * 2**30
+    for count, size in ((40, 256), (40, 1024), (40, 2048)):
+        params = [nn.Parameter(torch.empty(size, size, device="meta")) for _ in range(count)]
+        optimizer = EVERY[method]([{"params": params, "rank": 32}])
+        step = planned_workspace(optimizer, "cuda", memory).step
+        whole = 16 * size * size
+        assert whole <= step <= 1.25 * memory / 128 + whole
