@@ -18,7 +18,9 @@ of which --workers are made at a time. With --seconds it stops by then; status 7
 more to do. The record holds every run, and the losers and what diverged with them.
 
 A time is a processor's, of all that a step takes: others may use the machine, and it is what a run
-takes of it with one thread. On a GPU it is the median step's.
+takes of it with one thread. On a GPU it is the median step's. With --same-time-as NAME each method
+is also run, at its best and with every seed, for as many steps as take the time of NAME's whole
+run, by the times of the first seed's runs.
 """
 
 from __future__ import annotations
@@ -31,7 +33,7 @@ import statistics
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -110,10 +112,10 @@ def untried(tried: dict[Place, float], best: Place, axis: int, step: int) -> lis
 
 
 class Trial(NamedTuple):
-    """A run, and whether it is a shorter one that only finds the rate."""
+    """A run, of so many steps; None for those of the comparison."""
 
     job: Job
-    short: bool = False
+    steps: int | None = None
 
 
 class Start(NamedTuple):
@@ -148,31 +150,55 @@ class Course:
     """What there is of a method's search, and what comes next.
 
     `missing` is what the round, or the seeds at the best, still need; without any it is finished.
+    `timed` are runs of another method's time, a seed each, that still may be missing.
     """
 
     start: Start
     tried: dict[Place, float]
     missing: list[Trial]
     best: Job | None = None
+    timed: list[Trial] = field(default_factory=list)
+
+    def finals(self, seeds: list[int]) -> list[Trial]:
+        """At the best, a seed each."""
+        return [Trial(replace(self.best, seed=seed)) for seed in seeds] if self.best else []
 
 
 def course(start: Start, search: Search, seeds: list[int], runs: dict[Trial, dict]) -> Course:
     """Replays the search over the runs that are there."""
     tried: dict[Place, float] = {}
     found = Course(start, tried, [])
-    short = search.steps is not None
     places = [start.origin, *beside(start.origin, 0, search.unit)][: search.budget]
     while places:
-        trials = {place: Trial(start.job(place, search, seeds[0]), short) for place in places}
+        trials = {
+            place: Trial(start.job(place, search, seeds[0]), search.steps) for place in places
+        }
         found.missing = [trial for trial in trials.values() if trial not in runs]
         if found.missing:
             return found
         tried.update((place, final_loss(runs[trial])) for place, trial in trials.items())
         places = search.next_round(tried)
     found.best = start.job(best_of(tried), search, seeds[0])
-    finals = [Trial(replace(found.best, seed=seed)) for seed in seeds]
-    found.missing = [trial for trial in finals if trial not in runs]
+    found.missing = [trial for trial in found.finals(seeds) if trial not in runs]
     return found
+
+
+def of_the_same_time(
+    found: Course, other: Course, settings: Settings, runs: dict[Trial, dict]
+) -> list[Trial]:
+    """The runs of a method that take the time of another's; none before both have whole ones."""
+    first = [each.finals(settings.seeds[:1]) for each in (found, other)]
+    if found is other or not all(trials and trials[0] in runs for trials in first):
+        return []
+    own, theirs = (step_seconds(runs[trials[0]], settings.device) for trials in first)
+    steps = max(1, round(settings.steps * theirs / own))
+    return [trial._replace(steps=steps) for trial in found.finals(settings.seeds)]
+
+
+def step_seconds(run: dict, device: str) -> float:
+    if device == "cuda":
+        return statistics.median(run["step_seconds"])
+    return run["cpu_seconds"] / len(run["train_loss"])
 
 
 @dataclass(frozen=True)
@@ -182,6 +208,7 @@ class Options:
     workers: int
     seconds: float
     against: str | None
+    same_time_as: str | None
     words: list[str]
 
 
@@ -198,12 +225,22 @@ class Comparison:
         # What was read may tell what to read next.
         while True:
             found = [course(s, search, settings.seeds, self.runs) for s in starts(settings)]
+            self._time(found)
             new = [self._read(trial) for each in found for trial in each.missing]
             if not any(new):
                 return found
 
+    def _time(self, found: list[Course]) -> None:
+        other = next((e for e in found if e.start.optimizer == self.options.same_time_as), None)
+        if other is None:
+            return
+        for each in found:
+            each.timed = of_the_same_time(each, other, self.options.command.settings, self.runs)
+            each.missing += [trial for trial in each.timed if trial not in self.runs]
+
     def _folder(self, trial: Trial) -> Path:
-        return self.work / ("tuning" if trial.short else "runs") / trial.job.name
+        kinds = {None: "runs", self.options.search.steps: "tuning"}
+        return self.work / kinds.get(trial.steps, f"{trial.steps}-steps") / trial.job.name
 
     def _read(self, trial: Trial) -> bool:
         path = self._folder(trial) / "record.json"
@@ -214,8 +251,8 @@ class Comparison:
 
     def _begun(self, trial: Trial) -> BaseProcess:
         command = self.options.command
-        if trial.short:
-            command = replace(command, settings=of_length(command.settings, self.options.search))
+        if trial.steps is not None:
+            command = replace(command, settings=of_length(command.settings, trial.steps))
         return begun(trial.job, command, self.data, self._folder(trial))
 
     def advance(self) -> bool:
@@ -251,20 +288,19 @@ class Comparison:
 
     def _tell(self, trial: Trial) -> None:
         self._read(trial)
-        length = f", {self.options.search.steps} steps" if trial.short else ""
+        length = "" if trial.steps is None else f", {trial.steps} steps"
         print(f"{trial.job.name}{length}: {final_loss(self.runs[trial]):.4f}", flush=True)
 
     def all_runs(self) -> Iterator[dict]:
         """Also of optimizers that this command does not name."""
-        for folder in ("tuning", "runs"):
-            for path in sorted(self.work.glob(f"{folder}/*/record.json")):
-                yield json.loads(path.read_text())
+        for path in sorted(self.work.glob("*/*/record.json")):
+            yield json.loads(path.read_text())
 
     def rows(self) -> list[dict]:
         """A method each: what it came to with all seeds, and what was tried for it."""
         seeds = self.options.command.settings.seeds
         found = [each for each in self.courses() if each.best and self._finals(each)]
-        losses = {each.start.optimizer: self._losses(each) for each in found}
+        losses = {each.start.optimizer: losses_of(self._finals(each)) for each in found}
         against = self.options.against
         if against not in losses:
             against = next(iter(losses), None)
@@ -279,18 +315,29 @@ class Comparison:
                 "finished": not each.missing,
                 "tried": [self._tried(each, place) for place in sorted(each.tried)],
                 **self._costs(each),
+                "timed": self._timed(each),
             }
             for each in found
         ]
 
+    def _timed(self, each: Course) -> dict | None:
+        """Of the runs of another method's time, those that are there."""
+        runs = [self.runs[trial] for trial in each.timed if trial in self.runs]
+        if not runs:
+            return None
+        found = _statistics(losses_of(runs), {})
+        return {
+            "as": self.options.same_time_as,
+            "steps": each.timed[0].steps,
+            "losses": list(losses_of(runs).values()),
+            "loss": found["loss"],
+            "loss_error": found["loss_error"],
+        }
+
     def _finals(self, each: Course) -> list[dict]:
         """The runs at the best that are there, a seed each."""
-        seeds = self.options.command.settings.seeds
-        trials = [Trial(replace(each.best, seed=seed)) for seed in seeds]
+        trials = each.finals(self.options.command.settings.seeds)
         return [self.runs[trial] for trial in trials if trial in self.runs]
-
-    def _losses(self, each: Course) -> dict[int, float]:
-        return {run["seed"]: final_loss(run) for run in self._finals(each)}
 
     def _tried(self, each: Course, place: Place) -> dict:
         seed = self.options.command.settings.seeds[0]
@@ -300,10 +347,7 @@ class Comparison:
     def _costs(self, each: Course) -> dict:
         runs, settings = self._finals(each), self.options.command.settings
         steps = [step for run in runs for step in run["step_seconds"]]
-        if settings.device == "cuda":
-            seconds = statistics.median(steps)
-        else:
-            seconds = statistics.mean(run["cpu_seconds"] / len(run["train_loss"]) for run in runs)
+        seconds = statistics.mean(step_seconds(run, settings.device) for run in runs)
         tokens = settings.batch_size * settings.seq_len
         own = [step for run in runs for step in run["optimizer_seconds"]]
         return {
@@ -316,6 +360,11 @@ class Comparison:
             "tokens_per_second": tokens / seconds,
             "run_seconds": seconds * settings.steps,
         }
+
+
+def losses_of(runs: list[dict]) -> dict[int, float]:
+    """By seed."""
+    return {run["seed"]: final_loss(run) for run in runs}
 
 
 def _statistics(losses: dict[int, float], others: dict[int, float]) -> dict:
@@ -373,18 +422,27 @@ def print_table(record: dict) -> None:
         f"LLaMA {settings['model']}, {rows[0]['parameters'] / 1e6:.2f} M parameters,"
         f" {settings['steps']} steps of {tokens:,} tokens",
         f"± standard error; differences to {rows[0]['against']}, paired by seed; edge: not tried on"
-        " all sides",
+        " all sides; same time: in as many steps as take the time of another's run",
         ("optimizer", "lr", "scale"),
-        ("loss", "difference", "seeds", "state MB", "step ms", "tokens/s", "tried", ""),
+        (
+            "loss",
+            "difference",
+            "seeds",
+            "state MB",
+            "step ms",
+            "tokens/s",
+            "same time",
+            "tried",
+            "",
+        ),
     )
     for row in sorted(rows, key=lambda row: math.inf if row["loss"] is None else row["loss"]):
-        found.add_row(*family_texts(row), family_marks(row))
+        found.add_row(*family_texts(row), str(len(row["tried"])), family_marks(row))
     show(found)
 
 
-def of_length(settings: Settings, search: Search) -> Settings:
-    """The same comparison in fewer steps, with the same shares of them."""
-    steps = search.steps or settings.steps
+def of_length(settings: Settings, steps: int) -> Settings:
+    """The same comparison in another number of steps, with the same shares of them."""
 
     def share(count: int) -> int:
         return count * steps // settings.steps
@@ -402,9 +460,7 @@ def prepared(options: Options, overwrite: bool) -> DataSummary:
     settings, work = options.command.settings, options.command.out / "work"
     path = work / "family.json"
     if overwrite:
-        for folder in ("tuning", "runs"):
-            shutil.rmtree(work / folder, ignore_errors=True)
-        path.unlink(missing_ok=True)
+        shutil.rmtree(work, ignore_errors=True)
     window = settings.seq_len + 1
     data = prepare(settings.data, settings.tokenizer, settings.vocab_size, window, work / "data")
     mine = {"settings": asdict(settings), "digest": data.digest, "tune": options.search.steps}
@@ -431,6 +487,7 @@ def parse(arguments: list[str]) -> tuple[Options, bool]:
     line.add_argument("--workers", type=int, default=1, help="default: %(default)s")
     line.add_argument("--seconds", type=float, default=math.inf, help="default: until all is done")
     line.add_argument("--against", help="whose loss is subtracted; default: the first optimizer's")
+    line.add_argument("--same-time-as", metavar="NAME", help="whose time others get, too")
     line.add_argument("--overwrite", action="store_true", help="drop what is there")
     own, rest = line.parse_known_args(arguments)
     if own.budget < 1 or own.factor <= 1 or own.refine < 0 or own.workers < 1:
@@ -441,9 +498,11 @@ def parse(arguments: list[str]) -> tuple[Options, bool]:
     search = Search(own.factor, own.refine, own.budget, own.tune_steps)
     if "--out" not in rest:
         command = replace(command, out=command.out.parent / f"family-{command.settings.model}")
-    if own.against and own.against not in command.settings.lrs:
-        line.error(f"--against {own.against} is not among {', '.join(command.settings.lrs)}")
-    options = Options(command, search, own.workers, own.seconds, own.against, arguments)
+    for option, name in (("against", own.against), ("same-time-as", own.same_time_as)):
+        if name and name not in command.settings.lrs:
+            line.error(f"--{option} {name} is not among {', '.join(command.settings.lrs)}")
+    compared = own.against, own.same_time_as
+    options = Options(command, search, own.workers, own.seconds, *compared, arguments)
     return options, own.overwrite
 
 

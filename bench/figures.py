@@ -409,7 +409,7 @@ def family(records: Records) -> str:
     rows = sorted(record["summary"], key=lambda row: worst.get(row["loss"], row["loss"]))
     lines = [(*family_texts(row), tried_text(row)) for row in rows]
     headings = ("optimizer", "lr", "scale", "loss", f"to {rows[0]['against']}", "seeds", "state MB")
-    headings += ("step, ms", "tokens/s", "runs", "tried on one seed: rate, scale: loss")
+    headings += ("step, ms", "tokens/s", "same time", "tried on one seed: rate, scale: loss")
     return table(headings, lines, source(records, "family-nano"))
 
 

@@ -102,14 +102,14 @@ def test_shorter_runs_find_the_rate_and_full_ones_are_made_of_every_seed():
     runs, search = {}, Search(2.0, 0, 9, steps=300)
     while (found := course(Start("adamw", 1e-3, None), search, [0, 1], runs)).missing:
         runs |= {trial: run_of(trial.job, bowl(1e-3)(trial.job)) for trial in found.missing}
-    assert [(trial.job.lr, trial.job.seed) for trial in runs if trial.short] == [
+    assert [(trial.job.lr, trial.job.seed) for trial in runs if trial.steps] == [
         *((1e-3, 0), (5e-4, 0), (2e-3, 0)),
     ]
-    assert [(trial.job.lr, trial.job.seed) for trial in runs if not trial.short] == [
+    assert [(trial.job.lr, trial.job.seed) for trial in runs if not trial.steps] == [
         *((1e-3, 0), (1e-3, 1)),
     ]
     settings = parse(["--steps", "800", "--warmup", "80"]).settings
-    short = family.of_length(settings, search)
+    short = family.of_length(settings, 300)
     assert (short.steps, short.warmup, short.eval_every) == (300, 30, 30)
     assert not settings.differences(asdict(replace(short, steps=800, warmup=80, eval_every=80)))
 
@@ -129,6 +129,7 @@ def test_differences_are_paired_by_seed():
         (["--budget", "0"], "--budget and --workers are 1 at least"),
         (["--tune-steps", "800"], "--tune-steps is less than the 800 steps of a run"),
         (["--against", "soap"], "--against soap is not among adamw"),
+        (["--same-time-as", "soap"], "--same-time-as soap is not among adamw"),
     ],
 )
 def test_mistakes_end_with_a_message(arguments, message, capsys):
@@ -204,6 +205,31 @@ def test_comparison_whole_and_in_parts_and_with_one_more(tiny, tmp_path, capsys,
     text = FIGURES["family"](Records(tmp_path))
     assert "| muon | " in text
     assert "python -m bench.family" in text
+
+
+def test_others_get_the_time_of_one(tmp_path, tiny, monkeypatch):
+    """As many steps as that takes, of every seed; the same again with the next command."""
+    monkeypatch.setattr(family, "begun", forked)
+    # By the clock a step would take another time in every run.
+    speeds = {"adamw": 0.5, "muon": 1.0, "galore@4": 0.25}
+    monkeypatch.setattr(family, "step_seconds", lambda run, _: speeds[run["optimizer"]])
+    arguments = [*COMMAND, *tiny, "--seeds", "0,1", "--same-time-as", "adamw"]
+    for _ in range(2):
+        family.main([*arguments, "--out", str(tmp_path)])
+    record, _ = told(tmp_path)
+    rows = {row["optimizer"]: row for row in record["summary"]}
+    steps = record["settings"]["steps"]
+    assert rows["adamw"]["timed"] is None
+    assert rows["muon"]["timed"]["steps"] == steps // 2
+    assert rows["galore@4"]["timed"]["steps"] == 2 * steps
+    for name in ("muon", "galore@4"):
+        timed = rows[name]["timed"]
+        assert timed["as"] == "adamw"
+        assert len(timed["losses"]) == 2
+        assert timed["loss"] not in rows[name]["losses"]
+        runs = [r for r in record["runs"] if (r["optimizer"], r["steps"]) == (name, timed["steps"])]
+        assert {run["lr"] for run in runs} == {rows[name]["lr"]}
+        assert [run["loss"] for run in runs] == timed["losses"]
 
 
 def test_a_run_that_fails_is_named(tiny, tmp_path):
