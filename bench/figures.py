@@ -14,7 +14,14 @@ from functools import partial
 from pathlib import Path
 
 from bench.models import PRESETS
-from bench.tables import difference_texts, family_texts, less_text, share_text, tried_text
+from bench.tables import (
+    difference_texts,
+    family_texts,
+    less_text,
+    loss_text,
+    share_text,
+    tried_text,
+)
 
 RESULTS = Path(__file__).parent / "results"
 NOT_MEASURED = "**not measured**"
@@ -411,6 +418,32 @@ def family(records: Records) -> str:
     headings = ("optimizer", "lr", "scale", "loss", f"to {rows[0]['against']}", "seeds", "state MB")
     headings += ("step, ms", "tokens/s", "same time", "tried on one seed: rate, scale: loss")
     return table(headings, lines, source(records, "family-nano"))
+
+
+LARGER = ("family-nano", "family-nano-4k", "family-nano-16k", "family-9m", "family-20m")
+
+
+@figure
+def family_sizes(records: Records) -> str:
+    """The same at larger batches and models, of methods that any of these has."""
+    found = {name: records[name] for name in LARGER if name in records}
+    if not found.keys() - {"family-nano"}:
+        return f"\n{NOT_MEASURED}\n"
+    rows = {
+        name: {row["optimizer"]: row for row in record["summary"]} for name, record in found.items()
+    }
+    compared = {method for name in rows.keys() - {"family-nano"} for method in rows[name]}
+    methods = [method for each in rows.values() for method in each if method in compared]
+    lines = [
+        (method, *(loss_text(each[method]) if method in each else "" for each in rows.values()))
+        for method in dict.fromkeys(methods)
+    ]
+    headings = ["optimizer"]
+    for record in found.values():
+        settings = record["settings"]
+        tokens = settings["batch_size"] * settings["seq_len"]
+        headings.append(f"{settings['model']}, {settings['steps']} x {tokens:,} tokens")
+    return table(headings, lines, "; ".join(source(records, name) for name in found))
 
 
 PROJECTED = "activations-cpu"

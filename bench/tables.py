@@ -59,7 +59,7 @@ def family_texts(row: dict) -> tuple[str, ...]:
         row["optimizer"],
         f"{row['lr']:g}",
         "" if row["scale"] is None else f"{row['scale']:g}",
-        _mean_text(row["loss"], row["loss_error"], ".4f"),
+        loss_text(row),
         _mean_text(row["difference"], row["difference_error"], "+.4f"),
         str(len(row["seeds"])),
         f"{row['state_bytes'] / 1e6:.2f}",
@@ -73,6 +73,10 @@ def _timed_text(timed: dict | None) -> str:
     if timed is None:
         return ""
     return f"{_mean_text(timed['loss'], timed['loss_error'], '.4f')}, {timed['steps']} steps"
+
+
+def loss_text(row: dict) -> str:
+    return _mean_text(row["loss"], row["loss_error"], ".4f")
 
 
 def family_marks(row: dict) -> str:

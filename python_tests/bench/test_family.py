@@ -4,6 +4,7 @@ import json
 import math
 import multiprocessing
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import asdict, replace
@@ -205,6 +206,10 @@ def test_comparison_whole_and_in_parts_and_with_one_more(tiny, tmp_path, capsys,
     text = FIGURES["family"](Records(tmp_path))
     assert "| muon | " in text
     assert "python -m bench.family" in text
+    shutil.copy(parts / "family.json", tmp_path / "family-nano-4k.json")
+    text = FIGURES["family_sizes"](Records(tmp_path))
+    assert [line.count("|") for line in text.splitlines() if line.startswith("|")] == [4] * 6
+    assert len([line for line in text.splitlines() if line.startswith("| galore@4 | ")]) == 1
 
 
 def test_others_get_the_time_of_one(tmp_path, tiny, monkeypatch):
