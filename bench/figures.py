@@ -341,6 +341,22 @@ def memory(records: Records) -> str:
 
 
 @figure
+def orthogonal_cost(records: Records) -> str:
+    """By products, the same for all that Newton-Schulz iterations run over."""
+    lines = [
+        (
+            row["model"],
+            f"{row['flops'] / 1e12:.2f}",
+            f"{row['flops_per_token'] / 1e9:.2f}",
+            f"{row['tokens_of_tenth']:,}",
+        )
+        for row in records["memory"]["orthogonalization"]
+    ]
+    headings = ("LLaMA", "TFLOP a step", "GFLOP a token", "tokens a batch where it is a tenth")
+    return table(headings, lines, source(records, "memory"))
+
+
+@figure
 def formats(records: Records) -> str:
     """State of GaLore in every format at the models' own ranks, and of rivals without a rank."""
     ranks = dict(reversed(_counted(records)))

@@ -28,6 +28,7 @@ from bench.peers import factored_bytes
 from bench.record import head, write_lines
 from bench.tables import less_text, new_table, progress, share_text, show
 from lowrank_kernels import AdaRankGradAdamW, FiraAdamW, GaLoreAdamW, param_groups
+from lowrank_kernels.ops.orthogonal import STEPS
 
 VOCABULARY = 32_000
 OURS = {"galore": GaLoreAdamW, "fira": FiraAdamW, "adarankgrad": AdaRankGradAdamW}
@@ -134,6 +135,22 @@ def accounting(model: str) -> list[dict]:
     ]  # fmt: skip
 
 
+def orthogonalization(model: str) -> dict:
+    """What Newton-Schulz iterations of all matrices multiply, beside a forward and backward pass.
+
+    Per iteration of an m x n matrix, m <= n: its Gram matrix, the square of that, and the product
+    with the matrix. Per token: 6 for each weight that multiplies; attention's own are left out.
+    """
+    module = on_meta(model, "bf16")
+    rows = [row["shape"] for row in GaLoreAdamW(param_groups(module, 8)).plan() if row["projected"]]
+    sides = [(min(shape), max(shape)) for shape in rows]
+    flops = STEPS * sum(2 * m * m * n + 2 * m**3 + 2 * m * m * n for m, n in sides)
+    linears = (each for each in module.modules() if isinstance(each, torch.nn.Linear))
+    per_token = 6 * sum(each.weight.numel() for each in linears)
+    tenth = math.ceil(10 * flops / per_token)
+    return {"model": model, "flops": flops, "flops_per_token": per_token, "tokens_of_tenth": tenth}
+
+
 def table(rows: list[dict]) -> Table:
     found = new_table(
         "weights, gradients and optimizer state, counted on shapes",
@@ -163,7 +180,9 @@ def main(arguments: list[str] | None = None) -> None:
     ]
     rows = [row for case in progress(cases, "counting") for row in plans(*case)]
     accounts = accounting("7b")
-    record = head("memory", "cpu", options.arguments, accounting=accounts, published=PUBLISHED)
+    products = [orthogonalization(model) for model in options.models]
+    facts = {"accounting": accounts, "published": PUBLISHED, "orthogonalization": products}
+    record = head("memory", "cpu", options.arguments, **facts)
     if options.out:
         write_lines(options.out, record, "rows", rows)
     show(table(rows), 130)
@@ -174,6 +193,16 @@ def main(arguments: list[str] | None = None) -> None:
         cells = (less_text(row[key]) for key in ("less_than_8bit", "less_than_bf16"))
         second.add_row(row["text"], f"{row['state_bytes'] / 1e9:.3f}", *cells)
     show(second, 130)
+    third = new_table(
+        'residual="orthogonal": Newton-Schulz beside forward and backward, by products',
+        "",
+        ("LLaMA",),
+        ("TFLOP a step", "MFLOP a token", "a tenth at tokens"),
+    )
+    for row in products:
+        sizes = (f"{row['flops'] / 1e12:.2f}", f"{row['flops_per_token'] / 1e6:,.0f}")
+        third.add_row(row["model"], *sizes, f"{row['tokens_of_tenth']:,}")
+    show(third, 130)
 
 
 if __name__ == "__main__":

@@ -179,3 +179,15 @@ def test_what_is_rounded_favours_no_state():
     assert share_text(0.18236) == "18.3 %"
     assert less_text(1 - 0.18236) == "81.7 %"
     assert share_text(1.0) == "100.0 %"
+
+
+def test_products_of_newton_schulz_by_formula():
+    """LLaMA 60M: 8 layers of four square matrices and three of the feed-forward part."""
+    found, hidden, wide = memory.orthogonalization("60m"), 512, 1376
+    square = 6 * hidden**3
+    oblong = 4 * hidden**2 * wide + 2 * hidden**3
+    assert found["flops"] == 8 * 5 * (4 * square + 3 * oblong)
+    weights = 8 * (4 * hidden**2 + 3 * hidden * wide) + 32_000 * hidden
+    assert found["flops_per_token"] == 6 * weights
+    share = found["flops"] / (found["tokens_of_tenth"] * 6 * weights)
+    assert 0.0999 < share <= 0.1
