@@ -1,0 +1,20 @@
+"""The figures and tables that the documents show, each from a record in `bench/results`.
+
+A function takes the records and returns Markdown; its name is what stands around it there:
+`<!-- figure: NAME -->...<!-- end -->`.
+"""
+
+from bench.figures import gpu, layers, memory, steps, training
+from bench.figures.common import FIGURES, NOT_MEASURED, RESULTS, Records
+
+__all__ = [
+    "FIGURES",
+    "NOT_MEASURED",
+    "RESULTS",
+    "Records",
+    "gpu",
+    "layers",
+    "memory",
+    "steps",
+    "training",
+]
