@@ -216,11 +216,17 @@ class Updater:
                 # A mean was outside of earlier bases, and its codes hardly of this one.
                 value = _without(mean, project(mean, basis, side), basis, side)
             values.append(value)
-        return (
-            [v.sign() for v in values]
-            if self._outside.residual == "sign"
-            else orthogonalized(values)
-        )
+        if self._outside.residual == "sign":
+            return [value.sign() for value in values]
+        found = orthogonalized(values)
+        if found[0].dtype is not torch.bfloat16:
+            return found
+        # Of what bfloat16 rounds into the span the iterations make a tenth of a step.
+        bases = [basis.bfloat16() for basis in matrices.bases]
+        return [
+            _without(value, project(value, basis, side), basis, side)
+            for value, basis in zip(found, bases, strict=True)
+        ]
 
 
 def new_momentum(param: Tensor) -> State:
