@@ -1,7 +1,6 @@
 """The orthogonal factor of matrices, nearly: Newton-Schulz iterations on batches of products."""
 
 import functools
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -25,29 +24,20 @@ def fast_in_bfloat16(device_type: str) -> bool:
     return any(unit() for unit in units if unit)
 
 
-def orthogonalized(matrices: Sequence[Tensor], steps: int = STEPS) -> list[Tensor]:
+def orthogonalized(matrices: Tensor, steps: int = STEPS) -> Tensor:
     """U Z^T of each matrix U diag(s) Z^T, with singular values near 1 instead of at 1.
 
-    On a CPU each is computed by itself, so that its bits do not depend on the others.
-
     Args:
-        matrices: m x n, equal in shape, dtype and device; finite. Zero gives zero.
+        matrices: B x m x n, finite. Zero gives zero.
         steps: of the iteration.
 
     Returns:
-        New tensors: for what is narrower than float64 bfloat16 where products in it are fast, else
+        A new tensor: for what is narrower than float64 bfloat16 where products in it are fast, else
         of the matrices' dtype, at least float32.
 
     Source: the quintic iteration of Muon (K. Jordan and others, 2024), after Bernstein and Newhouse
     (arXiv 2409.20325).
     """
-    if device_type(matrices[0]) == "cpu":
-        return [_iterated(matrix.unsqueeze(0), steps)[0] for matrix in matrices]
-    return list(_iterated(torch.stack(list(matrices)), steps).unbind())
-
-
-def _iterated(matrices: Tensor, steps: int) -> Tensor:
-    """B x m x n."""
     dtype = torch.promote_types(matrices.dtype, torch.float32)
     tall = matrices.shape[1] > matrices.shape[2]
     x = (matrices.mT if tall else matrices).to(dtype)

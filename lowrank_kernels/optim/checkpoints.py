@@ -18,9 +18,9 @@ from .formats import (
     has_low_bits,
 )
 from .groups import FORMAT, PROJECTION_DEFAULTS, Group, is_projected, named_params, unwrapped
-from .outside import MOMENTUM
 from .parts import Method
 from .state import State, check_codes, check_counts, check_shapes, laid_like
+from .transformed import MOMENTUM
 
 logger = logging.getLogger("lowrank_kernels")
 

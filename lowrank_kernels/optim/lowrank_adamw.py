@@ -68,7 +68,7 @@ from .groups import (
     side_of,
     size_of,
 )
-from .outside import LIMITED, MOMENTUM, Outside, Per, ResidualForm, new_momentum
+from .outside import LIMITED, Outside, Per, ResidualForm
 from .parts import Method, Rounding
 from .projected_gradient import Projector, held, is_projected_gradient
 from .state import (
@@ -80,6 +80,7 @@ from .state import (
     laid_like,
     new_state,
 )
+from .transformed import MOMENTUM, new_momentum
 
 # What every step goes by beside the groups.
 PART_NAMES = (

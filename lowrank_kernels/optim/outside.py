@@ -20,20 +20,17 @@ The last three make a step as large as any other of the smallest E. So e_j count
 
 import math
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .. import ops
-from ..ops import ChannelSums, Matrices, Operations, Projection, Residual, Scalars, Side
-from ..ops.codes import FLAT_GROUPS, decoded, encode
+from ..ops import ChannelSums, Matrices, Operations, Projection, Residual, Scalars
 from ..ops.contract import rank_axis
-from ..ops.orthogonal import orthogonalized
-from ..ops.products import factors, matrices_in_workspace, project
+from ..ops.products import matrices_in_workspace
 from ..ops.reference import channel_scale
-
-State = dict[str, Any]
+from .transformed import MOMENTUM, NEGLIGIBLE_SHARE, State, Transformation
 
 ResidualForm = Literal["official", "paper", "scale", "normalize", "sign", "orthogonal"]
 Per = Literal["channel", "matrix"]
@@ -49,12 +46,8 @@ PERS = ("channel", "matrix")
 TRANSFORMED_BYTES = 16
 # s where none is given; of the other forms it is alpha.
 ORTHOGONAL_SCALE = 0.4
-# Of the length of what is in the span: what is outside of it in bases that are held in a byte.
-NEGLIGIBLE_SHARE = 2**-6
 # A code next to another is a 64th larger, or more.
 MOST_MOMENTUM = 0.98
-# In a projected state, with a momentum.
-MOMENTUM = ("residual_avg", "residual_avg_scale")
 
 
 class Outside(NamedTuple):
@@ -182,87 +175,13 @@ class Updater:
             scalars = scalars._replace(scale=0.0)
         else:
             factor = (_added_up(sums).residual < math.inf).to(sums.residual.dtype)
-            grads = self._transformed(matrices, states, projection.projected, factor)
+            outside = Transformation(form == "orthogonal", self._outside.residual_momentum)
+            grads = outside.of(matrices, states, projection.projected, factor)
             matrices = matrices._replace(grads=grads)
             projection = projection._replace(grads=None)
         if self._last is None:
             self._last = ops.prepare(matrices, backend=self._backend)
         self._last.back_project_update(matrices, projection, factor, scalars)
-
-    def _transformed(
-        self,
-        matrices: Matrices,
-        states: Sequence[State],
-        projected: Tensor,
-        usable: Tensor,
-    ) -> list[Tensor]:
-        """What E of each matrix becomes; zero in channels that are left out.
-
-        Args:
-            matrices: the batch.
-            states: of its parameters.
-            projected: R, B x its shape.
-            usable: B x channels, 1 where the gradient is finite, else 0.
-        """
-        side, axis = matrices.side, rank_axis(matrices.side)
-        values = []
-        each = zip(matrices.grads, matrices.bases, projected, usable, states, strict=True)
-        for grad, basis, low, finite, state in each:
-            taken, basis = finite.unsqueeze(axis).bool(), basis.to(matrices.dtype)
-            value = grad.to(matrices.dtype).where(taken, 0.0)
-            value = _without(value, low.where(taken, 0.0), basis, side)
-            if self._outside.residual_momentum:
-                mean = _averaged(value, taken, state, self._outside.residual_momentum)
-                # A mean was outside of earlier bases, and its codes hardly of this one.
-                value = _without(mean, project(mean, basis, side), basis, side)
-            values.append(value)
-        if self._outside.residual == "sign":
-            return [value.sign() for value in values]
-        found = orthogonalized(values)
-        if found[0].dtype is not torch.bfloat16:
-            return found
-        # Of what bfloat16 rounds into the span the iterations make a tenth of a step.
-        bases = [basis.bfloat16() for basis in matrices.bases]
-        return [
-            _without(value, project(value, basis, side), basis, side)
-            for value, basis in zip(found, bases, strict=True)
-        ]
-
-
-def new_momentum(param: Tensor) -> State:
-    """Of E, before the first step: codes of one byte in the weight's shape, and their scales."""
-    scales = FLAT_GROUPS.scales(param.shape)
-    return {
-        "residual_avg": torch.zeros_like(
-            param, dtype=torch.int8, memory_format=torch.contiguous_format
-        ),
-        "residual_avg_scale": param.new_zeros(scales, dtype=torch.float32),
-    }
-
-
-def _without(value: Tensor, low: Tensor, basis: Tensor, side: Side) -> Tensor:
-    """A new matrix without what the basis spans of it, `low`; zero in channels that it spans."""
-    axis = rank_axis(side)
-    outside = torch.addmm(value, *factors(low, basis, side), alpha=-1)
-    # In float64 for the sake of its range.
-    length, spanned = (
-        torch.linalg.vector_norm(x, dim=axis, keepdim=True, dtype=torch.float64)
-        for x in (outside, low)
-    )
-    return outside.where(length > NEGLIGIBLE_SHARE * spanned, 0.0)
-
-
-def _averaged(value: Tensor, taken: Tensor, state: State, momentum: float) -> Tensor:
-    """The mean of E with this one, where it is taken, and zero elsewhere.
-
-    Its bias is not corrected: neither form sees how large it is.
-    """
-    codes, scales = (state[name] for name in MOMENTUM)
-    mean = decoded(codes, scales, FLAT_GROUPS).to(value.dtype)
-    largest = torch.finfo(scales.dtype).max
-    mean = mean.lerp(value, 1 - momentum).where(taken, mean).clamp(-largest, largest)
-    encode(codes, scales, mean.float(), FLAT_GROUPS, None)
-    return mean.where(taken, 0.0)
 
 
 def _added_up(sums: ChannelSums) -> ChannelSums:

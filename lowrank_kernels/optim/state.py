@@ -40,8 +40,8 @@ from ..subspace import Subspace, new_measures, new_record
 from .checks import is_unresolved
 from .formats import StateFormat, format_for, groups_of, has_low_bits, new_basis, new_moments
 from .groups import Group, cut_rank, is_projected, side_of
-from .outside import MOMENTUM, new_momentum
 from .parts import Method
+from .transformed import MOMENTUM, new_momentum
 
 State = dict[str, Any]
 

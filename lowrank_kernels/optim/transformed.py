@@ -1,0 +1,127 @@
+"""What is outside of the subspace, changed as a matrix: its signs or its orthogonal factor.
+
+Of E = G - back(R), or of its mean over the last steps, which is held in a byte an element. Matrices
+are stacked, B x rows x cols; on a CPU each is a stack by itself, so that its bits do not depend on
+the others.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..ops import Matrices, Side
+from ..ops.codes import FLAT_GROUPS, decoded, encode
+from ..ops.contract import rank_axis
+from ..ops.dry import device_type
+from ..ops.orthogonal import orthogonalized
+from ..ops.products import stacked
+
+State = dict[str, Any]
+
+# In a projected state, with a momentum.
+MOMENTUM = ("residual_avg", "residual_avg_scale")
+# Of the length of what is in the span: what is outside of it in bases that are held in a byte.
+NEGLIGIBLE_SHARE = 2**-6
+
+
+class Transformation(NamedTuple):
+    """What becomes of E: its orthogonal factor or its signs; of its mean with a `momentum`."""
+
+    orthogonal: bool
+    momentum: float
+
+    def of(
+        self, matrices: Matrices, states: Sequence[State], projected: Tensor, usable: Tensor
+    ) -> list[Tensor]:
+        """That of each matrix; zero in channels that are left out.
+
+        Args:
+            matrices: the batch.
+            states: of its parameters; the means in them go on.
+            projected: R, B x its shape.
+            usable: B x channels, 1 where the gradient is finite, else 0.
+        """
+        count = len(matrices.grads)
+        size = 1 if device_type(matrices.grads[0]) == "cpu" else count
+        found: list[Tensor] = []
+        for start in range(0, count, size):
+            part = slice(start, start + size)
+            stack = _Stack(matrices.side, stacked(matrices.bases[part]).to(matrices.dtype))
+            taken = usable[part].unsqueeze(stack.axis).bool()
+            values = stacked(matrices.grads[part]).to(matrices.dtype).where(taken, 0.0)
+            values = stack.without(values, projected[part].where(taken, 0.0))
+            if self.momentum:
+                values = _averaged(values, taken, states[part], self.momentum)
+                # A mean was outside of earlier bases, and its codes hardly of these.
+                values = stack.without(values, stack.spanned(values))
+            found += self._transformed(values, stack).unbind()
+        return found
+
+    def _transformed(self, values: Tensor, stack: "_Stack") -> Tensor:
+        if not self.orthogonal:
+            return values.sign()
+        values = orthogonalized(values)
+        if values.dtype is not torch.bfloat16:
+            return values
+        # Of what bfloat16 rounds into the span the iterations make a tenth of a step.
+        stack = stack._replace(bases=stack.bases.bfloat16())
+        return stack.without(values, stack.spanned(values))
+
+
+class _Stack(NamedTuple):
+    """The bases of stacked matrices."""
+
+    side: Side
+    bases: Tensor
+
+    @property
+    def axis(self) -> int:
+        """Along which a channel runs."""
+        return 1 + rank_axis(self.side)
+
+    def spanned(self, values: Tensor) -> Tensor:
+        """What the bases span of the values, in the shape of R."""
+        return self.bases.mT @ values if self.side is Side.LEFT else values @ self.bases
+
+    def without(self, values: Tensor, low: Tensor) -> Tensor:
+        """New values without what the bases span of them, `low`; zero in channels that they span
+        but for what rounding leaves.
+        """
+        left = self.side is Side.LEFT
+        products = (self.bases, low) if left else (low, self.bases.mT)
+        outside = torch.baddbmm(values, *products, alpha=-1)
+        # In float64 for the sake of its range.
+        length, spanned = (
+            torch.linalg.vector_norm(x, dim=self.axis, keepdim=True, dtype=torch.float64)
+            for x in (outside, low)
+        )
+        return outside.where(length > NEGLIGIBLE_SHARE * spanned, 0.0)
+
+
+def new_momentum(param: Tensor) -> State:
+    """Of E, before the first step: codes of one byte in the weight's shape, and their scales."""
+    scales = FLAT_GROUPS.scales(param.shape)
+    return {
+        "residual_avg": torch.zeros_like(
+            param, dtype=torch.int8, memory_format=torch.contiguous_format
+        ),
+        "residual_avg_scale": param.new_zeros(scales, dtype=torch.float32),
+    }
+
+
+def _averaged(values: Tensor, taken: Tensor, states: Sequence[State], momentum: float) -> Tensor:
+    """The means of E with these ones, where they are taken, and zero elsewhere.
+
+    Their bias is not corrected: neither transformation sees how large they are.
+    """
+    largest = torch.finfo(torch.float32).max
+    means = []
+    for value, finite, state in zip(values, taken, states, strict=True):
+        codes, scales = (state[name] for name in MOMENTUM)
+        mean = decoded(codes, scales, FLAT_GROUPS).to(value.dtype)
+        mean = mean.lerp(value, 1 - momentum).where(finite, mean).clamp_(-largest, largest)
+        encode(codes, scales, mean.float(), FLAT_GROUPS, None)
+        means.append(mean)
+    return stacked(means).where(taken, 0.0)
