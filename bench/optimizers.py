@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import partial
+from types import MethodType
 from typing import TYPE_CHECKING, Any
 from unittest import mock
 
@@ -199,6 +200,28 @@ def _residual(
     return LowRankAdamW(groups, residual=form, **own, **_common(lr, recipe), **formats)
 
 
+def _outside_alone(groups: list[dict], lr: float, recipe: Recipe) -> torch.optim.Optimizer:
+    """The orthogonal factor of what is outside alone, without a step in the subspace."""
+    return _residual("orthogonal", groups_of_scale(groups, 0.0), lr, recipe)
+
+
+def _in_three_steps(groups: list[dict], lr: float, recipe: Recipe) -> torch.optim.Optimizer:
+    """With three Newton-Schulz steps instead of five."""
+    from lowrank_kernels.ops.orthogonal import orthogonalized
+    from lowrank_kernels.optim import transformed
+
+    optimizer = _residual("orthogonal", groups, lr, recipe)
+    three = partial(orthogonalized, steps=3)
+    # Schedulers want a method.
+    patched = mock.patch.object(transformed, "orthogonalized", three)(type(optimizer).step)
+    optimizer.step = MethodType(patched, optimizer)  # type: ignore[method-assign]
+    return optimizer
+
+
+def groups_of_scale(groups: list[dict], scale: float) -> list[dict]:
+    return [group | ({"scale": scale} if "rank" in group else {}) for group in groups]
+
+
 def _common(lr: float, recipe: Recipe) -> dict:
     return {"lr": lr, "weight_decay": recipe.weight_decay, "backend": recipe.backend}
 
@@ -316,6 +339,9 @@ RIVALS = {
         beta=True,
         **_OWN,
     ),
+    # What is left without a part of it.
+    "orthogonal-outside": Method(_outside_alone, own_scale=0.4, ranked=True, **_OWN),
+    "orthogonal-3-steps": Method(_in_three_steps, own_scale=0.4, ranked=True, **_OWN),
     "sign": Method(partial(_residual, "sign"), own_scale=0.1, ranked=True, beta=True, **_OWN),
     "normalize": Method(partial(_residual, "normalize"), own_scale=0.1, ranked=True, **_OWN),
     # alpha is near 1 for APOLLO and sqrt(128) for Mini.

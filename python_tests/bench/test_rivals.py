@@ -304,6 +304,30 @@ def test_rivals_find_a_matrix(name):
         assert losses[-1] < 0.7 * losses[0], dtype
 
 
+def test_parts_of_the_orthogonal_residual_are_left_out():
+    """Adam's step, two steps of the iteration; and neither any longer after that."""
+    weights = {}
+    for name in ("orthogonal", "orthogonal-outside", "orthogonal-3-steps", "orthogonal"):
+        weight = torch.nn.Parameter(torch.zeros(24, 32, dtype=torch.float64))
+        group = {"params": [("w", weight)], "rank": 4, "update_proj_gap": 9, "scale": 0.25}
+        optimizer = METHODS[name].build([group | {"proj_type": "std"}], 1.0, Recipe(own_scale=0.4))
+        rng = torch.Generator().manual_seed(0)
+        weight.grad = torch.randn(24, 32, generator=rng, dtype=torch.float64)
+        optimizer.step()
+        basis = optimizer.state[weight]["basis"]
+        spanned = basis.T @ weight.detach()
+        weights.setdefault(name, (weight.detach() - basis @ spanned, spanned))
+        found = weights[name]
+        torch.testing.assert_close(found[0], weight.detach() - basis @ spanned)
+    whole, alone, three = (
+        weights[name] for name in ("orthogonal", "orthogonal-outside", "orthogonal-3-steps")
+    )
+    torch.testing.assert_close(alone[0], whole[0])
+    assert float(alone[1].norm()) < 1e-12 < 0.1 < float(whole[1].norm())
+    torch.testing.assert_close(three[1], whole[1])
+    assert 0.05 < float((three[0] - whole[0]).norm() / whole[0].norm()) < 0.5
+
+
 def test_options_in_names():
     assert named("fira@16") == (METHODS["fira"], {"rank": 16})
     assert named("muon@b0.95") == (METHODS["muon"], {"beta": 0.95})
