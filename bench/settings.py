@@ -43,6 +43,8 @@ class Settings:
     eval_tokens: int
     checkpoint_every: int
     scales: dict[str, list[float]] = field(default_factory=dict)
+    weights: str | None = None
+    keep_weights: bool = False
 
     @property
     def recipe(self) -> Recipe:
@@ -121,6 +123,8 @@ def parse(arguments: list[str] | None = None) -> Command:
             setattr(args, name, getattr(preset, name))
     if args.micro_batch is None:
         args.micro_batch = min(preset.micro_batch, args.batch_size)
+    if args.weights is not None and not Path(args.weights).is_file():
+        parser.error(f"--weights {args.weights} is no file")
     if args.batch_size % args.micro_batch:
         parser.error(f"--micro-batch {args.micro_batch} must divide the batch, {args.batch_size}")
     args.warmup = args.steps // 10 if args.warmup is None else args.warmup
@@ -258,6 +262,8 @@ def _parser() -> argparse.ArgumentParser:
     recipe.add_argument("--weight-decay", type=float, default=0.0, help="default: %(default)s")
     recipe.add_argument("--clip", type=float, default=1.0, help="gradient norm; 0: off")
     recipe.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="of weights")
+    weights = "weights.pt of an earlier run, to begin with; default: random ones"
+    recipe.add_argument("--weights", metavar="FILE", help=weights)
     recipe.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     recipe.add_argument("--backend", default="auto", help="of galore and fira")
     recipe.add_argument("--residual", choices=("official", "paper"), default="official")
@@ -269,6 +275,7 @@ def _parser() -> argparse.ArgumentParser:
     record.add_argument("--eval-every", type=_positive, metavar="N", help="default: a tenth")
     record.add_argument("--eval-tokens", type=_positive, metavar="N", default=32_768)
     record.add_argument("--checkpoint-every", type=_positive, metavar="N", default=100)
+    record.add_argument("--keep-weights", action="store_true", help="a run leaves weights.pt")
     earlier = record.add_mutually_exclusive_group()
     earlier.add_argument("--resume", action="store_true", help="go on where it stopped")
     earlier.add_argument("--overwrite", action="store_true", help="drop an unfinished comparison")

@@ -53,6 +53,9 @@ class Run:
         torch.manual_seed(job.seed)
         with self.device:
             self.model = build_model(MODELS[settings.model], vocab_size, settings.seq_len)
+        if settings.weights is not None:
+            weights = torch.load(settings.weights, map_location=self.device, weights_only=True)
+            self.model.load_state_dict(weights)
         cast_parameters(self.model, DTYPES[settings.dtype])
         method, options = named(job.optimizer)
         recipe = settings.recipe_of(job)
@@ -202,6 +205,8 @@ def train(settings: Settings, job: Job, data: Path, vocab_size: int, folder: Pat
                 tqdm.write(f"{job.name} {run.step}/{settings.steps} {_progress(run)} {validation}")
             if run.step % settings.checkpoint_every == 0 and run.step < settings.steps:
                 run.save(checkpoint)
+    if settings.keep_weights:
+        torch.save(run.model.state_dict(), folder / "weights.pt")
     record = run.record()
     partial = folder / "record.partial"
     partial.write_text(json.dumps(record))

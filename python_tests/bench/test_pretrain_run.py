@@ -68,6 +68,17 @@ def test_stopped_and_continued_is_bitwise_uninterrupted(optimizer, setting, tmp_
     assert not (tmp_path / "parts" / "checkpoint.pt").exists()
 
 
+def test_a_run_begins_with_the_weights_that_another_has_left(setting, tmp_path):
+    settings, folder, data = setting
+    job = Job("galore", 0.01, 0)
+    first = train(replace(settings, keep_weights=True), job, folder, data.vocab_size, tmp_path)
+    tuned = replace(settings, weights=str(tmp_path / "weights.pt"))
+    again = Run(tuned, replace(job, seed=5), folder, data.vocab_size)
+    assert again.validate() == first["validation"][-1][1]
+    again.advance()
+    assert again.history.train_loss[0] < 0.9 * first["train_loss"][0]
+
+
 def test_optimizers_share_weights_and_batches(setting):
     settings, folder, data = setting
     losses = {}

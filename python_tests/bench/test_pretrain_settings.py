@@ -86,6 +86,7 @@ def test_plan_is_every_combination():
         (["--optimizers", "adamw@16"], "adamw@16: adamw takes no options"),
         (["--tokens-per-batch", "1000"], "must be a multiple of 128"),
         (["--micro-batch", "3"], "--micro-batch 3 must divide the batch, 8"),
+        (["--weights", "nowhere.pt"], "--weights nowhere.pt is no file"),
     ],
 )
 def test_mistakes_end_with_the_known_names(arguments, message, capsys):
