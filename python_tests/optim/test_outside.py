@@ -7,6 +7,7 @@ import math
 
 import pytest
 import torch
+from devices import device_of
 from oracles import outside as oracle
 from torch import nn
 
@@ -37,6 +38,7 @@ NONE = {"none": {"residual": None}}
 EVERY = {**FORMS, **{f"{name}, averaged": own for name, own in AVERAGED.items()}}
 SHAPES = [(12, 20), (20, 12), (16, 16), (12, 20)]
 LR, DECAY, ALPHA, RANK = 0.03, 0.1, 0.25, 4
+BACKENDS = ["reference", "foreach", "native", pytest.param("triton", marks=pytest.mark.gpu)]
 
 
 @pytest.fixture(autouse=True)
@@ -50,7 +52,8 @@ def in_bfloat16(request, monkeypatch):
 
 def start(form, backend="auto", dtype=torch.float64, shapes=SHAPES, **options):
     torch.manual_seed(0)
-    params = [nn.Parameter(torch.randn(shape, dtype=torch.float64).to(dtype)) for shape in shapes]
+    drawn = [torch.randn(shape, dtype=torch.float64) for shape in shapes]
+    params = [nn.Parameter(values.to(device_of(backend), dtype)) for values in drawn]
     group = {"params": params, "rank": RANK, "update_proj_gap": 3, "scale": ALPHA}
     own = {"lr": LR, "weight_decay": DECAY, "backend": backend, **(NONE | EVERY)[form], **options}
     return params, LowRankAdamW([group], **own)
@@ -60,7 +63,7 @@ def gradients(params, seed):
     generator = torch.Generator().manual_seed(seed)
     for param in params:
         drawn = torch.randn(param.shape, generator=generator, dtype=torch.float64)
-        param.grad = drawn.to(param.dtype)
+        param.grad = drawn.to(param.device, param.dtype)
 
 
 def run(params, optimizer, seeds):
@@ -74,7 +77,7 @@ def wide(stored, shape):
     return torch.zeros(shape, dtype=torch.float64) if stored is None else stored.double()
 
 
-@pytest.mark.parametrize("backend", ["reference", "foreach", "native", "triton"])
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("form", FORMS)
 def test_steps_are_those_of_the_equations(form, backend):
     """Over two refreshes; each step begins where the optimizer's last one ended."""
@@ -92,11 +95,14 @@ def test_steps_are_those_of_the_equations(form, backend):
             state = optimizer.state[param]
             moments = [wide(old.get(key), state[key].shape) for key in ("exp_avg", "exp_avg_sq")]
             scalars = LR, 0.9, 0.999, 1e-6, DECAY, ALPHA, count
+            tensors = (x.cpu() for x in (weight, param.grad, state["basis"]))
+            moments = [moment.cpu() for moment in moments]
             expected, stored = oracle.step(
-                *(name, weight, param.grad, state["basis"], state["side"] == 0, moments, scalars),
+                *(name, *tensors, state["side"] == 0, moments, scalars),
                 float(old.get("limiter_norm", 0.0)),
             )
-            error = (param.data.double() - expected).norm() / (expected - weight.double()).norm()
+            moved = expected - weight.double().cpu()
+            error = (param.data.double().cpu() - expected).norm() / moved.norm()
             assert float(error) < tolerance
             if "limiter_norm" in state:
                 # Weights are stepped by alpha S, and the limiter keeps |S|.
@@ -149,7 +155,7 @@ def test_a_resumed_run_has_the_same_bits(form, backend, dtype):
         assert torch.equal(one, two)
 
 
-@pytest.mark.parametrize("backend", ["reference", "foreach", "native", "triton"])
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("form", EVERY)
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_a_channel_that_is_not_finite_is_left_out_and_no_other(form, backend, bad):
@@ -191,7 +197,7 @@ AMPLIFIED = [name for name in EVERY if not name.startswith("scale")]
 
 
 @pytest.mark.parametrize("basis", ["weight", "int8"])
-@pytest.mark.parametrize("backend", ["reference", "foreach", "native", "triton"])
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("form", AMPLIFIED)
 def test_of_a_gradient_in_the_span_rounding_is_no_step(form, backend, basis):
     """All of it in the first matrix, whose gradient has a rank of 2, and in the second, which the
@@ -202,12 +208,13 @@ def test_of_a_gradient_in_the_span_rounding_is_no_step(form, backend, basis):
     params, optimizer = start(form, backend, torch.float32, **options)
     twins, inside = start("none", backend, torch.float32, **options)
     generator = torch.Generator().manual_seed(0)
+    device = params[0].device
     two = torch.randn(16, 2, generator=generator)
-    low = two @ torch.randn(2, 24, generator=generator)
+    low = (two @ torch.randn(2, 24, generator=generator)).to(device)
     for seed in range(5):
         gradients(params, seed)
         params[0].grad = low.clone()
-        part = two @ torch.randn(2, 10, generator=generator)
+        part = (two @ torch.randn(2, 10, generator=generator)).to(device)
         params[2].grad = torch.cat([1e3 * part, 1e-3 * params[2].grad[:, 10:]], dim=1)
         for param, twin in zip(params, twins, strict=True):
             twin.data.copy_(param.data)
@@ -244,7 +251,7 @@ def test_a_mean_takes_no_step_in_the_span(form):
 
 
 @pytest.mark.parametrize("in_bfloat16", [True], indirect=True)
-@pytest.mark.parametrize("backend", ["reference", "foreach", "native", "triton"])
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("form", ["orthogonal", "orthogonal, averaged"])
 def test_orthogonalized_in_bfloat16_there_is_no_step_in_the_span_either(form, backend, in_bfloat16):
     """Beside Adam's: the iterations make some tenth of a step of what is rounded into it."""
@@ -263,7 +270,7 @@ def test_orthogonalized_in_bfloat16_there_is_no_step_in_the_span_either(form, ba
         assert 0.8 < float(outside.norm()) / (0.4 * 32**0.5 * (24 - RANK) ** 0.5) < 1.1
 
 
-@pytest.mark.parametrize("backend", ["reference", "foreach", "native", "triton"])
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_channels_of_next_to_nothing_are_finite(backend):
     """Of which the square is, and not a channel's length divided by it."""
     params, optimizer = start("normalize", backend, torch.float32, weight_decay=0.0)
