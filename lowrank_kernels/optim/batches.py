@@ -164,7 +164,7 @@ class Batch:
             if due and param.grad is not None and not self.projected:
                 seed = seed_of(state["salt"], steps)
                 found = Due(member.name, param.grad, state, group["rank"], steps, seed, betas)
-                yield member.place, found
+                yield member.place, found._replace(maximize=group["maximize"])
         # A refresh that failed leaves its basis and looks again at the next step.
         self._basis_steps = []
 

@@ -31,7 +31,7 @@ BASIS = ("basis", "basis_scale")
 RANKED = (*MOMENTS, *MOMENT_SCALES, "first_direction", *BASIS)
 ON_THE_HOST = ("overlaps",)
 # Of a method, on which the size of what the limiter compares depends.
-LIMITER_PARTS = {"residual", "per"}
+LIMITER_PARTS = {"residual", "per", "corrected"}
 
 
 def check_loadable(groups: list[Group], state_dict: State) -> None:

@@ -38,9 +38,11 @@ Per = Literal["channel", "matrix"]
 LIMITED = ("official", "paper", "scale")
 # E itself is changed, as a matrix.
 TRANSFORMED = ("sign", "orthogonal")
+# Its size does not count.
+AMPLIFIED = ("normalize", *TRANSFORMED)
 # Of which operations 2 and 3 compute all.
 AS_THEY_ARE = (None, "official", "paper")
-RESIDUAL_FORMS = (*LIMITED, "normalize", *TRANSFORMED)
+RESIDUAL_FORMS = (*LIMITED, *AMPLIFIED)
 PERS = ("channel", "matrix")
 # An element, of E in float32, stacked, brought to a norm of 1, and in bfloat16 iterated.
 TRANSFORMED_BYTES = 16
@@ -95,7 +97,7 @@ class Outside(NamedTuple):
             raise ValueError(f"residual_momentum goes with residual={' or '.join(TRANSFORMED)}")
         if self.residual_scale is None:
             return
-        if self.residual not in (*TRANSFORMED, "normalize"):
+        if self.residual not in AMPLIFIED:
             raise ValueError(
                 "residual_scale goes with residual=normalize, sign or orthogonal; of the others"
                 " it is the groups' scale"

@@ -5,7 +5,7 @@ from typing import Literal, NamedTuple
 
 from ..subspace import Subspace
 from .formats import BASIS_FORMATS, STATE_FORMATS, BasisFormat, MasterBits, StateFormat
-from .outside import Outside
+from .outside import AMPLIFIED, Outside
 
 Rounding = Literal["nearest", "stochastic"]
 ROUNDINGS = ("nearest", "stochastic")
@@ -66,6 +66,11 @@ class Method(NamedTuple):
             raise ValueError(
                 f"residual={residual!r} needs an orthonormal basis, which"
                 f" range_finder={subspace.range_finder!r} is not"
+            )
+        if residual in AMPLIFIED and self.basis == "int4":
+            raise ValueError(
+                f"residual={residual!r} needs a basis in more than 4 bits: it makes a whole step of"
+                " what those of a basis leave in the span"
             )
         moving = (subspace.residual_energy, subspace.criterion, subspace.lazy)
         if self.capturable and (any(x is not None for x in moving) or subspace.moments == "reset"):

@@ -54,7 +54,9 @@ class Transformation(NamedTuple):
             values = stack.without(values, projected[part].where(taken, 0.0))
             if self.momentum:
                 values = _averaged(values, taken, states[part], self.momentum)
-                # A mean was outside of earlier bases, and its codes hardly of these.
+            # A mean was outside of earlier bases; and of what bases in a byte span, each time they
+            # leave a hundredth.
+            for _ in range(2):
                 values = stack.without(values, stack.spanned(values))
             found += self._transformed(values, stack).unbind()
         return found

@@ -43,6 +43,7 @@ class Due(NamedTuple):
         betas: of its moments.
         others: states of matrices that share its basis, whose gradients are in `grad` beside its
             own; changed as its own is.
+        maximize: whether its moments are of -G.
     """
 
     name: str
@@ -53,6 +54,7 @@ class Due(NamedTuple):
     seed: int
     betas: tuple[float, float]
     others: tuple[State, ...] = ()
+    maximize: bool = False
 
     @property
     def states(self) -> tuple[State, ...]:
@@ -196,6 +198,7 @@ def _blends(batch: list[Due], matrices: Tensor, rho: float) -> Tensor | None:
         mean = exp_avg if side is Side.LEFT else exp_avg.mT
         # Of moments that have seen no step there is none, and they are zero.
         share = rho / (_corrections(item, item.state).first or 1.0)
+        share = -share if item.maximize else share
         wide = moment_dtype(matrix.dtype)
         basis = loaded_basis(item.state).to(wide)
         blend = torch.addmm(matrix.to(wide), basis, mean.to(wide), beta=1 - rho, alpha=share)

@@ -21,6 +21,7 @@ from lowrank_kernels import (
     release_gradients,
 )
 from lowrank_kernels.ops import orthogonal
+from lowrank_kernels.ops.bases import loaded_basis
 from lowrank_kernels.ops.codes import FLAT_GROUPS, decoded
 
 FORMS = {
@@ -270,6 +271,31 @@ def test_orthogonalized_in_bfloat16_there_is_no_step_in_the_span_either(form, ba
         assert 0.8 < float(outside.norm()) / (0.4 * 32**0.5 * (24 - RANK) ** 0.5) < 1.1
 
 
+@pytest.mark.parametrize("momentum", [0.0, 0.8])
+@pytest.mark.parametrize("backend", ["reference", "foreach", "native"])
+@pytest.mark.parametrize(
+    ("dtype", "basis"), [(torch.bfloat16, "weight"), (torch.float32, "int8")], ids=str
+)
+def test_of_rounded_bases_no_step_is_in_the_span(dtype, basis, backend, momentum):
+    """Where hardly anything is outside: E keeps of R what a basis, or R, was rounded by."""
+    generator = torch.Generator().manual_seed(0)
+    weight = nn.Parameter(torch.zeros(64, 256, dtype=dtype))
+    group = {"params": [weight], "rank": 8, "scale": 1e-30, "update_proj_gap": 1000}
+    own = {"residual": "orthogonal", "residual_momentum": momentum, "residual_scale": 1.0}
+    optimizer = LowRankAdamW([group], lr=1.0, basis=basis, backend=backend, **own)
+    directions = torch.linalg.qr(torch.randn(64, 8, generator=generator))[0]
+    for _ in range(4):
+        inside = directions @ torch.randn(8, 256, generator=generator)
+        outside = torch.randn(64, 256, generator=generator)
+        outside *= 0.1 * inside.norm() / outside.norm()
+        weight.data.zero_()
+        weight.grad = (inside + outside).to(dtype)
+        optimizer.step()
+    span = torch.linalg.qr(loaded_basis(optimizer.state[weight]).double())[0]
+    spanned = span.T @ weight.data.double()
+    assert float(spanned.norm() / weight.data.double().norm()) < 0.01
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_channels_of_next_to_nothing_are_finite(backend):
     """Of which the square is, and not a channel's length divided by it."""
@@ -451,6 +477,7 @@ def test_a_mean_that_is_none_is_not_loaded(entry, change, text):
         ({"residual": "scale"}, {"residual": "official"}, False),
         ({"residual": "scale"}, {"residual": "scale", "per": "matrix"}, False),
         ({"residual": "official"}, {"residual": "paper"}, False),
+        ({"residual": "official"}, {"residual": "official", "corrected": True}, False),
     ],
 )
 def test_the_limiter_compares_norms_of_one_form(saved, here, kept):
@@ -507,6 +534,8 @@ def test_linear_layers_do_not_hand_r_over():
         ({"residual_scale": 1.0}, ValueError, "residual_scale goes with"),
         ({"residual": "sign", "residual_momentum": 0.99}, ValueError, "must be in"),
         ({"residual": "paper", "residual_momentum": 0.9}, ValueError, "residual_momentum goes"),
+        ({"residual": "normalize", "basis": "int4"}, ValueError, "needs a basis in more than 4"),
+        ({"residual": "orthogonal", "basis": "int4"}, ValueError, "needs a basis in more than 4"),
         (
             {"residual": "orthogonal", "subspace": Subspace("gaussian")},
             ValueError,

@@ -57,6 +57,20 @@ def test_it_is_ldadam(rho, left):
     assert torch.dist(ours, oracle.weight) <= 1e-10 * moved
 
 
+@SIDES
+def test_to_maximize_is_to_minimize_the_negated(left):
+    """Moments are of -G then, and a blend of them with G would cancel."""
+    weights = []
+    for sign in (1.0, -1.0):
+        param = nn.Parameter(torch.zeros((12, 20) if left else (20, 12), dtype=torch.float64))
+        optimizer = ldadam([param], 4, maximize=sign < 0)
+        for step in range(12):
+            param.grad = sign * (gradient(step) if left else gradient(step).T)
+            optimizer.step()
+        weights.append(param.detach())
+    assert torch.equal(*weights)
+
+
 def test_what_a_basis_captured_is_of_the_gradient():
     """And not of the blend, which is mostly in the span of the last one."""
     param = nn.Parameter(torch.zeros(40, 60, dtype=torch.float64))
