@@ -15,7 +15,7 @@ from .. import ops
 from ..ops import Choice, Scalars, Side
 from ..ops.dispatch import ENVIRONMENT_VARIABLE
 from ..ops.tensors import READER
-from ..subspace import Readback, Subspace, is_due, next_look, refresh_bases
+from ..subspace import Readback, Subspace, next_look, refresh_bases
 from . import monitor, report
 from .batches import (
     STEP,
@@ -29,6 +29,7 @@ from .batches import (
     phase_of,
     scalars_of,
 )
+from .capture import check_capture
 from .checkpoints import check_loadable, padded, restore, unpadded, with_formats
 from .checks import (
     check_addressable,
@@ -38,7 +39,6 @@ from .checks import (
     check_params,
     check_projected_gradient,
     check_shared,
-    is_dense,
     tell_what_has_no_effect,
 )
 from .families import tie
@@ -47,11 +47,6 @@ from .formats import (
     MasterBits,
     StateFormat,
     check_format,
-    convert,
-    convert_basis,
-    format_for,
-    format_of,
-    has_low_bits,
     moments_dtype,
     moments_of,
 )
@@ -76,11 +71,9 @@ from .state import (
     check_shapes,
     check_step,
     check_storage,
-    complete,
-    laid_like,
+    keep_up,
     new_state,
 )
-from .transformed import MOMENTUM, new_momentum
 
 # What every step goes by beside the groups.
 PART_NAMES = (
@@ -600,7 +593,7 @@ class LowRankAdamW(Optimizer):
             self._options = options
         capturing = _capturing()
         if capturing:
-            self._check_capture()
+            check_capture(self, self._counted)
         known = self._known
         if known is None or known.facts != self._facts() or not self._count(known, capturing):
             known = self._known = self._prepare()
@@ -677,62 +670,13 @@ class LowRankAdamW(Optimizer):
     def _member(
         self, group: Group, place: int, name: str, param: Tensor, salt: int, backend: str
     ) -> Member:
-        """With its state, which is created or completed if it has to be."""
+        """With its state, which is created or brought up to date."""
         state = self.state[param]
-        if not state:
-            state.update(new_state(param, group, salt, self.method))
-            return Member(name, param, state, place, backend)
-        form = format_for(param, is_projected(group), self.state_format)
-        if format_of(state) != form:
-            convert(state, param, form)
-        if not has_low_bits(param, self.master):
-            state.pop("low_bits", None)
-        elif "low_bits" not in state:
-            state["low_bits"] = torch.zeros_like(param, dtype=torch.int8)
-        if is_projected(group):
-            convert_basis(state, param, self.basis_format)
-            complete(state, salt, self.subspace, *self.method.counters)
-            if not self.monitor:
-                for entry in monitor.ENTRIES:
-                    state.pop(entry, None)
-            if not self.residual_momentum:
-                for entry in MOMENTUM:
-                    state.pop(entry, None)
-            elif "residual_avg" not in state:
-                state |= new_momentum(param)
-        elif form != "float32":
-            state.setdefault("salt", salt)
+        if state:
+            keep_up(state, param, group, salt, self.method)
         else:
-            # A weight may have been laid out anew, as by `.to(memory_format=...)`.
-            for entry in ("exp_avg", "exp_avg_sq"):
-                if is_dense(state[entry]):
-                    state[entry] = laid_like(param, state[entry])
+            state.update(new_state(param, group, salt, self.method))
         return Member(name, param, state, place, backend)
-
-    def _check_capture(self) -> None:
-        """Raises RuntimeError if a CUDA graph cannot hold this step; nothing was changed."""
-        if not self.capturable:
-            raise RuntimeError("a CUDA graph can capture a step of capturable=True only")
-        for index, group in enumerate(self.param_groups):
-            if not isinstance(group["lr"], Tensor):
-                raise RuntimeError(
-                    f"group {index}: the graph would keep lr={group['lr']} for ever; pass"
-                    " lr=torch.tensor(..., device='cuda') and change it in place"
-                )
-            for name, param in named_params(group, index):
-                if param.grad is None:
-                    continue
-                state, count = self.state.get(param), self._counted.get(param, 0)
-                if not state or (is_projected(group) and not count):
-                    raise RuntimeError(f"{name}: take an eager step before capturing one")
-                if not is_projected(group):
-                    continue
-                gap = group["update_proj_gap"]
-                if is_due(count, state["basis_step"], gap, phase_of(state, gap, self.subspace)):
-                    raise RuntimeError(
-                        f"{name}: its basis is due after {count} steps, and a CUDA graph cannot"
-                        " compute one; take this step eagerly and capture a later one"
-                    )
 
     def _count(self, prepared: Prepared, capturing: bool) -> bool:
         """Brings the steps that each matrix has taken to the host; False if a batch's differ.

@@ -24,9 +24,6 @@ from ..ops.reference import LIMITER_GROWTH
 from .formats import moments_of
 from .state import State
 
-# In a projected state; dropped by steps without `monitor`, which would leave them stale.
-ENTRIES = ("nonfinite", "limited", "norm_sq", "norm_step")
-
 
 def count(states: list[State], matrices: Matrices, norms_before: list[Tensor]) -> None:
     """Counts gradients of which something was left out, being infinite or NaN or too large to be

@@ -37,8 +37,18 @@ from ..ops.codes import FLAT_GROUPS, Stored, channel_groups
 from ..ops.contract import Side, basis_shape, moment_dtype, projected_shape
 from ..ops.reference import NOTHING_STORED
 from ..subspace import Subspace, new_measures, new_record
-from .checks import is_unresolved
-from .formats import StateFormat, format_for, groups_of, has_low_bits, new_basis, new_moments
+from .checks import is_dense, is_unresolved
+from .formats import (
+    StateFormat,
+    convert,
+    convert_basis,
+    format_for,
+    format_of,
+    groups_of,
+    has_low_bits,
+    new_basis,
+    new_moments,
+)
 from .groups import Group, cut_rank, is_projected, side_of
 from .parts import Method
 from .transformed import MOMENTUM, new_momentum
@@ -47,6 +57,9 @@ State = dict[str, Any]
 
 # Of a projected state, what every backend takes as contiguous.
 CONTIGUOUS = (*Stored._fields, *MOMENTUM)
+
+# In a projected state, with `monitor`.
+MONITORED = ("nonfinite", "limited", "norm_sq", "norm_step")
 
 # What steps may be counted in: 1 can be added to it in place.
 COUNTS = (torch.float32, torch.float64, torch.int32, torch.int64)
@@ -134,6 +147,35 @@ def complete(state: State, salt: int, subspace: Subspace, *counted: str) -> None
         expected["norm_step"] = int(state["step"])
     for key, value in expected.items():
         state.setdefault(key, value)
+
+
+def keep_up(state: State, param: Tensor, group: Group, salt: int, method: Method) -> None:
+    """Brings a state to what the method keeps now: its formats, what was not kept before, and
+    nothing that would be stale.
+    """
+    projected = is_projected(group)
+    form = format_for(param, projected, method.state)
+    if format_of(state) != form:
+        convert(state, param, form)
+    if not has_low_bits(param, method.master):
+        state.pop("low_bits", None)
+    elif "low_bits" not in state:
+        state["low_bits"] = torch.zeros_like(param, dtype=torch.int8)
+    if projected:
+        convert_basis(state, param, method.basis)
+        complete(state, salt, method.subspace, *method.counters)
+        momentum = MOMENTUM if method.outside.residual_momentum else ()
+        if momentum and "residual_avg" not in state:
+            state |= new_momentum(param)
+        for entry in {*MONITORED, *MOMENTUM} - {*momentum, *(MONITORED if method.monitor else ())}:
+            state.pop(entry, None)
+    elif form != "float32":
+        state.setdefault("salt", salt)
+    else:
+        # A weight may have been laid out anew, as by `.to(memory_format=...)`.
+        for entry in ("exp_avg", "exp_avg_sq"):
+            if is_dense(state[entry]):
+                state[entry] = laid_like(param, state[entry])
 
 
 def new_plain_state(param: Tensor, salt: int, form: StateFormat = "float32") -> State:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from lowrank_kernels import FiraAdamW, GaLoreAdamW, Restarts, Subspace
-from lowrank_kernels.optim.monitor import ENTRIES
+from lowrank_kernels.optim.state import MONITORED
 from python_tests.devices import device_of
 
 RANK = 40
@@ -242,7 +242,7 @@ def test_a_checkpoint_tells_nothing_where_it_is_not_asked_for() -> None:
         assert all(row[key] is None for row in resumed.stats() for key in WATCHED)
         source.draw()
         resumed.step()
-    assert not any(set(ENTRIES) & state.keys() for state in resumed.state.values())
+    assert not any(set(MONITORED) & state.keys() for state in resumed.state.values())
 
 
 @pytest.mark.parametrize("how", ["restarts", "reset"])
