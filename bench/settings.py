@@ -45,6 +45,7 @@ class Settings:
     scales: dict[str, list[float]] = field(default_factory=dict)
     weights: str | None = None
     keep_weights: bool = False
+    autocast: bool = False
 
     @property
     def recipe(self) -> Recipe:
@@ -262,6 +263,8 @@ def _parser() -> argparse.ArgumentParser:
     recipe.add_argument("--weight-decay", type=float, default=0.0, help="default: %(default)s")
     recipe.add_argument("--clip", type=float, default=1.0, help="gradient norm; 0: off")
     recipe.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="of weights")
+    autocast = "forward and backward in bfloat16 by torch.autocast"
+    recipe.add_argument("--autocast", action="store_true", help=autocast)
     weights = "weights.pt of an earlier run, to begin with; default: random ones"
     recipe.add_argument("--weights", metavar="FILE", help=weights)
     recipe.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")

@@ -124,7 +124,9 @@ class Run:
         return total / count
 
     def _loss(self, batch: torch.Tensor) -> torch.Tensor:
-        logits = self.model(input_ids=batch[:, :-1]).logits
+        kind, enabled = self.device.type, self.settings.autocast
+        with torch.autocast(kind, torch.bfloat16, enabled=enabled, cache_enabled=False):
+            logits = self.model(input_ids=batch[:, :-1]).logits
         return F.cross_entropy(logits.flatten(0, 1).float(), batch[:, 1:].flatten())
 
     def save(self, path: Path) -> None:

@@ -148,6 +148,18 @@ def test_bf16_runs_have_bf16_gradients_and_weights(setting):
     assert math.isfinite(run.validate())
 
 
+def test_under_autocast_products_are_in_bfloat16_and_weights_are_not(setting):
+    settings, folder, data = setting
+    losses = []
+    for autocast in (False, True):
+        run = Run(replace(settings, autocast=autocast), Job("galore", 0.01, 0), folder, 257)
+        run.advance()
+        losses.append(run.history.train_loss[0])
+        assert {p.dtype for p in run.model.parameters()} == {torch.float32}
+        assert run.model.lm_head(torch.ones(1, run.model.config.hidden_size)).dtype is torch.float32
+    assert losses[0] != losses[1] == pytest.approx(losses[0], rel=0.01)
+
+
 def test_adamw_state_is_two_moments(setting):
     settings, folder, data = setting
     run = Run(settings, Job("adamw", 0.01, 0), folder, data.vocab_size)
