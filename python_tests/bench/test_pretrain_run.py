@@ -150,9 +150,9 @@ def test_bf16_runs_have_bf16_gradients_and_weights(setting):
 
 def test_under_autocast_products_are_in_bfloat16_and_weights_are_not(setting):
     settings, folder, data = setting
-    losses = []
+    losses, job = [], Job("galore", 0.01, 0)
     for autocast in (False, True):
-        run = Run(replace(settings, autocast=autocast), Job("galore", 0.01, 0), folder, 257)
+        run = Run(replace(settings, autocast=autocast), job, folder, data.vocab_size)
         run.advance()
         losses.append(run.history.train_loss[0])
         assert {p.dtype for p in run.model.parameters()} == {torch.float32}
