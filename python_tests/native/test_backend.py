@@ -273,7 +273,7 @@ def test_batch_size_on_a_gpu_fills_a_share_of_its_memory(monkeypatch):
 def test_float64_state_is_refused():
     made = problem((8, 12), 4, Side.LEFT)
     moments = [torch.zeros(4, 12, dtype=torch.float64)]
-    wide = made._replace(residual=None, exp_avgs=moments, exp_avg_sqs=moments)
+    wide = made._replace(residual=None, exp_avgs=moments, exp_avg_sqs=moments, limiter_norms=[])
     with pytest.raises(TypeError, match=r"exp_avg is torch\.float64"):
         prepare(wide, backend="native")
 
