@@ -62,12 +62,14 @@ class Settings:
         return replace(recipe, **{method.tunes: job.scale})
 
     def differences(self, saved: dict) -> list[str]:
-        """Says for each argument that is not as in `saved` what it was and what it is."""
-        mine = asdict(self)
+        """Says for each argument that is not as in `saved` what it was and what it is.
+
+        What older comparisons do not tell had the value that it has by default.
+        """
+        mine, usual = asdict(self), {each.name: each.default for each in fields(self)}
+        was = {name: saved.get(name, usual[name]) for name in mine}
         return [
-            f"{name} was {saved.get(name)}, is {mine[name]}"
-            for name in mine
-            if saved.get(name) != mine[name]
+            f"{name} was {was[name]}, is {mine[name]}" for name in mine if was[name] != mine[name]
         ]
 
 

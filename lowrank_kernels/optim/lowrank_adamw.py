@@ -593,7 +593,7 @@ class LowRankAdamW(Optimizer):
             self._options = options
         capturing = _capturing()
         if capturing:
-            check_capture(self, self._counted)
+            self._check_capture()
         known = self._known
         if known is None or known.facts != self._facts() or not self._count(known, capturing):
             known = self._known = self._prepare()
@@ -677,6 +677,9 @@ class LowRankAdamW(Optimizer):
         else:
             state.update(new_state(param, group, salt, self.method))
         return Member(name, param, state, place, backend)
+
+    def _check_capture(self) -> None:
+        check_capture(self, self._counted)
 
     def _count(self, prepared: Prepared, capturing: bool) -> bool:
         """Brings the steps that each matrix has taken to the host; False if a batch's differ.

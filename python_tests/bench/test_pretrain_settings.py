@@ -1,4 +1,5 @@
 import re
+from dataclasses import asdict, replace
 
 import pytest
 
@@ -120,3 +121,11 @@ def test_an_unfinished_comparison_is_not_dropped_silently(tiny, tmp_path):
     with pytest.raises(ValueError, match="unfinished comparison: --resume goes on"):
         start(parse(arguments))
     start(parse([*arguments, "--overwrite"]))
+
+
+def test_what_an_older_comparison_does_not_tell_had_its_usual_value():
+    settings = parse([]).settings
+    older = {name: value for name, value in asdict(settings).items() if name != "autocast"}
+    assert settings.differences(older) == []
+    assert replace(settings, autocast=True).differences(older) == ["autocast was False, is True"]
+    assert settings.differences(older | {"rank": 99}) == [f"rank was 99, is {settings.rank}"]
