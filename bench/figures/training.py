@@ -10,6 +10,7 @@ from bench.tables import (
     difference_texts,
     family_texts,
     loss_text,
+    share_text,
     tried_text,
 )
 
@@ -160,6 +161,20 @@ def family(records: Records) -> str:
     headings = ("optimizer", "lr", "scale", "loss", f"to {rows[0]['against']}", "seeds", "state MB")
     headings += ("step, ms", "tokens/s", "same time", "tried on one seed: rate, scale: loss")
     return table(headings, lines, source(records, "family-nano"))
+
+
+SHORT = ("orthogonal@16", "orthogonal@4", "muon", "adamw-split", "fira@16")
+
+
+@figure
+def family_losses(records: Records) -> str:
+    """Of some methods, with what their state takes of AdamW's in float32."""
+    rows = {row["optimizer"]: row for row in records["family-nano"]["summary"]}
+    whole = rows["adamw"]["state_bytes"]
+    return ", ".join(
+        f"`{name}` {loss_text(rows[name])} ({share_text(rows[name]['state_bytes'] / whole)})"
+        for name in SHORT
+    )
 
 
 LARGER = ("family-nano", "family-nano-4k", "family-nano-16k", "family-9m", "family-20m")

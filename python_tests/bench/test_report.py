@@ -67,7 +67,7 @@ def test_every_figure_tells_its_record(name):
 
 
 INLINE = ("rank_course", "captured", "cuda_compile", "published_bf16", "published_8bit")
-INLINE += ("saved_to_8bit", "saved_to_bf16", "projected_speed")
+INLINE += ("saved_to_8bit", "saved_to_bf16", "projected_speed", "family_losses")
 
 
 def test_what_no_gpu_has_run_is_said_so_and_what_one_has_is_shown(tmp_path):
