@@ -205,29 +205,28 @@ def test_of_a_gradient_in_the_span_rounding_is_no_step(form, backend, basis):
     basis spans; of the third half of the channels, and the others are stepped.
     """
     shapes = [(16, 24), (RANK, 9), (16, 20)]
-    options = {"shapes": shapes, "weight_decay": 0.0, "basis": basis}
+    options = {"shapes": shapes, "weight_decay": 0.0, "basis": basis, "residual_scale": 0.3}
     params, optimizer = start(form, backend, torch.float32, **options)
-    twins, inside = start("none", backend, torch.float32, **options)
+    # Without Adam's step, which divides what rounding leaves of R.
+    optimizer.param_groups[0]["scale"] = 1e-30
     generator = torch.Generator().manual_seed(0)
     device = params[0].device
     two = torch.randn(16, 2, generator=generator)
     low = (two @ torch.randn(2, 24, generator=generator)).to(device)
     for seed in range(5):
+        before = [param.data.clone() for param in params]
         gradients(params, seed)
         params[0].grad = low.clone()
         part = (two @ torch.randn(2, 10, generator=generator)).to(device)
         params[2].grad = torch.cat([1e3 * part, 1e-3 * params[2].grad[:, 10:]], dim=1)
-        for param, twin in zip(params, twins, strict=True):
-            twin.data.copy_(param.data)
-            twin.grad = param.grad.clone()
         optimizer.step()
-        inside.step()
-    for param, twin in zip(params[:2], twins[:2], strict=True):
-        # Adam divides what rounding leaves of R, which another order of sums changes.
-        assert float((param.data - twin.data).abs().max()) < 0.01 * LR
-    differs = (params[2].data - twins[2].data).abs() > 0.01 * LR
-    assert not differs[:, :10].any()
-    assert differs[:, 10:].float().mean() > 0.8
+    first, second, third = (
+        (param.data != old).cpu() for param, old in zip(params, before, strict=True)
+    )
+    assert not first.any()
+    assert not second.any()
+    assert not third[:, :10].any()
+    assert third[:, 10:].float().mean() > 0.8
 
 
 @pytest.mark.parametrize("form", ["sign, averaged", "orthogonal, averaged"])
