@@ -239,7 +239,8 @@ class Comparison:
             each.missing += [trial for trial in each.timed if trial not in self.runs]
 
     def _folder(self, trial: Trial) -> Path:
-        kinds = {None: "runs", self.options.search.steps: "tuning"}
+        # Where a search has runs of full length, those are both.
+        kinds = {self.options.search.steps: "tuning", None: "runs"}
         return self.work / kinds.get(trial.steps, f"{trial.steps}-steps") / trial.job.name
 
     def _read(self, trial: Trial) -> bool:
@@ -459,8 +460,8 @@ def prepared(options: Options, overwrite: bool) -> DataSummary:
     """
     settings, work = options.command.settings, options.command.out / "work"
     path = work / "family.json"
-    if overwrite:
-        shutil.rmtree(work, ignore_errors=True)
+    if overwrite and path.exists():
+        shutil.rmtree(work)
     window = settings.seq_len + 1
     data = prepare(settings.data, settings.tokenizer, settings.vocab_size, window, work / "data")
     mine = {"settings": asdict(settings), "digest": data.digest, "tune": options.search.steps}

@@ -175,6 +175,7 @@ def test_comparison_whole_and_in_parts_and_with_one_more(tiny, tmp_path, capsys,
         assert row["difference"] is not None
         assert row["step_ms"] > 0
         assert row["optimizer"] in printed
+    assert not (whole / "work" / "tuning").exists()
     # Three of one seed and one of the other.
     assert len(record["runs"]) == 3 * 4
     rows = {row["optimizer"]: row for row in record["summary"]}
