@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from bench.batches import Batches
 from bench.measure import PeakMemory, StepClock, tensor_bytes, weights_digest
-from bench.models import MODELS, build_model, cast_parameters
+from bench.models import MODELS, attend_by_products, build_model, cast_parameters
 from bench.optimizers import named
 from bench.settings import Job, Settings
 from lowrank_kernels import param_groups
@@ -53,6 +53,8 @@ class Run:
         torch.manual_seed(job.seed)
         with self.device:
             self.model = build_model(MODELS[settings.model], vocab_size, settings.seq_len)
+        if settings.autocast and self.device.type == "cpu":
+            attend_by_products(self.model)
         if settings.weights is not None:
             weights = torch.load(settings.weights, map_location=self.device, weights_only=True)
             self.model.load_state_dict(weights)

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from bench.models import BLOCKS, PRESETS, build_model, cast_parameters
+from bench.models import BLOCKS, PRESETS, attend_by_products, build_model, cast_parameters
 from bench.optimizers import METHODS
 from bench.peers import Recipe
 from bench.settings import parse
@@ -79,3 +79,16 @@ def test_every_method_trains_every_parameter(name):
     optimizer.step()
     moved = [not a.equal(b) for a, b in zip(before, model.parameters(), strict=True)]
     assert all(moved)
+
+
+def test_attention_by_products_is_torchs():
+    torch.manual_seed(0)
+    model = build_model(PRESETS["nano"], 257, 16).double()
+    tokens, found = torch.arange(32).view(2, 16), []
+    for products in (False, True):
+        if products:
+            attend_by_products(model)
+        loss = model(input_ids=tokens, labels=tokens).loss
+        gradients = torch.autograd.grad(loss, list(model.parameters()))
+        found.append([loss, *gradients])
+    torch.testing.assert_close(found[1], found[0], rtol=1e-9, atol=1e-12)
