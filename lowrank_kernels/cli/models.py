@@ -99,7 +99,9 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     which.add_argument(
         "--config", metavar="PATH", type=Path, help="config.json of transformers, or its directory"
     )
-    parser.add_argument("--rank", type=int, help="default: the preset's, or hidden size / 4")
+    parser.add_argument(
+        "--rank", type=int, help="default: the preset's, or hidden size / 4; apollo-mini's is 1"
+    )
     held = f"of {' and '.join(TRANSFORMED)}, held in a byte an element; default: none"
     parser.add_argument("--residual-momentum", type=float, default=0.0, metavar="BETA", help=held)
     parser.add_argument("--dtype", choices=DTYPES, default="bf16", help="default: %(default)s")
@@ -135,8 +137,8 @@ def model_of(args: argparse.Namespace) -> Model:
 
 
 def rank_of(name: str, model: Model, args: argparse.Namespace) -> int:
-    """The rank of one of `OPTIMIZERS`: as asked for, its own, or the model's."""
-    return args.rank or OPTIMIZERS[name].rank or model.rank
+    """The rank of one of `OPTIMIZERS`: its own, as asked for, or the model's."""
+    return OPTIMIZERS[name].rank or args.rank or model.rank
 
 
 def build_optimizer(name: str, model: Model, args: argparse.Namespace) -> LowRankAdamW:

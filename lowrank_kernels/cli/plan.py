@@ -218,7 +218,7 @@ def _rounded(tokens: int) -> int:
 def _remarks(needs: dict[str, Any], facts: dict[str, Any]) -> Iterator[str]:
     """Of an optimizer; at last what was asked for and it cannot."""
     if needs["rank"] not in (None, facts["rank"]):
-        yield f"rank {needs['rank']}, unless --rank is given"
+        yield f"rank {needs['rank']}, its own"
     if needs["remark"]:
         yield needs["remark"]
     if facts["project"] and not needs["projected"]:

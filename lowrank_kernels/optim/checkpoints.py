@@ -18,6 +18,7 @@ from .formats import (
     has_low_bits,
 )
 from .groups import FORMAT, PROJECTION_DEFAULTS, Group, is_projected, named_params, unwrapped
+from .outside import AMPLIFIED
 from .parts import Method
 from .state import State, check_codes, check_counts, check_shapes, laid_like
 from .transformed import MOMENTUM
@@ -34,8 +35,9 @@ ON_THE_HOST = ("overlaps",)
 LIMITER_PARTS = {"residual", "per", "corrected"}
 
 
-def check_loadable(groups: list[Group], state_dict: State) -> None:
-    """Raises ValueError if a state dict cannot be loaded into these groups; changes nothing.
+def check_loadable(groups: list[Group], state_dict: State, method: Method) -> None:
+    """Raises ValueError if a state dict cannot be loaded into these groups of an optimizer of this
+    method; changes nothing.
 
     What differs and can be loaded is said.
     """
@@ -49,6 +51,7 @@ def check_loadable(groups: list[Group], state_dict: State) -> None:
                 f" {kinds[is_projected(saved)]} in the state dict"
             )
     told = {key: _formats_told(saved) for saved in saved_groups for key in saved["params"]}
+    gaussian = {key for saved in saved_groups if _is_gaussian(saved) for key in saved["params"]}
     renamed = _renamed(groups, saved_groups)
     for name, param, projected, key in _saved_params(groups, saved_groups):
         if key in state_dict["state"]:
@@ -56,6 +59,7 @@ def check_loadable(groups: list[Group], state_dict: State) -> None:
             check_counts(name, state_dict["state"][key], projected)
             check_codes(name, state_dict["state"][key])
             _check_told(name, param, projected, state_dict["state"][key], told[key])
+            _check_basis(name, state_dict["state"][key], key in gaussian, method)
     if renamed:
         logger.warning(
             "parameters have other names than in the state dict, and go by their places: %s and %d"
@@ -67,20 +71,49 @@ def check_loadable(groups: list[Group], state_dict: State) -> None:
         _tell_differences(group, saved, index)
 
 
-def with_formats(groups: list[Group], states: State) -> list[Group]:
-    """A state dict's groups, whose `method` tells in which formats their states are."""
+def with_method(groups: list[Group], states: State, method: Method) -> list[Group]:
+    """A state dict's groups, whose `method` tells what their states were made by, and in which
+    formats they are.
+    """
     result = []
     for group in groups:
         own = [states[key] for key in group["params"] if "exp_avg" in states.get(key, ())]
         forms = {format_of(state) for state in own} - {"float32"}
         coded = any("basis_scale" in state for state in own)
         told = f", state={min(forms, default='float32')}, basis={'codes' if coded else 'weight'}"
-        result.append({**group, "method": group["method"] + told})
+        result.append({**group, "method": method.described() + told})
     return result
 
 
+def _is_gaussian(saved: Group) -> bool:
+    return "range_finder=gaussian" in str(saved.get("method", "")).split(", ")
+
+
+def _check_basis(name: str, state: State, gaussian: bool, method: Method) -> None:
+    """Raises ValueError if a basis is of a kind that the method cannot go on with until it is
+    renewed.
+    """
+    if "basis" not in state:
+        return
+    if gaussian == method.subspace.orthonormal:
+        kinds = ["orthonormal", "Gaussian"]
+        finder = "gaussian" if gaussian else "randomized"
+        raise ValueError(
+            f"the basis of {name} in the state dict is {kinds[gaussian]}, and this optimizer's are"
+            f" {kinds[not gaussian]}, with moments of another size: load it into an optimizer made"
+            f" with subspace={finder!r}, or load the model's weights alone, and begin with a new"
+            " state"
+        )
+    residual = method.outside.residual
+    if residual in AMPLIFIED and BASIS_NAMES.get(state["basis"].dtype) == "int4":
+        raise ValueError(
+            f"the basis of {name} in the state dict is in int4, which residual={residual!r} cannot"
+            " go on with: load the model's weights alone, and begin with a new state"
+        )
+
+
 def _formats_told(saved: Group) -> tuple[str, str]:
-    """Of moments and of bases, as `with_formats` wrote them; older files hold no codes."""
+    """Of moments and of bases, as `with_method` wrote them; older files hold no codes."""
     _, _, told = str(saved.get("method", "")).partition(", state=")
     moments, _, bases = told.partition(", basis=")
     return moments or "float32", bases or "weight"

@@ -1,5 +1,6 @@
 """The optimizer: AdamW with moments in a subspace, made of parts that its methods choose."""
 
+import inspect
 import logging
 import os
 from collections.abc import Callable, Iterable, Iterator
@@ -30,7 +31,7 @@ from .batches import (
     scalars_of,
 )
 from .capture import check_capture
-from .checkpoints import check_loadable, padded, restore, unpadded, with_formats
+from .checkpoints import check_loadable, padded, restore, unpadded, with_method
 from .checks import (
     check_addressable,
     check_grad,
@@ -113,6 +114,13 @@ def _as_it_is(function: Function) -> Function:
 # A compiled step would be cut into dozens of graphs, and its kernels are compiled already. The
 # public torch.compiler.disable would import dynamo, 1.3 s, together with this package.
 not_compiled: Callable[[Function], Function] = getattr(torch, "_disable_dynamo", _as_it_is)
+
+
+class _OfInit:
+    """The signature of a class whose `__new__` takes everything, for whom `help` shows that one."""
+
+    def __get__(self, _: object, owner: type) -> inspect.Signature:
+        return inspect.signature(owner.__init__.__get__(object()))  # type: ignore[misc]
 
 
 class LowRankAdamW(Optimizer):
@@ -206,6 +214,7 @@ class LowRankAdamW(Optimizer):
 
     _room_memory = staticmethod(new_memory)
     _grouped: tuple[list[int], dict[Tensor, Group]]
+    __signature__ = _OfInit()
     # On the rates of steps that are taken outside of `step`, in the backward pass.
     lr_factor = 1.0
 
@@ -482,8 +491,8 @@ class LowRankAdamW(Optimizer):
 
         def fill(_: Optimizer, saved: State) -> State:
             states, groups = saved["state"], saved["param_groups"]
-            formats = {"param_groups": with_formats(groups, states)}
-            return {**saved, **formats, "state": padded(states, groups)}
+            told = with_method(groups, states, self.method)
+            return {**saved, "param_groups": told, "state": padded(states, groups)}
 
         # Before the user's own hooks.
         handle = self.register_state_dict_post_hook(fill, prepend=True)
@@ -502,15 +511,16 @@ class LowRankAdamW(Optimizer):
 
         Raises:
             ValueError: the state dict is of a newer format, of another optimizer, for other shapes
-                or for parameters in another order; the text names the parameter, and nothing was
-                changed.
+                or for parameters in another order, or its bases are Gaussian where this optimizer's
+                are orthonormal, or the other way round, or too coarse for its residual; the text
+                names the parameter, and nothing was changed.
         """
         incoming: State = {}
         names = [group.get("param_names") for group in self.param_groups]
 
         def inspect(_: Optimizer, candidate: State) -> State:
             candidate = {**candidate, "state": unpadded(candidate["state"])}
-            check_loadable(self.param_groups, candidate)
+            check_loadable(self.param_groups, candidate, self.method)
             incoming.update(candidate)
             return candidate
 

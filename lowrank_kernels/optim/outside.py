@@ -84,14 +84,13 @@ class Outside(NamedTuple):
             raise ValueError(f"per must be one of {', '.join(PERS)}, got {self.per!r}")
         if self.per == "matrix" and self.residual != "scale":
             raise ValueError("per='matrix' goes with residual='scale'")
-        if (
-            not isinstance(self.residual_momentum, (int, float))
-            or not 0 <= self.residual_momentum <= MOST_MOMENTUM
-        ):
+        momentum = self.residual_momentum
+        if isinstance(momentum, bool) or not isinstance(momentum, (int, float)):
+            raise TypeError(f"residual_momentum must be a number, got {momentum!r}")
+        if not 0 <= momentum <= MOST_MOMENTUM:
             raise ValueError(
-                f"residual_momentum must be in [0, {MOST_MOMENTUM}], got"
-                f" {self.residual_momentum!r}: beyond, a byte an element rounds away what a step"
-                " adds"
+                f"residual_momentum must be in [0, {MOST_MOMENTUM}], got {momentum!r}: above that, a"
+                " byte an element rounds away what a step adds"
             )
         if self.residual_momentum and self.residual not in TRANSFORMED:
             raise ValueError(f"residual_momentum goes with residual={' or '.join(TRANSFORMED)}")

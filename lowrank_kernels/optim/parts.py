@@ -69,8 +69,8 @@ class Method(NamedTuple):
             )
         if residual in AMPLIFIED and self.basis == "int4":
             raise ValueError(
-                f"residual={residual!r} needs a basis in more than 4 bits: it makes a whole step of"
-                " what those of a basis leave in the span"
+                f"residual={residual!r} needs a basis that is nearly orthonormal, which 4 bits are"
+                " too few for: take basis='int8', or 'weight'"
             )
         moving = (subspace.residual_energy, subspace.criterion, subspace.lazy)
         if self.capturable and (any(x is not None for x in moving) or subspace.moments == "reset"):

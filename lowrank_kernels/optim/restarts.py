@@ -8,7 +8,7 @@ import torch
 from torch.optim import Adagrad
 from torch.optim.optimizer import Optimizer
 
-from .groups import positive_int
+from .groups import int_from, positive_int
 from .lowrank_adamw import LowRankAdamW
 from .state import forget_moments
 
@@ -67,7 +67,8 @@ class Restarts:
         if not isinstance(optimizer, Optimizer) or not hasattr(optimizer, HOOKS):
             raise TypeError(
                 f"Restarts takes an optimizer of torch or of lowrank_kernels, not"
-                f" {type(optimizer).__name__}: pass it before it is wrapped, as by accelerate"
+                f" {type(optimizer).__name__}: pass it before it is wrapped, or what is wrapped,"
+                " which accelerate has as `optimizer.optimizer`"
             )
         if isinstance(optimizer, Adagrad):
             raise TypeError("Adagrad makes its state when it is made, and cannot begin anew")
@@ -126,10 +127,14 @@ class Restarts:
         """Loads what `state_dict` gave, `every` and `recovery` included.
 
         Raises:
-            KeyError, TypeError, ValueError: it is none; nothing was changed.
+            TypeError, ValueError: it is none; nothing was changed.
         """
+        if not isinstance(state_dict, dict) or state_dict.keys() != self.state_dict().keys():
+            raise ValueError(
+                f"the state dict of Restarts has {', '.join(self.state_dict())}, got {state_dict!r}"
+            )
         every, recovery = _checked(state_dict["every"], state_dict["recovery"])
-        steps = positive_int(state_dict["steps"] + 1, "steps + 1") - 1
+        steps = int_from(0, state_dict["steps"], "steps")
         self.every, self.recovery, self.steps = every, recovery, steps
         self._tell()
 
@@ -202,8 +207,7 @@ def _of(optimizer: Optimizer) -> list["Restarts"]:
 def _checked(every: int, recovery: int) -> tuple[int, int]:
     """Raises ValueError or TypeError if one of them is out of range."""
     every = positive_int(every, "every")
-    if recovery != 0 or isinstance(recovery, bool):
-        recovery = positive_int(recovery, "recovery")
+    recovery = int_from(0, recovery, "recovery")
     if recovery == 1 or recovery > every:
         raise ValueError(
             f"recovery must be 0, or from 2 up to every={every}, got {recovery}: the first of its"

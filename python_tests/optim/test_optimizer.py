@@ -1,6 +1,7 @@
 """What users of torch.optim expect of any optimizer."""
 
 import copy
+import inspect
 import io
 import pickle
 
@@ -8,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from lowrank_kernels import FiraAdamW, GaLoreAdamW, LowRankAdamW, param_groups
+from lowrank_kernels import AdaRankGradAdamW, FiraAdamW, GaLoreAdamW, LowRankAdamW, param_groups
 from lowrank_kernels.ops import notices
 
 CLASSES = [GaLoreAdamW, FiraAdamW]
@@ -277,6 +278,13 @@ def test_frozen_parameters_have_no_state_and_can_be_unfrozen():
     train(module, optimizer, range(2))
     assert float(optimizer.state[frozen]["step"]) == 2
     assert float(optimizer.state[module[3].weight]["step"]) == 4
+
+
+def test_signatures_are_those_of_the_constructors():
+    for cls, own in [(LowRankAdamW, "subspace"), (AdaRankGradAdamW, "residual_energy")]:
+        parameters = inspect.signature(cls).parameters
+        assert next(iter(parameters)) == "params"
+        assert {"lr", "betas", own} <= parameters.keys()
 
 
 def test_frozen_integer_weights_may_stay_in_a_group():

@@ -510,6 +510,46 @@ def test_another_methods_momentum_is_not_loaded():
     run(others, galore, [2])
 
 
+MINI = {"residual": "scale", "per": "matrix", "subspace": "gaussian"}
+
+
+@pytest.mark.parametrize(
+    ("saved", "loading", "text"),
+    [
+        (MINI, {"residual": "orthogonal"}, "weight in the state dict is Gaussian, and"),
+        (MINI, {"residual": "paper"}, "made with subspace='gaussian'"),
+        ({}, MINI, "weight in the state dict is orthonormal, and"),
+        ({"residual": "sign"}, MINI, "made with subspace='randomized'"),
+        ({"basis": "int4"}, {"residual": "orthogonal"}, "weight in the state dict is in int4"),
+        ({"basis": "int4"}, {"residual": "normalize", "basis": "int8"}, "residual='normalize'"),
+    ],
+)
+def test_a_basis_that_a_method_cannot_go_on_with_is_not_loaded(saved, loading, text):
+    weight = nn.Parameter(torch.randn(8, 12))
+    first, second = (
+        LowRankAdamW([{"params": [("weight", weight)], "rank": 2}], **options)
+        for options in (saved, loading)
+    )
+    second.load_state_dict(first.state_dict())  # there are no bases yet
+    for optimizer in (first, second):
+        run([weight], optimizer, [0])
+    before = copy.deepcopy(second.state[weight])
+    with pytest.raises(ValueError, match=text):
+        second.load_state_dict(first.state_dict())
+    torch.testing.assert_close(second.state[weight], before, rtol=0, atol=0)
+
+
+def test_a_checkpoint_tells_what_was_written_to_an_optimizer():
+    weight = nn.Parameter(torch.randn(8, 12))
+    optimizer = LowRankAdamW([{"params": [weight], "rank": 2}], residual="sign")
+    run([weight], optimizer, [0])
+    optimizer.residual_scale, optimizer.residual_momentum = 0.05, 0.5
+    run([weight], optimizer, [1])
+    (group,) = optimizer.state_dict()["param_groups"]
+    told = "residual=sign, residual_scale=0.05, residual_momentum=0.5, corrected=True"
+    assert group["method"].startswith(told)
+
+
 def test_linear_layers_do_not_hand_r_over():
     model = nn.Sequential(nn.Linear(12, 20))
     optimizer = LowRankAdamW(
@@ -532,9 +572,18 @@ def test_linear_layers_do_not_hand_r_over():
         ({"residual": "scale", "residual_scale": 1.0}, ValueError, "residual_scale goes with"),
         ({"residual_scale": 1.0}, ValueError, "residual_scale goes with"),
         ({"residual": "sign", "residual_momentum": 0.99}, ValueError, "must be in"),
+        ({"residual": "sign", "residual_momentum": True}, TypeError, "must be a number, got True"),
         ({"residual": "paper", "residual_momentum": 0.9}, ValueError, "residual_momentum goes"),
-        ({"residual": "normalize", "basis": "int4"}, ValueError, "needs a basis in more than 4"),
-        ({"residual": "orthogonal", "basis": "int4"}, ValueError, "needs a basis in more than 4"),
+        (
+            {"residual": "normalize", "basis": "int4"},
+            ValueError,
+            "nearly orthonormal, which 4 bits",
+        ),
+        (
+            {"residual": "orthogonal", "basis": "int4"},
+            ValueError,
+            "nearly orthonormal, which 4 bits",
+        ),
         (
             {"residual": "orthogonal", "subspace": Subspace("gaussian")},
             ValueError,

@@ -566,13 +566,16 @@ def test_a_second_one_is_refused() -> None:
 @pytest.mark.parametrize(
     ("state", "error"),
     [
-        ({}, KeyError),
+        ({}, ValueError),
+        (None, ValueError),
         ({"every": 5, "recovery": 1, "steps": 3}, ValueError),
+        ({"every": 5, "recovery": -1, "steps": 3}, ValueError),
         ({"every": 5, "recovery": 2, "steps": -1}, ValueError),
         ({"every": 5, "recovery": 2, "steps": 1.5}, TypeError),
+        ({"every": 5, "recovery": 2, "steps": "3"}, TypeError),
     ],
 )
-def test_a_state_dict_that_is_none(state: dict, error: type[Exception]) -> None:
+def test_a_state_dict_that_is_none(state: dict | None, error: type[Exception]) -> None:
     restarts = Restarts(galore(parameters()), EVERY, RECOVERY)
     before = restarts.state_dict()
     with pytest.raises(error):
