@@ -89,8 +89,8 @@ class Outside(NamedTuple):
             raise TypeError(f"residual_momentum must be a number, got {momentum!r}")
         if not 0 <= momentum <= MOST_MOMENTUM:
             raise ValueError(
-                f"residual_momentum must be in [0, {MOST_MOMENTUM}], got {momentum!r}: above that, a"
-                " byte an element rounds away what a step adds"
+                f"residual_momentum must be in [0, {MOST_MOMENTUM}], got {momentum!r}: above that,"
+                " a byte an element rounds away what a step adds"
             )
         if self.residual_momentum and self.residual not in TRANSFORMED:
             raise ValueError(f"residual_momentum goes with residual={' or '.join(TRANSFORMED)}")
