@@ -118,7 +118,7 @@ class Subspace:
     def _check_interpolation(self) -> None:
         rho = self.interpolation
         if isinstance(rho, bool) or not isinstance(rho, (int, float)) or not 0 <= rho < 1:
-            raise ValueError(f"subspace: interpolation must be a number in [0, 1), got {rho!r}")
+            raise ValueError(f"subspace: interpolation must be in [0, 1), got {rho!r}")
         if not rho:
             return
         if self.range_finder != "power":
