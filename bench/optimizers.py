@@ -37,8 +37,8 @@ class Method:
 
     `tunes` is the field of the recipe that is its second tunable: "scale" where that is the alpha
     of hidden matrices, "own_scale" where the method has a scale of its own, whose usual value is
-    then `own_scale`. `ranked` methods depend on the rank of their groups, and those with a `beta`
-    on the recipe's.
+    then `own_scale`. `ranked` methods depend on the rank of their groups, `own_rank` is of one that
+    has the same everywhere, and those with a `beta` depend on the recipe's.
     """
 
     build: Build
@@ -53,6 +53,7 @@ class Method:
     tunes: str | None = None
     own_scale: float | None = None
     ranked: bool = False
+    own_rank: int | None = None
     beta: bool = False
 
     def optimizer_of(
@@ -83,6 +84,8 @@ def named(name: str) -> tuple[Method, dict[str, float]]:
     if known not in METHODS:
         raise ValueError(f"unknown optimizer {known!r}: the known ones are {', '.join(METHODS)}")
     method, options = METHODS[known], {}
+    if method.own_rank is not None:
+        options["rank"] = method.own_rank
     for word in words:
         if word.isdecimal() and int(word) and method.ranked:
             options["rank"] = int(word)
@@ -346,7 +349,9 @@ RIVALS = {
     "normalize": Method(partial(_residual, "normalize"), own_scale=0.1, ranked=True, **_OWN),
     # alpha is near 1 for APOLLO and sqrt(128) for Mini.
     "apollo": Method(_apollo, nano_lr=5e-3, lr=1e-2, **_RANKED),
-    "apollo-mini": Method(partial(_apollo, per="matrix"), nano_lr=5e-3, lr=1e-2, **_RANKED),
+    "apollo-mini": Method(
+        partial(_apollo, per="matrix"), nano_lr=5e-3, lr=1e-2, tunes="scale", own_rank=1
+    ),
     "ldadam": Method(_ldadam, nano_lr=1e-2, lr=1e-2, **_RANKED),
     "muon": Method(rivals.muon, own_scale=0.4, beta=True, **_OWN),
     "muon-8bit": Method(rivals.muon_8bit, own_scale=0.4, beta=True, **_OWN),

@@ -331,11 +331,13 @@ def test_parts_of_the_orthogonal_residual_are_left_out():
 def test_options_in_names():
     assert named("fira@16") == (METHODS["fira"], {"rank": 16})
     assert named("muon@b0.95") == (METHODS["muon"], {"beta": 0.95})
+    assert named("apollo-mini") == (METHODS["apollo-mini"], {"rank": 1})
     for name, message in {
         "adamw@4": "adamw takes no options",
         "muon@4": "muon takes @b0.9",
         "fira@0": "fira takes @16",
         "fira@b0.9": "fira takes @16",
+        "apollo-mini@16": "apollo-mini takes no options",
         "soap@4": "unknown optimizer 'soap'",
     }.items():
         with pytest.raises(ValueError, match=message):
