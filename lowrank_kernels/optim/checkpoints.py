@@ -68,7 +68,7 @@ def check_loadable(groups: list[Group], state_dict: State, method: Method) -> No
             len(renamed) - 1,
         )
     for index, (group, saved) in enumerate(zip(groups, saved_groups, strict=False)):
-        _tell_differences(group, saved, index)
+        _tell_differences(group, saved, index, method.described())
 
 
 def with_method(groups: list[Group], states: State, method: Method) -> list[Group]:
@@ -341,7 +341,7 @@ def _counterpart(name: str, names: list[str]) -> str | None:
     return min(alike, key=lambda other: abs(len(other) - len(name)), default=None)
 
 
-def _tell_differences(group: Group, saved: Group, index: int) -> None:
+def _tell_differences(group: Group, saved: Group, index: int, own: str) -> None:
     """What was made in another way; the saved options are taken, as torch does."""
     differences = [
         f"{key} {saved[key]} (here {group[key]})"
@@ -355,7 +355,7 @@ def _tell_differences(group: Group, saved: Group, index: int) -> None:
             index,
             ", ".join(differences),
         )
-    changed = _changed_parts(saved.get("method"), group["method"])
+    changed = _changed_parts(saved.get("method"), own)
     if changed:
         logger.warning(
             "group %d was trained by another method, and goes on with this optimizer's: %s",

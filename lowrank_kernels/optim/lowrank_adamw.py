@@ -1,10 +1,10 @@
 """The optimizer: AdamW with moments in a subspace, made of parts that its methods choose."""
 
-import inspect
 import logging
 import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
+from inspect import Signature, signature
 from operator import attrgetter
 from typing import Any, TypeVar
 
@@ -119,8 +119,10 @@ not_compiled: Callable[[Function], Function] = getattr(torch, "_disable_dynamo",
 class _OfInit:
     """The signature of a class whose `__new__` takes everything, for whom `help` shows that one."""
 
-    def __get__(self, _: object, owner: type) -> inspect.Signature:
-        return inspect.signature(owner.__init__.__get__(object()))  # type: ignore[misc]
+    def __get__(self, _: object, owner: type) -> Signature:
+        own = signature(owner.__init__)  # type: ignore[misc]
+        _self, *parameters = own.parameters.values()
+        return own.replace(parameters=parameters)
 
 
 class LowRankAdamW(Optimizer):

@@ -91,4 +91,6 @@ def test_attention_by_products_is_torchs():
         loss = model(input_ids=tokens, labels=tokens).loss
         gradients = torch.autograd.grad(loss, list(model.parameters()))
         found.append([loss, *gradients])
-    torch.testing.assert_close(found[1], found[0], rtol=1e-9, atol=1e-12)
+    # Transformers' norms are in float32, whatever the model is in.
+    for ours, torchs in zip(found[1], found[0], strict=True):
+        assert float((ours - torchs).norm()) <= 1e-5 * float(torchs.norm())
