@@ -47,7 +47,7 @@ from bench.record import head, write_lines
 from bench.settings import Command, Job, Settings
 from bench.settings import parse as parse_settings
 from bench.summary import final_loss
-from bench.tables import family_marks, family_texts, new_table, show
+from bench.tables import family_marks, family_texts, new_table, show, timed_text
 
 UNFINISHED = 75
 # Digits of a rate, so that a run's name tells it.
@@ -438,7 +438,9 @@ def print_table(record: dict) -> None:
         ),
     )
     for row in sorted(rows, key=lambda row: math.inf if row["loss"] is None else row["loss"]):
-        found.add_row(*family_texts(row), str(len(row["tried"])), family_marks(row))
+        found.add_row(
+            *family_texts(row), timed_text(row), str(len(row["tried"])), family_marks(row)
+        )
     show(found)
 
 

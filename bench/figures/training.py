@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import math
 import statistics
+from collections.abc import Callable
 
 from bench.figures.common import NOT_MEASURED, Records, by, figure, source, table
 from bench.tables import (
     difference_texts,
+    family_marks,
     family_texts,
     loss_text,
     share_text,
+    timed_text,
     tried_text,
 )
 
@@ -152,15 +155,38 @@ def _losses(records: Records, name: str) -> str:
 @figure
 def family(records: Records) -> str:
     """Every method at the rate and scale that were found for it, and what was tried."""
-    if "family-nano" not in records:
+    return _family(records, "family-nano", "tried on one seed: rate, scale: loss", tried_text)
+
+
+@figure
+def family_time(records: Records) -> str:
+    """The same number of steps, and as many as take the time of one method's run."""
+    rows = records["family-nano-time"]["summary"] if "family-nano-time" in records else []
+    as_whose = next((row["timed"]["as"] for row in rows if row["timed"]), "")
+    return _family(records, "family-nano-time", f"in the time of {as_whose}", timed_text)
+
+
+@figure
+def family_parts(records: Records) -> str:
+    """The orthogonal residual without some of its parts."""
+    return _family(records, "family-nano-parts", "", family_marks)
+
+
+@figure
+def family_decay(records: Records) -> str:
+    """With weight decay."""
+    return _family(records, "family-nano-decay", "", family_marks)
+
+
+def _family(records: Records, name: str, heading: str, last: Callable[[dict], str]) -> str:
+    """A comparison, the least loss first; `last` makes the last column."""
+    if name not in records:
         return f"\n{NOT_MEASURED}\n"
-    record = records["family-nano"]
     worst = {None: math.inf}
-    rows = sorted(record["summary"], key=lambda row: worst.get(row["loss"], row["loss"]))
-    lines = [(*family_texts(row), tried_text(row)) for row in rows]
+    rows = sorted(records[name]["summary"], key=lambda row: worst.get(row["loss"], row["loss"]))
     headings = ("optimizer", "lr", "scale", "loss", f"to {rows[0]['against']}", "seeds", "state MB")
-    headings += ("step, ms", "tokens/s", "same time", "tried on one seed: rate, scale: loss")
-    return table(headings, lines, source(records, "family-nano"))
+    headings += ("step, ms", "tokens/s", heading)
+    return table(headings, [(*family_texts(row), last(row)) for row in rows], source(records, name))
 
 
 SHORT = ("orthogonal@16", "orthogonal@4", "muon", "adamw-split", "fira@16")
@@ -192,7 +218,10 @@ def family_sizes(records: Records) -> str:
     compared = {method for name in rows.keys() - {"family-nano"} for method in rows[name]}
     methods = [method for each in rows.values() for method in each if method in compared]
     lines = [
-        (method, *(loss_text(each[method]) if method in each else "" for each in rows.values()))
+        (
+            method,
+            *(_loss_and_marks(each[method]) if method in each else "" for each in rows.values()),
+        )
         for method in dict.fromkeys(methods)
     ]
     headings = ["optimizer"]
@@ -201,3 +230,7 @@ def family_sizes(records: Records) -> str:
         tokens = settings["batch_size"] * settings["seq_len"]
         headings.append(f"{settings['model']}, {settings['steps']} x {tokens:,} tokens")
     return table(headings, lines, "; ".join(source(records, name) for name in found))
+
+
+def _loss_and_marks(row: dict) -> str:
+    return ", ".join(filter(None, [loss_text(row), family_marks(row)]))

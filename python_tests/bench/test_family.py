@@ -236,6 +236,12 @@ def test_others_get_the_time_of_one(tmp_path, tiny, monkeypatch):
         runs = [r for r in record["runs"] if (r["optimizer"], r["steps"]) == (name, timed["steps"])]
         assert {run["lr"] for run in runs} == {rows[name]["lr"]}
         assert [run["loss"] for run in runs] == timed["losses"]
+    os.rename(tmp_path / "family.json", tmp_path / "family-nano-time.json")
+    lines = FIGURES["family_time"](Records(tmp_path)).splitlines()
+    ends = {line.split(" | ")[0]: line.split(" | ")[-1] for line in lines if line.startswith("|")}
+    assert ends["| optimizer"] == "in the time of adamw |"
+    assert ends["| muon"].endswith(f"{steps // 2} steps |")
+    assert ends["| adamw"] == " |"
 
 
 def test_a_run_that_fails_is_named(tiny, tmp_path):
