@@ -476,7 +476,10 @@ def prepared(options: Options, overwrite: bool) -> DataSummary:
                 differences.append(f"{text} was {saved[name]}, is {mine[name]}")
         if differences:
             raise ValueError(f"{work.parent} is of another comparison: {'; '.join(differences)}")
-    path.write_text(json.dumps(mine))
+    # A process that is killed meanwhile leaves the file as it was.
+    unfinished = path.with_name(f"{path.name}.new")
+    unfinished.write_text(json.dumps(mine))
+    unfinished.replace(path)
     return data
 
 

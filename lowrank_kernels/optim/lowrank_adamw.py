@@ -142,7 +142,7 @@ class LowRankAdamW(Optimizer):
 
     Weight decay is decoupled. In projected groups it comes after the update, on the new weight, as
     in the official code: W <- (1 - lr wd)(W - update). `eps` is added to sqrt(V) before the bias
-    correction, again as there; the paper form of the residual adds it after.
+    correction, again as there, with residual=None and "official"; every other form adds it after.
 
     A gradient channel that holds NaN or Inf, or a projected entry too large to be squared, is left
     out of the step. A basis is never computed from a zero or non-finite gradient: the old one stays
@@ -158,8 +158,9 @@ class LowRankAdamW(Optimizer):
             update. None: nothing (GaLore). "official", "paper": E by channels, scaled as Adam
             scales R and limited in growth, as Fira's code and its algorithm 1 do. "scale": all of G
             so, and nothing else (APOLLO, see `ApolloAdamW`). "normalize": each channel of E at a
-            root mean square of 1; "sign": its signs; "orthogonal": nearly its orthogonal factor, by
-            Newton-Schulz iterations; each times `residual_scale`, without a state of their own.
+            root mean square of 1, if it is above 1e-19; "sign": its signs; "orthogonal": nearly its
+            orthogonal factor, by Newton-Schulz iterations; each times `residual_scale`, without a
+            state of their own.
         residual_scale: s of the last three, beside `scale` of what is in the subspace; None: 0.4
             for "orthogonal", else that `scale`.
         residual_momentum: with "sign" and "orthogonal", the decay rate of a mean of E, held in a
@@ -361,8 +362,8 @@ class LowRankAdamW(Optimizer):
         if batch.room.weights:
             batch.room.store_weights(batch.params, batch.states)
         if self.monitor:
-            monitor.count(batch.states, matrices, before)
-            monitor.note_norms(batch.states, projection.projected, scalars.adam.beta1)
+            finite = monitor.count(batch.states, matrices, before)
+            monitor.note_norms(batch.states, projection.projected, finite, scalars.adam.beta1)
 
     def _params(self) -> Iterator[Tensor]:
         return (param for group in self.param_groups for param in group["params"])

@@ -25,34 +25,45 @@ from .formats import moments_of
 from .state import State
 
 
-def count(states: list[State], matrices: Matrices, norms_before: list[Tensor]) -> None:
+def count(states: list[State], matrices: Matrices, norms_before: list[Tensor]) -> list[Tensor]:
     """Counts gradients of which something was left out, being infinite or NaN or too large to be
     squared, and steps that Fira's limiter held back.
 
     The limiter stores what it let through: of a step that it held back, 1.01 times the norm before.
+
+    Returns:
+        Of each gradient whether nothing was left out.
     """
     largest = torch._foreach_norm(matrices.grads, float("inf"))
-    for state, value in zip(states, largest, strict=True):
-        state["nonfinite"] += ~value.to(matrices.dtype).square().isfinite()
+    finite = [value.to(matrices.dtype).square().isfinite() for value in largest]
+    for state, whole in zip(states, finite, strict=True):
+        state["nonfinite"] += ~whole
     bound = LIMITER_GROWTH * (1 - 1e-5)
     for state, norm, before in zip(states, matrices.limiter_norms, norms_before, strict=False):
         state["limited"] += (before > 0) & (norm >= bound * before)
+    return finite
 
 
-def note_norms(states: list[State], projected: Sequence[Tensor] | Tensor, beta1: float) -> None:
+def note_norms(
+    states: list[State],
+    projected: Sequence[Tensor] | Tensor,
+    finite: Sequence[Tensor],
+    beta1: float,
+) -> None:
     """Takes |R|^2 of a step into the running means, which begin anew with the moments.
 
     Args:
         states: of the matrices.
-        projected: R of each, in which an entry without a finite square is 0.
+        projected: R of each.
+        finite: as `count` tells it. Of a gradient that was not whole no norm is taken.
         beta1: of the first moment.
     """
-    for state, low in zip(states, projected, strict=True):
+    for state, low, whole in zip(states, projected, finite, strict=True):
         if state["norm_step"] < state["moments_step"]:
             state["norm_step"] = state["moments_step"]
             state["norm_sq"].zero_()
         square = torch.linalg.vector_norm(low).square()
-        square = square.where(square.isfinite(), state["norm_sq"])
+        square = square.where(whole & square.isfinite(), state["norm_sq"])
         state["norm_sq"].lerp_(square, 1 - beta1)
 
 

@@ -15,7 +15,7 @@ operations 2 and 3 take; the last two change E itself, and go into operation 3 i
 Those may have a momentum, of which one byte an element is kept.
 
 The last three make a step as large as any other of the smallest E. So e_j counts as zero where
-|e_j| <= |R_j| / 64: that much rounding leaves of a gradient in the span of its basis.
+|e_j| <= |R_j| / 32: that much rounding leaves of a gradient in the span of its basis.
 """
 
 import math

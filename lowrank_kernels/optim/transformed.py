@@ -22,8 +22,11 @@ State = dict[str, Any]
 
 # In a projected state, with a momentum.
 MOMENTUM = ("residual_avg", "residual_avg_scale")
-# Of the length of what is in the span: what is outside of it in bases that are held in a byte.
-NEGLIGIBLE_SHARE = 2**-6
+# Of the length of what is in the span: bases that are held in a byte leave half of it outside.
+NEGLIGIBLE_SHARE = 2**-5
+# The norm of a mean below which its steps fade, as with torch's Muon: without gradients it only
+# becomes smaller, which its signs and its orthogonal factor would not show.
+FADING_NORM = 1e-7
 
 
 class Transformation(NamedTuple):
@@ -52,13 +55,19 @@ class Transformation(NamedTuple):
             taken = usable[part].unsqueeze(stack.axis).bool()
             values = stacked(matrices.grads[part]).to(matrices.dtype).where(taken, 0.0)
             values = stack.without(values, projected[part].where(taken, 0.0))
+            strength = None
             if self.momentum:
                 values = _averaged(values, taken, states[part], self.momentum)
+                norm = torch.linalg.vector_norm(values, dim=(1, 2), keepdim=True)
+                strength = (norm / FADING_NORM).clamp_(max=1.0)
             # A mean was outside of earlier bases; and of what bases in a byte span, each time they
             # leave a hundredth.
             for _ in range(2):
                 values = stack.without(values, stack.spanned(values))
-            found += self._transformed(values, stack).unbind()
+            values = self._transformed(values, stack)
+            if strength is not None:
+                values *= strength.to(values.dtype)
+            found += values.unbind()
         return found
 
     def _transformed(self, values: Tensor, stack: "_Stack") -> Tensor:

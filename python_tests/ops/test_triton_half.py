@@ -214,6 +214,30 @@ def test_padded_copies_change_no_bit(side, form, monkeypatch):
         assert log["update_kernel"][4] is copy
 
 
+@pytest.mark.parametrize("side", Side)
+def test_operation_3_copies_gradients_that_operation_1_did_not_have(side, monkeypatch):
+    """As of a residual that was made of them between the two."""
+    plain, padded = (half_runs(2, (19, 37), 18, side, "paper") for _ in "ab")
+    with small_tiles():
+        launch(plain)
+        monkeypatch.setattr(kernels, "PAD_FROM", 0)
+        project = kernels.Operations.project_moments
+        monkeypatch.setattr(
+            kernels.Operations,
+            "project_moments",
+            lambda *args: project(*args)._replace(grads=None),
+        )
+        log = logged_launches(monkeypatch)
+        launch(padded)
+    if INTERPRETED:
+        assert_equal(plain, padded)
+    else:
+        for run in padded:
+            run.literal_step(0)
+            assert_as_accurate(run)
+    assert log["update_kernel"][4] is log["pad_rows_kernel"][0]
+
+
 @pytest.mark.parametrize(
     ("shape", "matrices", "padded"),
     [((2048, 5461), 1, 5472), ((5461, 2048), 1, None), ((512, 1376), 9, None), ((37, 61), 2, None)],

@@ -130,6 +130,20 @@ def test_every_backend_tells_the_same(backend: str, make) -> None:
         assert own == pytest.approx(expected, rel=1e-4)
 
 
+def test_gradients_that_are_not_finite_tell_nothing() -> None:
+    source = Source(1.0, 0)
+    optimizer = source.optimizer(subspace="random")
+    for step in range(46):
+        source.draw()
+        if step >= 40:
+            for param in source.params:
+                param.grad.fill_(math.nan)
+        optimizer.step()
+        if step == 39:
+            before = sums(optimizer.stats())
+    assert sums(optimizer.stats()) == pytest.approx(before, rel=0.05)
+
+
 @pytest.mark.parametrize("state", ["bfloat16", "int8"])
 def test_moments_in_fewer_bits_tell_nearly_the_same(state: str) -> None:
     ratios = []

@@ -229,6 +229,39 @@ def test_of_a_gradient_in_the_span_rounding_is_no_step(form, backend, basis):
     assert third[:, 10:].float().mean() > 0.8
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("form", AMPLIFIED)
+def test_bases_in_a_byte_that_span_everything_leave_no_step(form, backend):
+    """Whatever their codes round: of many directions up to a 64th of a gradient, nearly."""
+    options = {"shapes": [(64, 64)], "weight_decay": 0.0, "residual_scale": 0.3}
+    params, optimizer = start(form, backend, torch.float32, basis="int8", **options)
+    optimizer.param_groups[0].update(rank=64, scale=1e-30)
+    before = params[0].data.clone()
+    run(params, optimizer, range(3 if backend == "triton" else 7))
+    assert torch.equal(params[0].data, before)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("form", ["sign, averaged", "orthogonal, averaged"])
+def test_without_gradients_the_steps_of_a_mean_fade(form, backend):
+    """As slowly as the mean; where it is of usual size, zero gradients take whole steps."""
+    options = {"shapes": [(8, 12)], "weight_decay": 0.0, "residual_scale": 0.3}
+    params, optimizer = start(form, backend, torch.float32, **options)
+    optimizer.param_groups[0]["scale"] = 1e-30
+    run(params, optimizer, range(2))
+    moved = []
+    mean = optimizer.state[params[0]]["residual_avg_scale"]
+    for strength in (1.0, 1e-9, 1e-12):
+        mean.fill_(strength)
+        params[0].data.zero_()
+        params[0].grad = torch.zeros_like(params[0])
+        optimizer.step()
+        moved.append(float(params[0].data.norm()))
+    assert moved[0] > 0
+    assert 0.0 < moved[1] < 0.6 * moved[0]
+    assert moved[2] == pytest.approx(1e-3 * moved[1], rel=0.02)
+
+
 @pytest.mark.parametrize("form", ["sign, averaged", "orthogonal, averaged"])
 def test_a_mean_takes_no_step_in_the_span(form):
     """Nor what its codes have rounded into it."""

@@ -461,6 +461,10 @@ class Operations:
         if residual:
             grads = self._readable(matrices.grads)  # copies have to live until the launch
             located = self._located(grads, stream) if copy is None else _stacked(copy)
+            if self._rows is not None and copy is None:
+                # They are others than operation 1 had.
+                copy = self._copied(self._rows, located, stream)
+                located = _stacked(copy)
             base, offsets, unit = located
             tiles = self._tiles[located.wide]
         resident = tiles.update.resident
