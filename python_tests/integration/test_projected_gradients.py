@@ -1,109 +1,49 @@
-"""R in the place of gradients of any layer: accumulated, and averaged over two gloo processes."""
+"""R in the place of gradients of any layer, as it accumulates in one process."""
 
 import copy
-import faulthandler
 import gc
 import pickle
 import weakref
-from contextlib import nullcontext
 from unittest import mock
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
-from integration.tiny_runs import process_group
+from integration.product_model import (
+    ADAPTIVE,
+    GALORE,
+    GAP,
+    PARTS,
+    RANK,
+    SHAPES,
+    STEPS,
+    WIDTH,
+    accumulate,
+    assert_same_weights,
+    build,
+    loss_of,
+    matrices,
+    train,
+)
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 from lowrank_kernels import (
-    AdaRankGradAdamW,
     FiraAdamW,
     GaLoreAdamW,
     LowRankAdamW,
     ProjectedGradients,
-    Subspace,
     project_linears,
     release_gradients,
 )
+from lowrank_kernels.ops import products
 from lowrank_kernels.ops.contract import Side
 from lowrank_kernels.optim.projected_gradient import ProjectedGradient
 
-WIDTH, INNER, OUT, RANK, GAP, STEPS, PARTS = 10, 14, 6, 3, 3, 10, 2
-SHAPES = {"up": (WIDTH, INNER), "down": (INNER, WIDTH), "square": (WIDTH, WIDTH)}
-WATCHDOG_SECONDS = 600
-
-
-class Products(nn.Module):
-    """Matrices on both sides, one of them the model's own and used twice, and no nn.Linear but the
-    last.
-    """
-
-    def __init__(self, dtype=torch.float64, seed=0):
-        super().__init__()
-        torch.manual_seed(seed)
-        self.square = nn.Parameter(torch.randn(WIDTH, WIDTH, dtype=dtype) / WIDTH**0.5)
-        self.block = nn.Module()
-        self.block.up = nn.Parameter(torch.randn(WIDTH, INNER, dtype=dtype) / WIDTH**0.5)
-        self.block.down = nn.Parameter(torch.randn(INNER, WIDTH, dtype=dtype) / INNER**0.5)
-        self.last = nn.Linear(WIDTH, OUT, dtype=dtype)
-
-    def forward(self, x):
-        x = torch.tanh(x @ self.square)
-        x = x + torch.tanh(x @ self.block.up) @ self.block.down
-        return self.last(x @ self.square)
-
-
-def matrices(model):
-    return {"square": model.square, "up": model.block.up, "down": model.block.down}
-
-
-def build(dtype=torch.float64, seed=0, kind=GaLoreAdamW, **options):
-    model = Products(dtype, seed)
-    projected = {
-        "params": list(matrices(model).items()),
-        "rank": RANK,
-        "update_proj_gap": GAP,
-        "scale": 1.0,
-        "weight_decay": 0.1,
-    }
-    return model, kind([projected, {"params": list(model.last.named_parameters())}], **options)
-
-
-GALORE = {"kind": GaLoreAdamW, "lr": 0.01}
-ADAPTIVE = {"kind": AdaRankGradAdamW, "lr": 0.01}
 METHODS = {
     "galore": GALORE,
     "svd": {**GALORE, "subspace": "svd"},
     "int8 basis": {**GALORE, "basis": "int8"},
     "adaptive": ADAPTIVE,
 }
-
-
-def loss_of(model, step, part=0, rank=0):
-    rng = torch.Generator().manual_seed(1000 * step + 10 * rank + part)
-    dtype = next(model.parameters()).dtype
-    x = torch.randn(32, WIDTH, generator=rng, dtype=torch.float64).to(dtype)
-    return model(x).square().mean() / PARTS
-
-
-def accumulate(model, step):
-    for part in range(PARTS):
-        loss_of(model, step, part).backward()
-
-
-def train(model, optimizer, steps=range(STEPS)):
-    for step in steps:
-        accumulate(model, step)
-        optimizer.step()
-        optimizer.zero_grad()
-
-
-def assert_same_weights(model, other, bound=1e-12):
-    others = dict(other.named_parameters())
-    for name, param in model.named_parameters():
-        distance = torch.linalg.vector_norm(param - others[name])
-        assert distance <= bound * torch.linalg.vector_norm(others[name]), name
 
 
 def stepped_once(**options):
@@ -167,6 +107,21 @@ def test_bfloat16_gradients_lose_less_than_in_bfloat16():
         added = projected_by(state, matrices(plain)[name].grad.double())
         error, rounded = ((other.double() - expected).norm() for other in (weight.grad.held, added))
         assert error < 0.01 * rounded, name
+
+
+def test_where_products_in_half_precision_are_fast_r_is_float32_all_the_same(monkeypatch):
+    monkeypatch.setattr(products, "FAST_IN_HALF", {"cpu"})
+    model, optimizer, _, _, _ = stepped_once(dtype=torch.bfloat16)
+    rng = torch.Generator().manual_seed(0)
+    for name, weight in matrices(model).items():
+        grads = [torch.randn(SHAPES[name], generator=rng).bfloat16() for _ in range(8)]
+        for grad in grads:
+            (weight * grad).sum().backward()
+        state = optimizer.state[weight]
+        expected = sum(projected_by(state, grad).float() for grad in grads)
+        assert weight.grad.held.dtype is torch.float32
+        # One of them is not rounded to bfloat16 more than once.
+        torch.testing.assert_close(weight.grad.held, expected, rtol=1e-6, atol=1e-6)
 
 
 def test_the_norm_is_that_of_r():
@@ -414,6 +369,34 @@ def test_other_refusals():
     ProjectedGradients(optimizer)
 
 
+def test_two_optimizers_of_one_model():
+    """Each projects its own; what DistributedDataParallel is told to leave is put back."""
+    model, _ = build()
+    by_name = list(matrices(model).items())
+    optimizers = [
+        GaLoreAdamW([{"params": [own], "rank": RANK, "update_proj_gap": GAP}]) for own in by_name
+    ]
+    with pytest.raises(ValueError, match="is no parameter of the model"):
+        ProjectedGradients(optimizers[0], nn.Sequential(nn.Linear(2, 2)))
+    handles = [ProjectedGradients(each, model) for each in optimizers]
+    left = set(model._ddp_params_and_buffers_to_ignore)
+    assert left == {"square", ".square", "block.up", "block.down"}
+    handles.pop(0).remove()
+    assert set(model._ddp_params_and_buffers_to_ignore) == {"block.up", "block.down"}
+    for step in range(2):
+        accumulate(model, step)
+        for each in optimizers:
+            each.step()
+            each.zero_grad()
+    optimizers[0].param_groups[0]["update_proj_gap"] = 1000
+    accumulate(model, 2)
+    assert type(model.square.grad) is torch.Tensor
+    for handle in handles:
+        handle.remove()
+    assert model._ddp_params_and_buffers_to_ignore == []
+    assert not model._forward_pre_hooks
+
+
 def test_models_are_copied_and_pickled_and_nothing_is_kept():
     model, optimizer = build(**GALORE)
     ProjectedGradients(optimizer, model)
@@ -430,153 +413,3 @@ def test_models_are_copied_and_pickled_and_nothing_is_kept():
     del model
     gc.collect()
     assert gone[1]() is None
-
-
-# Under DistributedDataParallel.
-
-PLAIN_ELEMENTS = WIDTH * OUT + OUT
-DDP_RUNS = {
-    "each step": (GALORE, 1, None),
-    "all at once": ({**GALORE, "subspace": "svd"}, 1, None),
-    "accumulated and clipped": (GALORE, PARTS, 1e9),
-    "adaptive": (ADAPTIVE, PARTS, None),
-    "from the last basis": ({**GALORE, "subspace": Subspace("power")}, 1, None),
-}
-
-
-class Sent:
-    """Counts what goes over the wire: of the wrapper's buckets and of collectives beside it."""
-
-    def __init__(self):
-        self.bytes = 0
-
-    def bucket(self, _, bucket):
-        self.bytes += bucket.buffer().nbytes
-        future = dist.all_reduce(bucket.buffer(), async_op=True).get_future()
-        return future.then(lambda done: done.value()[0] / dist.get_world_size())
-
-    def counting(self):
-        all_reduce = dist.all_reduce
-
-        def counted(tensor, *arguments, async_op=False, **options):
-            if not async_op:
-                self.bytes += tensor.nbytes
-            return all_reduce(tensor, *arguments, async_op=async_op, **options)
-
-        return mock.patch.object(dist, "all_reduce", counted)
-
-
-def ddp_run(rank, method, parts, projects):
-    """Weights, bytes sent in each step, and the formula's: R or G of matrices, all of the rest."""
-    options, parts, clip = method, *parts
-    # A rank's own weights are those of the first one once they are wrapped.
-    model, optimizer = build(seed=rank, **options)
-    handle = ProjectedGradients(optimizer, model) if projects else None
-    wrapped, sent = DistributedDataParallel(model), Sent()
-    wrapped.register_comm_hook(None, sent.bucket)
-    counts, formula = [], []
-    for step in range(STEPS):
-        sent.bytes = 0
-        wanted = {name: optimizer.wants(weight) for name, weight in matrices(model).items()}
-        with sent.counting():
-            for part in range(parts):
-                with wrapped.no_sync() if part < parts - 1 else nullcontext():
-                    loss_of(wrapped, step, part, rank).backward()
-        counts.append(sent.bytes)
-        elements = [
-            model.get_parameter(name if name == "square" else f"block.{name}").numel()
-            if wants is None or not projects
-            else (SHAPES[name][0] if wants.side is Side.RIGHT else SHAPES[name][1]) * wants.rank
-            for name, wants in wanted.items()
-        ]
-        formula.append(8 * (PLAIN_ELEMENTS + sum(elements)))
-        if clip:
-            nn.utils.clip_grad_norm_(wrapped.parameters(), clip)
-        optimizer.step()
-        optimizer.zero_grad()
-    refusal = ""
-    try:
-        if handle is not None:
-            handle.remove()
-    except RuntimeError as error:
-        refusal = str(error)
-    states = [{k: v for k, v in state.items() if isinstance(v, torch.Tensor)}
-              for state in optimizer.state.values()]  # fmt: skip
-    return {"weights": model.state_dict(), "sent": counts, "formula": formula,
-            "refusal": refusal, "states": states}  # fmt: skip
-
-
-def ddp_mistakes():
-    """What is said to those who forget the model, or come too late."""
-    texts = []
-    model, optimizer = build(**GALORE)
-    ProjectedGradients(optimizer)
-    wrapped = DistributedDataParallel(model)
-    try:
-        for step in range(2):
-            loss_of(wrapped, step).backward()
-            optimizer.step()
-            optimizer.zero_grad()
-    except RuntimeError as error:
-        texts.append(str(error))
-    model, optimizer = build(**GALORE)
-    try:
-        ProjectedGradients(optimizer, DistributedDataParallel(model))
-    except ValueError as error:
-        texts.append(str(error))
-    return texts
-
-
-def worker(rank, world, folder):
-    faulthandler.dump_traceback_later(WATCHDOG_SECONDS, exit=True)
-    torch.set_num_threads(1)
-    with process_group(rank, world, folder / "store"):
-        result = {}
-        for name, (method, *parts) in DDP_RUNS.items():
-            result[name] = [ddp_run(rank, method, parts, projects) for projects in (True, False)]
-        dist.barrier()
-        result["mistakes"] = ddp_mistakes()
-        torch.save(result, folder / f"{rank}.pt")
-        dist.barrier()
-    faulthandler.cancel_dump_traceback_later()
-
-
-@pytest.fixture(scope="module")
-def two_ranks(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("ranks")
-    mp.start_processes(worker, (2, folder), nprocs=2, start_method="fork")
-    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
-
-
-@pytest.mark.parametrize("name", DDP_RUNS)
-def test_weights_are_those_of_plain_ddp(two_ranks, name):
-    own, whole = two_ranks[0][name]
-    for key, value in own["weights"].items():
-        expected = whole["weights"][key]
-        assert (value - expected).norm() <= 1e-12 * expected.norm(), key
-        assert torch.equal(value, two_ranks[1][name][0]["weights"][key]), key
-    for state, other in zip(own["states"], two_ranks[1][name][0]["states"], strict=True):
-        assert state.keys() == other.keys()
-        assert all(torch.equal(value, other[key]) for key, value in state.items())
-
-
-@pytest.mark.parametrize("name", DDP_RUNS)
-def test_what_is_sent_is_r_and_what_is_due(two_ranks, name):
-    for result in two_ranks:
-        own, whole = result[name]
-        assert own["sent"] == own["formula"]
-        assert whole["sent"] == whole["formula"]
-        assert own["sent"][0] == whole["sent"][0]
-        assert min(own["sent"]) < 0.6 * whole["sent"][0]
-
-
-def test_under_a_wrapper_it_stays(two_ranks):
-    for result in two_ranks:
-        assert "wrap the model anew" in result["each step"][0]["refusal"]
-
-
-def test_forgotten_or_late_models_are_told(two_ranks):
-    for result in two_ranks:
-        forgotten, late = result["mistakes"]
-        assert "wrap the very module that was given there, as model=, and after" in forgotten
-        assert late == "call ProjectedGradients before DistributedDataParallel wraps the model"
