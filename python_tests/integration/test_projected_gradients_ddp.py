@@ -2,6 +2,7 @@
 
 import faulthandler
 import operator
+import os
 from contextlib import nullcontext
 from unittest import mock
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from accelerate import Accelerator
 from integration.product_model import (
     ADAPTIVE,
     GALORE,
@@ -99,6 +101,28 @@ def ddp_run(rank, options, parts, projects):
             "norms": norms, "refusal": refusal, "states": states}  # fmt: skip
 
 
+def accelerate_run(rank, projects):
+    """Weights after accumulated steps, whose passes accelerate tells the wrapper to synchronize."""
+    os.environ |= dict.fromkeys(("RANK", "LOCAL_RANK"), str(rank))
+    os.environ |= dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE"), "2")
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=PARTS)
+    model, optimizer = build(seed=rank, **GALORE)
+    if projects:
+        ProjectedGradients(optimizer, model)
+    wrapped, prepared = accelerator.prepare(model, optimizer)
+    held = []
+    for step in range(STEPS):
+        for part in range(PARTS):
+            with accelerator.accumulate(wrapped):
+                accelerator.backward(loss_of(wrapped, step, part, rank))
+                held += [type(weight.grad).__name__ for weight in matrices(model).values()]
+                if accelerator.sync_gradients:
+                    accelerator.clip_grad_norm_(wrapped.parameters(), 1e9)
+                prepared.step()
+                prepared.zero_grad()
+    return {"weights": model.state_dict(), "held": held}
+
+
 def ddp_mistakes():
     """What is said to those who forget the model, or come too late."""
     texts = []
@@ -127,6 +151,7 @@ def worker(rank, world, folder):
         result = {}
         for name, run in DDP_RUNS.items():
             result[name] = [ddp_run(rank, *run, projects) for projects in (True, False)]
+        result["accelerate"] = [accelerate_run(rank, projects) for projects in (True, False)]
         dist.barrier()
         result["mistakes"] = ddp_mistakes()
         torch.save(result, folder / f"{rank}.pt")
@@ -167,6 +192,15 @@ def test_what_is_sent_is_r_and_what_is_due(two_ranks, name):
         assert whole["sent"] == whole["formula"]
         assert own["sent"][0] == whole["sent"][0]
         assert min(own["sent"]) < 0.6 * whole["sent"][0]
+
+
+def test_accelerate_accumulates_and_averages_it(two_ranks):
+    (own, whole), (other, _) = (result["accelerate"] for result in two_ranks)
+    assert set(own["held"]) == {"Tensor", "ProjectedGradient"}
+    assert set(whole["held"]) == {"Tensor"}
+    for key, value in own["weights"].items():
+        assert (value - whole["weights"][key]).norm() <= 1e-12 * value.norm(), key
+        assert torch.equal(value, other["weights"][key]), key
 
 
 def test_under_a_wrapper_it_stays(two_ranks):
