@@ -27,8 +27,7 @@ class ProjectedGradients:
         ProjectedGradients(optimizer, model)
         model = DistributedDataParallel(model)             # if there are several ranks
         for micro_batch in batch:
-            with no_sync_but_for_the_last():
-                loss_of(model, micro_batch).backward()     # R += G P
+            loss_of(model, micro_batch).backward()         # R += G P
         optimizer.step()
 
     R is linear in G, and so a step is that of whole gradients, to rounding. What accumulates, in
@@ -43,11 +42,11 @@ class ProjectedGradients:
     Both go together: call `project_linears` first, and the weights of its layers are left to it.
 
     Under DistributedDataParallel, which has to wrap the very `model` and after this, R is averaged
-    over the ranks at the end of each backward pass that synchronizes, and whole gradients where
-    they are due; gradients of all else are left to the wrapper. A rank then sends r / n of what it
-    would, and after the first steps what is sent of whole gradients is one matrix in
-    `update_proj_gap`. It is not sent while the backward pass goes on, and ranks have to use the
-    same matrices.
+    over the ranks at the end of each backward pass that synchronizes, with what has accumulated
+    under `no_sync`, and so are whole gradients where they are due; gradients of all else are left
+    to the wrapper. Of a matrix a rank then sends r / n of what it would, but once in
+    `update_proj_gap` steps. That is not sent while the backward pass goes on, and ranks have to use
+    the same matrices in it.
 
     Args:
         optimizer: GaLore or AdaRankGrad (residual=None), without `capturable`.
