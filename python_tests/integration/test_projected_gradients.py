@@ -294,8 +294,9 @@ def test_autocast_around_the_backward_pass_rounds_nothing():
 
 @pytest.mark.filterwarnings("ignore:Using backward.. with create_graph")
 def test_gradients_with_a_graph_of_their_own_stay_whole():
-    model, _, _, _, _ = stepped_once()
+    model, optimizer, _, _, _ = stepped_once()
     loss_of(model, 1).backward(create_graph=True)
+    assert optimizer.wants(model.square) is not None
     assert model.square.grad.requires_grad
     assert type(model.square.grad) is torch.Tensor
 
