@@ -94,7 +94,10 @@ def ddp_run(rank, options, parts, projects):
         if handle is not None:
             handle.remove()
     except RuntimeError as error:
-        refusal = f"{handle}: {error}"
+        # It goes on as before.
+        loss_of(wrapped, STEPS, 0, rank).backward()
+        kinds = {type(w.grad).__name__ for w in matrices(model).values() if optimizer.wants(w)}
+        refusal = f"{handle}: {error}, {kinds}"
     states = [{k: v for k, v in state.items() if isinstance(v, torch.Tensor)}
               for state in optimizer.state.values()]  # fmt: skip
     return {"weights": model.state_dict(), "sent": counts, "formula": formula,
@@ -208,6 +211,7 @@ def test_under_a_wrapper_it_stays(two_ranks):
         refusal = result["each step"][0]["refusal"]
         assert "as they come: DistributedDataParallel" in refusal
         assert "wrap the model anew" in refusal
+        assert refusal.endswith("{'ProjectedGradient'}")
 
 
 def test_forgotten_or_late_models_are_told(two_ranks):
