@@ -3,6 +3,7 @@
 from importlib.metadata import version
 
 from .activations import (
+    ProjectedGradients,
     project_linears,
     recompute_activations,
     release_gradients,
@@ -31,6 +32,7 @@ __all__ = [
     "GaLoreAdamW",
     "GaLoreAdamW8bit",
     "LowRankAdamW",
+    "ProjectedGradients",
     "Restarts",
     "Subspace",
     "backends",

@@ -11,7 +11,7 @@ from ..optim.groups import is_projected
 from ..optim.lowrank_adamw import LowRankAdamW
 from .layers import LastInput, Layer
 from .recompute import is_recomputing
-from .reduction import Reduction
+from .reduction import Reduction, is_reduced
 
 Start = Literal["activations", "gradient", "random", "dense"]
 STARTS = ("activations", "gradient", "random", "dense")
@@ -135,7 +135,8 @@ def project_linears(
         rows.append(Row(name, reason is None, reason or side))
     if not taken:
         raise ValueError(_nothing_taken(model, rows, projected))
-    inputs, reduction = LastInput(), Reduction(model, taken, optimizer)
+    weights = {f"{name}.weight": module.weight for name, module in taken.items()}
+    inputs, reduction = LastInput(), Reduction(model, weights, optimizer)
     layers = [
         Layer(module, optimizer, start, inputs, reduction, share_bases) for module in taken.values()
     ]
@@ -169,6 +170,12 @@ def _nothing_taken(model: nn.Module, rows: list[Row], projected: set[Tensor]) ->
 def _check(model: nn.Module, optimizer: LowRankAdamW, start: str) -> None:
     if start not in STARTS:
         raise ValueError(f"start must be one of {', '.join(STARTS)}, got {start!r}")
+    check_served(optimizer)
+    check_unwrapped(model, "project_linears")
+
+
+def check_served(optimizer: LowRankAdamW) -> None:
+    """Raises ValueError if an optimizer cannot do with R in the place of gradients."""
     if not isinstance(optimizer, LowRankAdamW):
         raise ValueError(
             f"{type(optimizer).__name__} is no optimizer of lowrank_kernels; of one that accelerate"
@@ -181,9 +188,13 @@ def _check(model: nn.Module, optimizer: LowRankAdamW, start: str) -> None:
         )
     if optimizer.capturable:
         raise ValueError("capturable=True: a captured step cannot tell when a basis is due")
+
+
+def check_unwrapped(model: nn.Module, caller: str) -> None:
+    """Raises ValueError if DistributedDataParallel has wrapped a model before a call."""
     for module in model.modules():
         if isinstance(module, nn.parallel.DistributedDataParallel):
-            raise ValueError("call project_linears before DistributedDataParallel wraps the model")
+            raise ValueError(f"call {caller} before DistributedDataParallel wraps the model")
 
 
 def _obstacle(module: nn.Linear, projected: set[Tensor]) -> str | None:
@@ -203,4 +214,6 @@ def _obstacle(module: nn.Linear, projected: set[Tensor]) -> str | None:
         return "the elements of its rows are not adjacent"
     if "forward" in vars(module) and not is_recomputing(module):
         return PATCHED_ALREADY
+    if is_reduced(weight):
+        return "another call averages its gradient: call project_linears before ProjectedGradients"
     return None

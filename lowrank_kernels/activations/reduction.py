@@ -1,4 +1,9 @@
-"""Under DistributedDataParallel: R is averaged over the ranks, not a gradient of full size."""
+"""Under DistributedDataParallel: R is averaged over the ranks, not a gradient of full size.
+
+By collectives of its own, and not as a communication hook of torch's: what such a hook is given are
+buckets that hold G, all of it, a second time, and what it returns is copied back into whole
+gradients. It would also take the one place there is for hooks that compress what is left.
+"""
 
 from __future__ import annotations
 
@@ -29,17 +34,17 @@ class Reduction:
 
     Args:
         model: as it is going to be wrapped.
-        layers: linear layers of it by name.
-        optimizer: of their weights.
+        weights: of it, by all names that each has.
+        optimizer: of the weights.
     """
 
     def __init__(
-        self, model: nn.Module, layers: dict[str, nn.Linear], optimizer: LowRankAdamW
+        self, model: nn.Module, weights: dict[str, Tensor], optimizer: LowRankAdamW
     ) -> None:
         self._model, self._optimizer = weakref.ref(model), weakref.ref(optimizer)
-        self._names = {f"{name}.weight" for name in layers}
-        # One weight may be of several layers.
-        self._weights = list(dict.fromkeys(layer.weight for layer in layers.values()))
+        # torch looks for those of the outermost module under two names.
+        self._names = {*weights, *(f".{name}" for name in weights if "." not in name)}
+        self._weights = list(dict.fromkeys(weights.values()))
         self._wrapper: weakref.ref[nn.parallel.DistributedDataParallel] | None = None
         self._synchronizes = False
         self._pending: list[Tensor] = []
@@ -58,8 +63,8 @@ class Reduction:
         """Raises RuntimeError if a wrapper counts on this."""
         if self._wrapper is not None and self._wrapper() is not None:
             raise RuntimeError(
-                "DistributedDataParallel leaves these weights to project_linears: wrap the model"
-                " anew to undo it"
+                "DistributedDataParallel leaves the average of these weights' gradients to"
+                " lowrank_kernels: wrap the model anew to undo that"
             )
         for handle in self._handles:
             handle.remove()
@@ -142,6 +147,12 @@ class _Hook(NamedTuple):
         reduction = self.reduction()
         if reduction is not None:
             reduction._accumulated(weight)
+
+
+def is_reduced(weight: Tensor) -> bool:
+    """Whether somebody averages its gradients here already."""
+    hooks = getattr(weight, "_post_accumulate_grad_hooks", None) or {}
+    return any(isinstance(hook, _Hook) and hook.reduction() for hook in hooks.values())
 
 
 def _first_rank(wrapper: nn.parallel.DistributedDataParallel) -> int:

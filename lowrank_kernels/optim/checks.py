@@ -124,7 +124,7 @@ def check_projected_gradient(name: str, param: Tensor, serves: bool) -> None:
         raise RuntimeError(
             f"{name} {_described(param)} has a projected gradient, R alone, and its step needs the"
             " whole: call zero_grad() after a change of the method or of the groups, and"
-            " project_linears again"
+            " project_linears or ProjectedGradients again"
         )
 
 

@@ -464,6 +464,8 @@ class LowRankAdamW(Optimizer):
         if self.residual is not None or self.capturable or not state or "basis" not in state:
             return None
         group = self._group_of(param)
+        if group is None or not is_projected(group):
+            return None
         gap, steps = group["update_proj_gap"], int(state["step"])
         phase = phase_of(state, gap, self.subspace)
         due = next_look(state, steps, gap, phase, self.subspace) <= steps
@@ -474,15 +476,17 @@ class LowRankAdamW(Optimizer):
         state = self.state.get(param)
         if state:
             return Side(state["side"])
-        return side_of(self._group_of(param)["proj_type"], param.shape[0], param.shape[1])
+        group = self._group_of(param)
+        assert group is not None
+        return side_of(group["proj_type"], param.shape[0], param.shape[1])
 
-    def _group_of(self, param: Tensor) -> Group:
-        """The group that a parameter is in."""
+    def _group_of(self, param: Tensor) -> Group | None:
+        """The group that a parameter is in; None if it was taken out."""
         ids, groups = self._grouped
         if ids != list(map(id, self.param_groups)) or param not in groups:
             groups = {own: group for group in self.param_groups for own in group["params"]}
             self._grouped = list(map(id, self.param_groups)), groups
-        return groups[param]
+        return groups.get(param)
 
     def __repr__(self) -> str:
         return report.described(self, super().__repr__())

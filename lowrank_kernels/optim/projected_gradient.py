@@ -1,6 +1,7 @@
 """The gradient of a weight of which only the projection was ever computed."""
 
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from operator import attrgetter
 from typing import Any, NamedTuple
 
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from ..ops.bases import loaded_basis
 from ..ops.contract import Side, moment_dtype, projected_shape
-from ..ops.products import project
+from ..ops.products import fast_in_half, project
 
 State = dict[str, Any]
 aten = torch.ops.aten
@@ -59,9 +60,12 @@ class Projector(NamedTuple):
         return loaded_basis(self.state)
 
     def project(self, gradient: Tensor) -> Tensor:
-        """R of a whole gradient."""
-        dtype = moment_dtype(gradient.dtype)
-        return project(gradient.to(dtype), self.basis().to(dtype), self.side)
+        """R of a whole gradient, in float32 (float64 for float64), whatever autocast asks for."""
+        basis, kind, wide = self.basis(), gradient.device.type, moment_dtype(gradient.dtype)
+        inner = gradient.dtype if fast_in_half(gradient, basis, kind) else wide
+        casts = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+        with torch.autocast(kind, enabled=False) if casts else nullcontext():
+            return project(gradient.to(inner), basis.to(inner), self.side).to(wide)
 
     def is_same(self, other: "Projector | None") -> bool:
         """Whether what they project may be added up."""
@@ -193,14 +197,14 @@ def new_gradient(
 def _needs_all(function: Any) -> str:
     text = (
         f"{function} needs a whole gradient, and of this one only a projection is known, for"
-        " lowrank_kernels.project_linears is at work: step it with the optimizer given there, clip"
-        " by norm and not by value, let zero_grad() free gradients (set_to_none=True), or take"
-        " .dense() for what lies in the span of its basis"
+        " lowrank_kernels.project_linears or ProjectedGradients is at work: step it with the"
+        " optimizer given there, clip by norm and not by value, let zero_grad() free gradients"
+        " (set_to_none=True), or take .dense() for what lies in the span of its basis"
     )
     if function is aten.mul.out:
         text += (
-            ". DistributedDataParallel has to wrap the very module that was given there, and after"
-            " that"
+            ". DistributedDataParallel has to wrap the very module that was given there, as model=,"
+            " and after that"
         )
     return text
 
