@@ -12,6 +12,7 @@ from ..ops.notices import notice_once
 from .formats import has_low_bits
 from .groups import Group, is_projected, named_params
 from .parts import Method
+from .placement import is_sharded
 from .projected_gradient import ProjectedGradient, held, is_projected_gradient
 
 
@@ -103,6 +104,12 @@ def check_grad(name: str, param: Tensor, grad: Tensor) -> None:
             f"{name} has shape {tuple(param.shape)} on {param.device}, and its gradient"
             f" {tuple(grad.shape)} on {grad.device}: call zero_grad() after a change of a weight"
         )
+    if is_sharded(grad) != is_sharded(param):
+        kinds = ["no DTensor", "a DTensor"]
+        raise RuntimeError(
+            f"{name} {_described(param)} is {kinds[is_sharded(param)]}, and its gradient is"
+            f" {kinds[is_sharded(grad)]}: call zero_grad() after a change of a weight"
+        )
     if grad.layout != torch.strided:
         raise RuntimeError(
             f"{name} has a sparse gradient ({grad.layout}); use sparse=False in its embedding or"
@@ -157,11 +164,6 @@ def resolved(grad: Tensor) -> Tensor:
 def extent(tensor: Tensor) -> int:
     """Bytes of a dense tensor; 0 of others, between whose elements others may lie."""
     return tensor.numel() * tensor.element_size() if is_dense(tensor) else 0
-
-
-def is_sharded(param: Tensor) -> bool:
-    """Whether it is a DTensor; its module, which takes time to import, is not asked."""
-    return type(param).__name__ == "DTensor"
 
 
 def is_wrapped(param: Tensor) -> bool:

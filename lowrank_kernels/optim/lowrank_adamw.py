@@ -66,6 +66,7 @@ from .groups import (
 )
 from .outside import LIMITED, Outside, Per, ResidualForm
 from .parts import Method, Rounding
+from .placement import check_capturable, check_spread, facts_here, is_sharded
 from .projected_gradient import Projector, held, is_projected_gradient
 from .state import (
     State,
@@ -219,6 +220,8 @@ class LowRankAdamW(Optimizer):
     __signature__ = _OfInit()
     # On the rates of steps that are taken outside of `step`, in the backward pass.
     lr_factor = 1.0
+    # Whether some of what is stepped are DTensors.
+    _sharded = False
 
     def __new__(cls, *args: Any, **options: Any) -> "LowRankAdamW":
         """Says where the options of groups belong, which many try here first, and which arguments
@@ -295,6 +298,7 @@ class LowRankAdamW(Optimizer):
             # What is not trained needs no format.
             if isinstance(param, Tensor) and param.requires_grad:
                 check_format(name, param, self.state_format)
+                check_capturable(name, param, self.capturable)
         super().add_param_group(group)
 
     @not_compiled
@@ -564,6 +568,7 @@ class LowRankAdamW(Optimizer):
         self._counted: dict[Tensor, int] = {}
         self._readback = Readback()
         self._grouped = [], {}
+        self._sharded = False
 
     @property
     def corrected(self) -> bool:
@@ -624,7 +629,11 @@ class LowRankAdamW(Optimizer):
             low_bits=self.master is not None,
         )
         never_equal = object()
-        return *PARTS(self), os.environ.get(ENVIRONMENT_VARIABLE), facts or never_equal
+        here: list[object] = []
+        if self._sharded:
+            trained = [param for param in self._params() if param.grad is not None]
+            here = facts_here(trained, self.state)
+        return *PARTS(self), os.environ.get(ENVIRONMENT_VARIABLE), facts or never_equal, *here
 
     def _prepare(self) -> Prepared:
         """Checks everything, then creates the states that are not there, then makes batches."""
@@ -639,6 +648,7 @@ class LowRankAdamW(Optimizer):
             for group, params in checked
         ]
         tie(member.state for _, own in members for member in own)
+        self._sharded = any(is_sharded(member.param) for _, own in members for member in own)
         return Prepared(self._facts(), members, self.method, self._room_memory)
 
     def _named_groups(self) -> NamedGroups:
@@ -665,6 +675,7 @@ class LowRankAdamW(Optimizer):
         """Who computes a parameter's step, once it is known that one can be taken."""
         assert param.grad is not None
         check_grad(name, param, param.grad)
+        check_capturable(name, param, self.capturable)
         serves = is_projected(group) and self.residual is None
         check_projected_gradient(name, param, serves)
         check_format(name, param, self.state_format)
@@ -676,6 +687,7 @@ class LowRankAdamW(Optimizer):
         if state := self.state.get(param):
             check_shapes(name, param, state, is_projected(group))
             check_storage(name, param, state)
+            check_spread(name, param, state)
             check_step(name, state)
         return backend
 
