@@ -39,6 +39,7 @@ from .checks import (
     check_memory,
     check_params,
     check_projected_gradient,
+    check_sharded,
     check_shared,
     tell_what_has_no_effect,
 )
@@ -48,6 +49,7 @@ from .formats import (
     MasterBits,
     StateFormat,
     check_format,
+    format_for,
     moments_dtype,
     moments_of,
 )
@@ -61,12 +63,12 @@ from .groups import (
     named_groups,
     named_params,
     normalized,
-    side_of,
+    side_for,
     size_of,
 )
 from .outside import LIMITED, Outside, Per, ResidualForm
 from .parts import Method, Rounding
-from .placement import check_capturable, check_spread, facts_here, is_sharded
+from .placement import check_spread, facts_here, is_sharded, local
 from .projected_gradient import Projector, held, is_projected_gradient
 from .state import (
     State,
@@ -222,6 +224,8 @@ class LowRankAdamW(Optimizer):
     lr_factor = 1.0
     # Whether some of what is stepped are DTensors.
     _sharded = False
+    # What all ranks were found to agree on, of those.
+    _agreed: list[list[str]] | None = None
 
     def __new__(cls, *args: Any, **options: Any) -> "LowRankAdamW":
         """Says where the options of groups belong, which many try here first, and which arguments
@@ -298,7 +302,7 @@ class LowRankAdamW(Optimizer):
             # What is not trained needs no format.
             if isinstance(param, Tensor) and param.requires_grad:
                 check_format(name, param, self.state_format)
-                check_capturable(name, param, self.capturable)
+                check_sharded(name, param, group, self.method)
         super().add_param_group(group)
 
     @not_compiled
@@ -334,6 +338,12 @@ class LowRankAdamW(Optimizer):
                 if due := due_of(batches, self.subspace, self._readback):
                     refresh_bases(due, self.subspace)
                     refreshed = True
+            if prepared.sharded is not None:
+                claims = prepared.sharded.claims
+                if claims != self._agreed:
+                    prepared.sharded.agree()
+                    self._agreed = claims
+                refreshed |= prepared.sharded.refresh(self.subspace, self._readback)
             if refreshed:
                 prepared = self._prepared()
             for batches in prepared.by_group:
@@ -343,6 +353,8 @@ class LowRankAdamW(Optimizer):
                     self._step_batch(batch, scalars)
             if prepared.empty:
                 READER.add_one(list(map(STEP, prepared.empty)))
+            if prepared.sharded is not None:
+                prepared.sharded.step(self)
             for plain in prepared.plain:
                 plain.step()
 
@@ -466,6 +478,8 @@ class LowRankAdamW(Optimizer):
         state = self.state.get(param)
         if self.residual is not None or self.capturable or not state or "basis" not in state:
             return None
+        if is_sharded(param):
+            return None
         group = self._group_of(param)
         gap, steps = group["update_proj_gap"], int(state["step"])
         phase = phase_of(state, gap, self.subspace)
@@ -477,7 +491,7 @@ class LowRankAdamW(Optimizer):
         state = self.state.get(param)
         if state:
             return Side(state["side"])
-        return side_of(self._group_of(param)["proj_type"], param.shape[0], param.shape[1])
+        return side_for(self._group_of(param), param)
 
     def _group_of(self, param: Tensor) -> Group:
         """The group that a parameter is in."""
@@ -568,7 +582,7 @@ class LowRankAdamW(Optimizer):
         self._counted: dict[Tensor, int] = {}
         self._readback = Readback()
         self._grouped = [], {}
-        self._sharded = False
+        self._sharded, self._agreed = False, None
 
     @property
     def corrected(self) -> bool:
@@ -615,6 +629,8 @@ class LowRankAdamW(Optimizer):
         if known is None or known.facts != self._facts() or not self._count(known, capturing):
             known = self._known = self._prepare()
             self._count(known, capturing)
+        if known.sharded is not None:
+            known.sharded.load()
         known.check_gradients()
         return known
 
@@ -675,7 +691,7 @@ class LowRankAdamW(Optimizer):
         """Who computes a parameter's step, once it is known that one can be taken."""
         assert param.grad is not None
         check_grad(name, param, param.grad)
-        check_capturable(name, param, self.capturable)
+        check_sharded(name, param, group, self.method)
         serves = is_projected(group) and self.residual is None
         check_projected_gradient(name, param, serves)
         check_format(name, param, self.state_format)
@@ -730,17 +746,17 @@ class LowRankAdamW(Optimizer):
     def choice(self, request: str, group: Group, name: str, param: Tensor) -> Choice:
         """Who computes a projected parameter's step, and why; ValueError if nobody can."""
         size, capturable = size_of(group, param), self.capturable
-        dtype = moments_dtype(param, self.state_format)
+        form = format_for(param, True, self.state_format)
         choice = ops.choose(
             request,
-            param,
-            None if param.grad is None else held(param.grad),
+            local(param),
+            None if param.grad is None else local(held(param.grad)),
             capturable=capturable,
             size=size,
-            moments=dtype,
+            moments=moments_dtype(param, form),
             projected=is_projected_gradient(param.grad),
         )
-        check_addressable(name, param, choice.backend)
+        check_addressable(name, local(param), choice.backend)
         return choice
 
 

@@ -25,14 +25,20 @@ def on_ranks(world, functions, folder):
         _worker, (world, functions, folder), nprocs=world, start_method="forkserver"
     )
     results = [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(world)]
-    return {f.__name__: [result[f.__name__] for result in results] for f in functions}
+    names = map(_name, functions)
+    return {name: [result[name] for result in results] for name in names}
+
+
+def _name(function):
+    """Of a function or a `functools.partial` of one."""
+    return getattr(function, "func", function).__name__
 
 
 def _worker(rank, world, functions, folder):
     torch.set_num_threads(1)
     faulthandler.dump_traceback_later(DEADLINE, exit=True)
     with process_group(rank, world, folder / "store"):
-        results = {function.__name__: function(rank, world) for function in functions}
+        results = {_name(function): function(rank, world) for function in functions}
         torch.save(results, folder / f"{rank}.pt")
         dist.barrier()
     faulthandler.cancel_dump_traceback_later()
