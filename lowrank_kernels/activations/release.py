@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ..optim import LowRankAdamW
 from ..optim.alone import Alone, each_alone
-from ..optim.checks import check_shared, is_wrapped
+from ..optim.checks import check_shared, is_sharded, is_wrapped
 from ..optim.groups import is_projected, named_groups
 
 # What flattens or averages gradients after the backward pass has handed them over.
@@ -260,7 +260,12 @@ def release_gradients(
     own = set() if model is None else set(model.parameters())
     if model is not None and own.isdisjoint(param for _, param, _ in _named_params(optimizer)):
         raise ValueError("the optimizer trains no parameter of this model")
-    for name, param, _ in _named_params(optimizer):
+    for name, param, projected in _named_params(optimizer):
+        if projected and is_sharded(param):
+            raise NotImplementedError(
+                f"{name} is a DTensor in a group with a rank, whose step waits for other ranks:"
+                " call optimizer.step() after the backward pass instead"
+            )
         if clip is not None and is_wrapped(param):
             raise NotImplementedError(
                 f"{name} is a {type(param).__name__}: its norm would wait for other ranks in the"

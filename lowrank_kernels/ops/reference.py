@@ -152,25 +152,38 @@ def channel_scale(sums: ChannelSums, limiter_norms: Sequence[Tensor]) -> Tensor:
     steps, but no norm to remember: then phi may divide what momentum has left in N by an R of
     almost nothing, and lambda = min(1, nu_ordinary / nu).
     """
+    phi, scaled_sq, ordinary_sq = channel_factors(sums)
+    limit = limited(_norm(scaled_sq), _norm(ordinary_sq), limiter_norms)
+    return limit.unsqueeze(1) * phi
+
+
+def channel_factors(sums: ChannelSums) -> tuple[Tensor, Tensor, Tensor]:
+    """phi, and the squares of which nu and nu_ordinary are the norms; B x channels each.
+
+    See `channel_scale`. All are finite, and 0 for a channel whose gradient is not.
+    """
     direction_sq, projected_sq, residual_sq = (x.sum(1) if x.dim() == 3 else x for x in sums)
     phi = direction_sq.sqrt() / (projected_sq.sqrt() + NORM_EPS)
     scaled_sq = phi.square() * residual_sq
     finite = scaled_sq < math.inf
     phi = phi.where(finite, 0.0)
-    norm = _norm(scaled_sq.where(finite, 0.0))
     ordinary_sq = phi.square() * projected_sq
     large = (ordinary_sq > 1) & (ordinary_sq < math.inf)
-    ordinary_norm = _norm(ordinary_sq.where(large, 1.0).where(phi > 0, 0.0))
+    ordinary_sq = ordinary_sq.where(large, 1.0).where(phi > 0, 0.0)
+    return phi, scaled_sq.where(finite, 0.0), ordinary_sq
 
+
+def limited(norm: Tensor, ordinary_norm: Tensor, limiter_norms: Sequence[Tensor]) -> Tensor:
+    """lambda of each matrix, from nu and nu_ordinary; keeps lambda nu. See `channel_scale`."""
     previous = torch.stack(list(limiter_norms))
     growth = (norm / (previous + NORM_EPS)).clamp(min=LIMITER_GROWTH) / LIMITER_GROWTH
     bounded = torch.where(norm > ordinary_norm, ordinary_norm / norm, 1.0)
     limit = torch.where(previous > 0, 1 / growth, bounded.where(previous < 0, 1.0))
-    limited = limit * norm
-    storable = (limited > 0) & (limited < math.inf) & (norm > STORABLE_SHARE * ordinary_norm)
+    reached = limit * norm
+    storable = (reached > 0) & (reached < math.inf) & (norm > STORABLE_SHARE * ordinary_norm)
     kept = previous.masked_fill((previous == 0) & (ordinary_norm > 0), NOTHING_STORED)
-    torch._foreach_copy_(list(limiter_norms), list(limited.where(storable, kept).unbind()))
-    return limit.unsqueeze(1) * phi
+    torch._foreach_copy_(list(limiter_norms), list(reached.where(storable, kept).unbind()))
+    return limit
 
 
 def _norm(squares: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ import operator
 import zlib
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from operator import attrgetter, itemgetter
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ from .families import joined
 from .groups import OPTIONS, Group, is_projected
 from .outside import AS_THEY_ARE, Updater
 from .parts import Method
+from .placement import is_sharded
 from .plain import Plain
 from .projected_gradient import (
     GRAD,
@@ -31,6 +32,9 @@ from .projected_gradient import (
 )
 from .room import Room
 from .state import State
+
+if TYPE_CHECKING:
+    from .sharded import Sharded
 
 # Called by `map` over all matrices before each step, without a Python function a matrix.
 _MEMORY_LAYOUT = attrgetter("layout")
@@ -152,21 +156,32 @@ class Batch:
         """Those whose interval is over, or whose basis has done its work by the criterion, with
         their places in the group.
         """
-        group, gap = self.group, self.group["update_proj_gap"]
-        betas = (float(group["betas"][0]), float(group["betas"][1]))
         for member, steps in zip(self.members, self.counts, strict=True):
-            param, state = member.param, member.state
-            phase = phase_of(state, gap, subspace)
-            due = is_due(steps, state["basis_step"], gap, phase, state["gap_factor"])
-            if is_measured(state, steps, subspace):
-                value = readback.finish(param, state["measured"])
-                due = due or value <= subspace.threshold
-            if due and param.grad is not None and not self.projected:
-                seed = seed_of(state["salt"], steps)
-                found = Due(member.name, param.grad, state, group["rank"], steps, seed, betas)
-                yield member.place, found._replace(maximize=group["maximize"])
+            found = due_of_member(self.group, member, steps, subspace, readback)
+            if found is not None and not self.projected:
+                yield member.place, found
         # A refresh that failed leaves its basis and looks again at the next step.
         self._basis_steps = []
+
+    def update(
+        self,
+        matrices: Matrices,
+        projection: Projection,
+        scalars: Scalars,
+        factor: Tensor | None,
+    ) -> None:
+        """Operation 3, and what comes before it, with channels' factors that are known.
+
+        Args:
+            matrices: of this step.
+            projection: of operation 1.
+            scalars: of this step.
+            factor: of operation 2; None of a form without a limiter.
+        """
+        if self.updater is not None:
+            self.updater.update(matrices, self.states, projection, scalars, factor)
+        else:
+            self.operations.back_project_update(matrices, projection, factor, scalars)
 
     def measure(self, projection: Projection, subspace: Subspace, readback: Readback) -> None:
         """What the criterion wants to know of this step, for a decision at the next one."""
@@ -186,6 +201,7 @@ class Prepared:
         batches: all of them.
         empty: states of projected parameters without elements, which are in no batch.
         plain: groups of AdamW parameters.
+        sharded: projected parameters that are spread over processes; None if there are none.
     """
 
     def __init__(
@@ -199,20 +215,29 @@ class Prepared:
         self.by_group: list[list[Batch]] = []
         self.empty: list[State] = []
         self.plain: list[Plain] = []
+        sharded: list[tuple[Group, list[Member]]] = []
         for group, own in members:
             states = [member.state for member in own]
             if not is_projected(group):
                 params = [member.param for member in own]
                 self.plain.append(Plain(group, params, states, method.capturable))
                 continue
+            if spread := [member for member in own if is_sharded(member.param)]:
+                sharded.append((group, spread))
+                own = [member for member in own if not is_sharded(member.param)]
             self.empty += [member.state for member in own if not member.param.numel()]
             with_elements = [member for member in own if member.param.numel()]
             for device in dict.fromkeys(member.param.device for member in with_elements):
                 there = [member for member in with_elements if member.param.device == device]
                 self.by_group.append(batches_of(group, there, method, memory_of))
         self.batches = [batch for batches in self.by_group for batch in batches]
+        self.sharded = _sharded(sharded, method, memory_of) if sharded else None
+        here: dict[Tensor, Tensor] = {}
+        if self.sharded is not None:
+            self.batches += self.sharded.batches
+            here = {matrix.param: matrix.here.param for matrix in self.sharded.matrices}
         self._owners = [
-            (member.name, member.param, is_projected(group))
+            (member.name, here.get(member.param, member.param), is_projected(group))
             for group, own in members
             for member in own
         ]
@@ -235,6 +260,15 @@ class Prepared:
             if overlap(list(map(Tensor.data_ptr, self._params)) + now, self._extents):
                 check_shared(self._owners)
             self._addresses = now
+
+
+def _sharded(
+    members: list[tuple[Group, list[Member]]], method: Method, memory_of: MemoryOf
+) -> "Sharded":
+    # Imported for those who have shards.
+    from .sharded import Sharded
+
+    return Sharded(members, method, memory_of)
 
 
 def new_memory(size: int, device: torch.device) -> Tensor:
@@ -403,6 +437,32 @@ def options_of(groups: list[Group]) -> list[object]:
 def phase_of(state: State, gap: int, subspace: Subspace) -> int:
     """By how many steps the refreshes of a matrix come early, so that matrices take turns."""
     return state["salt"] * gap >> 32 if subspace.stagger else 0
+
+
+def due_of_member(
+    group: Group, member: Member, steps: int, subspace: Subspace, readback: Readback
+) -> Due | None:
+    """A matrix that needs a new basis before this step, or None.
+
+    Args:
+        group: its options.
+        member: with a gradient.
+        steps: that it has taken.
+        subspace: its criterion.
+        readback: where the criterion's measure is under way.
+    """
+    param, state, gap = member.param, member.state, group["update_proj_gap"]
+    phase = phase_of(state, gap, subspace)
+    due = is_due(steps, state["basis_step"], gap, phase, state["gap_factor"])
+    if is_measured(state, steps, subspace):
+        value = readback.finish(param, state["measured"])
+        due = due or value <= subspace.threshold
+    if not due or param.grad is None:
+        return None
+    seed = seed_of(state["salt"], steps)
+    betas = (float(group["betas"][0]), float(group["betas"][1]))
+    found = Due(member.name, param.grad, state, group["rank"], steps, seed, betas)
+    return found._replace(maximize=group["maximize"])
 
 
 def seed_of(salt: int, steps: int) -> int:

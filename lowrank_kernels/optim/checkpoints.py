@@ -20,6 +20,7 @@ from .formats import (
 from .groups import FORMAT, PROJECTION_DEFAULTS, Group, is_projected, named_params, unwrapped
 from .outside import AMPLIFIED
 from .parts import Method
+from .placement import check_side, distribute, is_sharded, local, spread_like
 from .state import State, check_codes, check_counts, check_shapes, laid_like
 from .transformed import MOMENTUM
 
@@ -55,6 +56,7 @@ def check_loadable(groups: list[Group], state_dict: State, method: Method) -> No
     renamed = _renamed(groups, saved_groups)
     for name, param, projected, key in _saved_params(groups, saved_groups):
         if key in state_dict["state"]:
+            _check_spread(name, param, state_dict["state"][key])
             check_shapes(name, param, state_dict["state"][key], projected)
             check_counts(name, state_dict["state"][key], projected)
             check_codes(name, state_dict["state"][key])
@@ -69,6 +71,17 @@ def check_loadable(groups: list[Group], state_dict: State, method: Method) -> No
         )
     for index, (group, saved) in enumerate(zip(groups, saved_groups, strict=False)):
         _tell_differences(group, saved, index, method.described())
+
+
+def _check_spread(name: str, param: Tensor, state: State) -> None:
+    """Raises ValueError if a state is of shards, or of a side, that the parameter cannot have."""
+    check_side(name, param, state)
+    if not is_sharded(param) and any(map(is_sharded, state.values())):
+        raise ValueError(
+            f"the state dict has DTensors for {name}, which is none here: save it with"
+            " StateDictOptions(full_state_dict=True), or load it through"
+            " torch.distributed.checkpoint, which puts shards together"
+        )
 
 
 def with_method(groups: list[Group], states: State, method: Method) -> list[Group]:
@@ -200,6 +213,8 @@ def restore(states: Any, groups: list[Group], state_dict: State, method: Method)
             states[param][entry] = value
         if "exp_avg" in saved:
             converted.update(_converted(states[param], saved, param, projected, method))
+        if is_sharded(param):
+            distribute(states[param], param)
         # Of another method's steps.
         foreign = {"limiter_norm", *MOMENTUM} - set(method.outside.entries)
         if key in of_other_norms:
@@ -261,13 +276,18 @@ def _resized(state: State, rank: int, *, grow: bool) -> State:
     for key in RANKED:
         if key not in state:
             continue
-        value, axis = state[key], 1 if key in BASIS else int(state["side"])
+        whole, axis = state[key], 1 if key in BASIS else int(state["side"])
+        value = local(whole)
         if grow:
             size = list(value.shape)
             size[axis] = rank - found
-            result[key] = torch.cat([value, value.new_zeros(size)], dim=axis)
+            value = torch.cat([value, value.new_zeros(size)], dim=axis)
         else:
-            result[key] = value.narrow(axis, 0, rank).clone(memory_format=torch.contiguous_format)
+            value = value.narrow(axis, 0, rank).clone(memory_format=torch.contiguous_format)
+        if is_sharded(whole):
+            shape = [rank if place == axis else size for place, size in enumerate(whole.shape)]
+            value = spread_like(whole, value, shape)
+        result[key] = value
     return result
 
 

@@ -12,6 +12,7 @@ from ..ops.notices import notice_once
 from .formats import has_low_bits
 from .groups import Group, is_projected, named_params
 from .parts import Method
+from .placement import check_placement, is_sharded
 from .projected_gradient import ProjectedGradient, held, is_projected_gradient
 
 
@@ -47,18 +48,49 @@ def tell_what_has_no_effect(groups: list[Group], method: Method) -> None:
 
 
 def check_matrix(name: str, param: Tensor) -> None:
-    """Raises if a projected parameter is not a matrix held whole on one device."""
-    if is_sharded(param):
-        raise NotImplementedError(
-            f"{name} is a DTensor (FSDP2 or tensor parallel); sharded weights cannot be projected"
-            " yet: put it in a group without rank, or train with DDP"
-        )
+    """Raises ValueError if a projected parameter is no matrix."""
     if param.dim() != 2:
         raise ValueError(
             f"{name} has shape {tuple(param.shape)} and {param.dtype}, but only matrices can be"
             " projected: put it in a group without rank. If it is a matrix that FSDP1 or DeepSpeed"
             " flattened, the low-rank optimizers need the whole matrix: use DDP or one device"
         )
+
+
+def check_sharded(name: str, param: Tensor, group: Group, method: Method) -> None:
+    """Raises NotImplementedError or ValueError if a step cannot be taken with a parameter that is
+    spread over processes.
+
+    Args:
+        name: of the parameter.
+        param: of whatever kind.
+        group: its options.
+        method: the optimizer's parts.
+    """
+    if not is_sharded(param):
+        return
+    if method.capturable:
+        raise NotImplementedError(
+            f"{name} is a DTensor, whose gradients are new tensors at each step, and what is"
+            " captured goes on with the old ones: leave capturable out"
+        )
+    if not is_projected(group):
+        return
+    check_placement(name, param, group["proj_type"])
+    outside = method.outside
+    refused = {
+        "residual='orthogonal' needs all of the residual": outside.residual == "orthogonal",
+        "residual_momentum shares scales between rows": outside.residual_momentum > 0,
+        "interpolation needs all of the moments": method.subspace.interpolation > 0,
+        "monitor=True counts on one rank": method.monitor,
+        "rounding='stochastic' draws by the place on one rank": method.rounding == "stochastic",
+    }
+    for reason, applies in refused.items():
+        if applies:
+            raise NotImplementedError(
+                f"{name} is a DTensor in a group with a rank, and {reason}: leave that out, or put"
+                " the parameter in a group without rank"
+            )
 
 
 def check_addressable(name: str, param: Tensor, backend: str) -> None:
@@ -102,6 +134,12 @@ def check_grad(name: str, param: Tensor, grad: Tensor) -> None:
         raise RuntimeError(
             f"{name} has shape {tuple(param.shape)} on {param.device}, and its gradient"
             f" {tuple(grad.shape)} on {grad.device}: call zero_grad() after a change of a weight"
+        )
+    if is_sharded(grad) != is_sharded(param):
+        kinds = ["no DTensor", "a DTensor"]
+        raise RuntimeError(
+            f"{name} {_described(param)} is {kinds[is_sharded(param)]}, and its gradient is"
+            f" {kinds[is_sharded(grad)]}: call zero_grad() after a change of a weight"
         )
     if grad.layout != torch.strided:
         raise RuntimeError(
@@ -157,11 +195,6 @@ def resolved(grad: Tensor) -> Tensor:
 def extent(tensor: Tensor) -> int:
     """Bytes of a dense tensor; 0 of others, between whose elements others may lie."""
     return tensor.numel() * tensor.element_size() if is_dense(tensor) else 0
-
-
-def is_sharded(param: Tensor) -> bool:
-    """Whether it is a DTensor; its module, which takes time to import, is not asked."""
-    return type(param).__name__ == "DTensor"
 
 
 def is_wrapped(param: Tensor) -> bool:

@@ -18,6 +18,7 @@ from ..ops.codes import (
     store,
 )
 from ..ops.contract import Side, basis_shape, moment_dtype
+from .placement import is_sharded
 
 StateFormat = Literal["float32", "bfloat16", "int8"]
 BasisFormat = Literal["weight", "int8", "int4"]
@@ -34,8 +35,11 @@ SMALLEST_LOW = 4096
 
 def format_for(param: Tensor, projected: bool, wanted: StateFormat) -> StateFormat:
     """The format that a parameter's moments are held in, if `wanted` is the optimizer's."""
+    if projected:
+        # Elements that share a scale, and noise, would depend on where shards begin.
+        return "float32" if is_sharded(param) else wanted
     large = param.dim() > 1 and param.numel() >= SMALLEST_LOW
-    return wanted if projected or (is_whole(param) and large) else "float32"
+    return wanted if is_whole(param) and large else "float32"
 
 
 def has_low_bits(param: Tensor, master: MasterBits) -> bool:

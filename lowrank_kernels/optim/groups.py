@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..ops import Side, Size
 from ..ops.notices import notice_once
+from .placement import divides_rows
 
 Group = dict[str, Any]
 # A group with its place, and the name, the tensor and the salt of each of its parameters.
@@ -46,10 +47,19 @@ def side_of(proj_type: str, rows: int, cols: int) -> Side:
     return Side.RIGHT if tall == (proj_type == "std") else Side.LEFT
 
 
+def side_for(group: Group, param: Tensor) -> Side:
+    """The side of a projected parameter. It is right where ranks have different rows, which it does
+    not sum over.
+    """
+    if divides_rows(param):
+        return Side.RIGHT
+    return side_of(group["proj_type"], param.shape[0], param.shape[1])
+
+
 def size_of(group: Group, param: Tensor) -> Size:
     """What a backend is chosen by: the largest basis that a projected parameter can have."""
     rows, cols = param.shape
-    side = side_of(group["proj_type"], rows, cols)
+    side = side_for(group, param)
     return Size(rows, cols, min(group["rank"], rows, cols), side)
 
 

@@ -39,6 +39,7 @@ from .checks import (
     check_memory,
     check_params,
     check_projected_gradient,
+    check_sharded,
     check_shared,
     tell_what_has_no_effect,
 )
@@ -48,6 +49,7 @@ from .formats import (
     MasterBits,
     StateFormat,
     check_format,
+    format_for,
     moments_dtype,
     moments_of,
 )
@@ -61,11 +63,12 @@ from .groups import (
     named_groups,
     named_params,
     normalized,
-    side_of,
+    side_for,
     size_of,
 )
 from .outside import LIMITED, Outside, Per, ResidualForm
 from .parts import Method, Rounding
+from .placement import check_spread, facts_here, is_sharded, local
 from .projected_gradient import Projector, held, is_projected_gradient
 from .state import (
     State,
@@ -220,6 +223,10 @@ class LowRankAdamW(Optimizer):
     __signature__ = _OfInit()
     # On the rates of steps that are taken outside of `step`, in the backward pass.
     lr_factor = 1.0
+    # Whether some of what is stepped are DTensors.
+    _sharded = False
+    # What all ranks were found to agree on, of those.
+    _agreed: list[list[str]] | None = None
 
     def __new__(cls, *args: Any, **options: Any) -> "LowRankAdamW":
         """Says where the options of groups belong, which many try here first, and which arguments
@@ -296,6 +303,7 @@ class LowRankAdamW(Optimizer):
             # What is not trained needs no format.
             if isinstance(param, Tensor) and param.requires_grad:
                 check_format(name, param, self.state_format)
+                check_sharded(name, param, group, self.method)
         super().add_param_group(group)
 
     @not_compiled
@@ -331,6 +339,12 @@ class LowRankAdamW(Optimizer):
                 if due := due_of(batches, self.subspace, self._readback):
                     refresh_bases(due, self.subspace)
                     refreshed = True
+            if prepared.sharded is not None:
+                claims = prepared.sharded.claims
+                if claims != self._agreed:
+                    prepared.sharded.agree()
+                    self._agreed = claims
+                refreshed |= prepared.sharded.refresh(self.subspace, self._readback)
             if refreshed:
                 prepared = self._prepared()
             for batches in prepared.by_group:
@@ -340,6 +354,8 @@ class LowRankAdamW(Optimizer):
                     self._step_batch(batch, scalars)
             if prepared.empty:
                 READER.add_one(list(map(STEP, prepared.empty)))
+            if prepared.sharded is not None:
+                prepared.sharded.step(self)
             for plain in prepared.plain:
                 plain.step()
 
@@ -463,6 +479,8 @@ class LowRankAdamW(Optimizer):
         state = self.state.get(param)
         if self.residual is not None or self.capturable or not state or "basis" not in state:
             return None
+        if is_sharded(param):
+            return None
         group = self._group_of(param)
         if group is None or not is_projected(group):
             return None
@@ -478,7 +496,7 @@ class LowRankAdamW(Optimizer):
             return Side(state["side"])
         group = self._group_of(param)
         assert group is not None
-        return side_of(group["proj_type"], param.shape[0], param.shape[1])
+        return side_for(group, param)
 
     def _group_of(self, param: Tensor) -> Group | None:
         """The group that a parameter is in; None if it was taken out."""
@@ -569,6 +587,7 @@ class LowRankAdamW(Optimizer):
         self._counted: dict[Tensor, int] = {}
         self._readback = Readback()
         self._grouped = [], {}
+        self._sharded, self._agreed = False, None
 
     @property
     def corrected(self) -> bool:
@@ -615,6 +634,8 @@ class LowRankAdamW(Optimizer):
         if known is None or known.facts != self._facts() or not self._count(known, capturing):
             known = self._known = self._prepare()
             self._count(known, capturing)
+        if known.sharded is not None:
+            known.sharded.load()
         known.check_gradients()
         return known
 
@@ -629,7 +650,11 @@ class LowRankAdamW(Optimizer):
             low_bits=self.master is not None,
         )
         never_equal = object()
-        return *PARTS(self), os.environ.get(ENVIRONMENT_VARIABLE), facts or never_equal
+        here: list[object] = []
+        if self._sharded:
+            trained = [param for param in self._params() if param.grad is not None]
+            here = facts_here(trained, self.state)
+        return *PARTS(self), os.environ.get(ENVIRONMENT_VARIABLE), facts or never_equal, *here
 
     def _prepare(self) -> Prepared:
         """Checks everything, then creates the states that are not there, then makes batches."""
@@ -644,6 +669,7 @@ class LowRankAdamW(Optimizer):
             for group, params in checked
         ]
         tie(member.state for _, own in members for member in own)
+        self._sharded = any(is_sharded(member.param) for _, own in members for member in own)
         return Prepared(self._facts(), members, self.method, self._room_memory)
 
     def _named_groups(self) -> NamedGroups:
@@ -670,6 +696,7 @@ class LowRankAdamW(Optimizer):
         """Who computes a parameter's step, once it is known that one can be taken."""
         assert param.grad is not None
         check_grad(name, param, param.grad)
+        check_sharded(name, param, group, self.method)
         serves = is_projected(group) and self.residual is None
         check_projected_gradient(name, param, serves)
         check_format(name, param, self.state_format)
@@ -681,6 +708,7 @@ class LowRankAdamW(Optimizer):
         if state := self.state.get(param):
             check_shapes(name, param, state, is_projected(group))
             check_storage(name, param, state)
+            check_spread(name, param, state)
             check_step(name, state)
         return backend
 
@@ -723,17 +751,17 @@ class LowRankAdamW(Optimizer):
     def choice(self, request: str, group: Group, name: str, param: Tensor) -> Choice:
         """Who computes a projected parameter's step, and why; ValueError if nobody can."""
         size, capturable = size_of(group, param), self.capturable
-        dtype = moments_dtype(param, self.state_format)
+        form = format_for(param, True, self.state_format)
         choice = ops.choose(
             request,
-            param,
-            None if param.grad is None else held(param.grad),
+            local(param),
+            None if param.grad is None else local(held(param.grad)),
             capturable=capturable,
             size=size,
-            moments=dtype,
+            moments=moments_dtype(param, form),
             projected=is_projected_gradient(param.grad),
         )
-        check_addressable(name, param, choice.backend)
+        check_addressable(name, local(param), choice.backend)
         return choice
 
 

@@ -29,7 +29,7 @@ from .. import ops
 from ..ops import ChannelSums, Matrices, Operations, Projection, Residual, Scalars
 from ..ops.contract import rank_axis
 from ..ops.products import matrices_in_workspace
-from ..ops.reference import channel_scale
+from ..ops.reference import channel_factors, channel_scale, limited
 from .transformed import MOMENTUM, NEGLIGIBLE_SHARE, State, Transformation
 
 ResidualForm = Literal["official", "paper", "scale", "normalize", "sign", "orthogonal"]
@@ -110,6 +110,41 @@ class Outside(NamedTuple):
                 f"residual_scale must be at least 0 and finite, got {self.residual_scale}"
             )
 
+    def shares(self, sums: ChannelSums) -> tuple[Tensor, Tensor]:
+        """Of a form whose growth is limited, from the channels of each matrix that are here.
+
+        Returns:
+            B x channels, by which `limits` of the whole are multiplied, and B x k in float64, whose
+            sums over all parts of a matrix `limits` takes.
+        """
+        if self.per == "matrix":
+            sums = _added_up(sums)
+            finite = sums.residual < math.inf
+            parts = [x.where(finite, 0.0) for x in sums]
+            factors = finite.to(sums.residual.dtype)
+        else:
+            factors, *parts = channel_factors(sums)
+        return factors, torch.stack([x.double().sum(1) for x in parts], dim=1)
+
+    @property
+    def shared(self) -> int:
+        """How many numbers a matrix `shares` gives."""
+        return 0 if not self.is_limited else 3 if self.per == "matrix" else 2
+
+    def limits(self, totals: Tensor, limiter_norms: Sequence[Tensor]) -> Tensor:
+        """A factor for each matrix; goes on with the norms that the limiter keeps.
+
+        Args:
+            totals: B x k.
+            limiter_norms: of the matrices.
+        """
+        dtype = limiter_norms[0].dtype
+        if self.per == "matrix":
+            whole = ChannelSums(*(x.unsqueeze(1) for x in totals.to(dtype).unbind(1)))
+            return channel_scale(whole, limiter_norms).squeeze(1)
+        norm, ordinary_norm = totals.sqrt().to(dtype).unbind(1)
+        return limited(norm, ordinary_norm, limiter_norms)
+
     def matrices(self, param: Tensor) -> int | None:
         """As many of this shape as have room in a workspace, with E and what is made of it; None
         where no operation holds it.
@@ -159,8 +194,17 @@ class Updater:
         states: Sequence[State],
         projection: Projection,
         scalars: Scalars,
+        factor: Tensor | None = None,
     ) -> None:
-        """Changes the weights, and what the states keep of E."""
+        """Changes the weights, and what the states keep of E.
+
+        Args:
+            matrices: the batch.
+            states: of its parameters.
+            projection: of operation 1.
+            scalars: of the step.
+            factor: of the form "scale", where it is known.
+        """
         form, sums = self._outside.residual, projection.sums
         assert sums is not None
         if form == "normalize":
@@ -168,9 +212,9 @@ class Updater:
             self._operations.back_project_update(matrices, projection, factor, scalars)
             return
         if form == "scale":
-            if self._outside.per == "matrix":
+            if factor is None and self._outside.per == "matrix":
                 factor = _scale_of_matrices(sums, matrices.limiter_norms)
-            else:
+            elif factor is None:
                 factor = self._operations.channel_scale(matrices, sums)
             matrices, projection = _without_span(matrices, projection)
             scalars = scalars._replace(scale=0.0)

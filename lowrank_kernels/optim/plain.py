@@ -1,5 +1,6 @@
 """AdamW for the parameters that are not projected, by torch's own implementation; by ours where
-moments have fewer than 32 bits or weights more than their dtype.
+moments have fewer than 32 bits or weights more than their dtype. Of shards each rank steps what it
+has, which needs nobody else.
 """
 
 from collections.abc import Iterator
@@ -14,9 +15,10 @@ from ..ops import AdamScalars, Scalars
 from ..ops.adamw import adamw as low_adamw
 from ..ops.codes import Stored
 from ..ops.dry import device_type
-from .checks import is_dense, is_sharded, is_unresolved, is_wrapped, resolved
+from .checks import is_dense, is_unresolved, is_wrapped, resolved
 from .formats import format_of
 from .groups import Group
+from .placement import is_sharded, local, local_grad
 from .state import State
 
 FUSED_DEVICES = ("cpu", "cuda")
@@ -47,8 +49,8 @@ class Work(NamedTuple):
         """
         if device_type(self.param) not in FUSED_DEVICES:
             return False
-        # Shards and the like have no memory to walk along; torch's kernels take shards as a whole.
-        if is_wrapped(self.param) and not (is_sharded(self.param) and len(self.dtypes) == 1):
+        # Quantized weights and the like have no memory to walk along.
+        if is_wrapped(self.param):
             return False
         if all(tensor.is_contiguous() for tensor in self[:4]):
             return True
@@ -78,8 +80,9 @@ class Plain:
         self, group: Group, params: list[Tensor], states: list[State], capturable: bool
     ) -> None:
         self.group, self.capturable = group, capturable
+        self._sharded = [param for param in params if is_sharded(param)]
         self._resolves = any(
-            is_unresolved(param.grad) for param in params if param.grad is not None
+            is_unresolved(local(param.grad)) for param in params if param.grad is not None
         )
         self._fused: list[tuple[Tensor, State]] = []
         self._widened: list[tuple[Tensor, State]] = []
@@ -99,7 +102,8 @@ class Plain:
             if fuses:
                 kind = self._fused if len(work.dtypes) == 1 else self._widened
             kind.append(pair)
-        self._versioned = [param for param, _ in self._fused if not param.is_inference()]
+        written = [param for param, _ in self._fused if not is_sharded(param)] + self._sharded
+        self._versioned = [param for param in written if not param.is_inference()]
 
     def step(self) -> None:
         """One torch AdamW step."""
@@ -111,10 +115,12 @@ class Plain:
                 work.param.copy_(wide.param)
         if self._fused:
             _adamw(self._works(self._fused), self.group, self.capturable, fused=True)
-            # torch's fused kernels leave that to nobody, and a stale graph would go backward.
-            increment_version(self._versioned)
         if self._widened:
             _step_widened(self._works(self._widened), self.group, self.capturable)
+        if self._versioned:
+            # torch's fused kernels, and local parts, leave that to nobody, and a stale graph would
+            # go backward.
+            increment_version(self._versioned)
         for param, state in self._low:
             self._step_low(param, state)
 
@@ -144,10 +150,13 @@ class Plain:
     def _works(self, pairs: list[tuple[Tensor, State]]) -> list[Work]:
         works = []
         for param, state in pairs:
-            grad = param.grad
+            grad, exp_avg, exp_avg_sq = param.grad, state["exp_avg"], state["exp_avg_sq"]
+            if self._sharded:
+                grad = local_grad(param)
+                param, exp_avg, exp_avg_sq = map(local, (param, exp_avg, exp_avg_sq))
             assert grad is not None
             grad = resolved(grad) if self._resolves else grad
-            works.append(Work(param, grad, state["exp_avg"], state["exp_avg_sq"], state["step"]))
+            works.append(Work(param, grad, exp_avg, exp_avg_sq, state["step"]))
         return works
 
 

@@ -15,6 +15,7 @@ from ..ops.dispatch import Kind
 from .formats import basis_format, format_for, has_low_bits, is_whole, moments_dtype
 from .groups import Group, is_projected, learning_rate, named_params, size_of
 from .monitor import noise_and_signal
+from .placement import is_sharded, local
 from .state import planned_state, state_bytes, subspace_stats
 
 if TYPE_CHECKING:
@@ -101,8 +102,10 @@ def _who(optimizer: LowRankAdamW, name: str, group: Group, param: Tensor) -> Row
 
 def _choice(optimizer: LowRankAdamW, name: str, group: Group, param: Tensor) -> Choice:
     choice = optimizer.choice(ops.requested_backend(optimizer.backend), group, name, param)
-    tiles = ops.tiles(choice.backend)
-    return choice._replace(reason=f"{choice.reason}; {tiles}") if tiles else choice
+    if tiles := ops.tiles(choice.backend):
+        choice = choice._replace(reason=f"{choice.reason}; {tiles}")
+    kept = _kept(optimizer, param) if is_sharded(param) else ""
+    return choice._replace(reason=choice.reason + kept)
 
 
 def _plain_choice(optimizer: LowRankAdamW, group: Group, param: Tensor) -> Choice:
@@ -130,14 +133,14 @@ def _formats(optimizer: LowRankAdamW, group: Group, param: Tensor) -> Row:
 
 
 def _kept(optimizer: LowRankAdamW, param: Tensor) -> str:
-    """Why a parameter without a rank is not held as the optimizer was asked to."""
+    """Why a parameter is not held as the optimizer was asked to."""
     if is_whole(param) or (optimizer.state_format == "float32" and optimizer.master is None):
         return ""
     return f"; a {type(param).__name__} keeps its dtype, and moments in float32"
 
 
 def _needs(optimizer: LowRankAdamW, name: str, group: Group, param: Tensor) -> Row:
-    projected, weight = is_projected(group), param.numel() * param.element_size()
+    projected, weight = is_projected(group), local(param).numel() * param.element_size()
     size = size_of(group, param) if projected else None
     state = 0
     if param.requires_grad:

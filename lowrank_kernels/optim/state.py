@@ -1,5 +1,8 @@
 """Per-parameter state: tensors, ints and floats only, so that any checkpoint library can hold it.
 
+Of a weight that is spread over processes as a DTensor, what has its shape or that of R is spread in
+the same way, and all else, P too, is whole and the same everywhere.
+
 Every key is there from the first step on, since such libraries take the list of keys from a fresh
 optimizer's state. Projected parameter:
 
@@ -49,8 +52,9 @@ from .formats import (
     new_basis,
     new_moments,
 )
-from .groups import Group, cut_rank, is_projected, side_of
+from .groups import Group, cut_rank, is_projected, side_for, size_of
 from .parts import Method
+from .placement import is_sharded, local, local_state, put_back
 from .transformed import MOMENTUM, new_momentum
 
 State = dict[str, Any]
@@ -75,9 +79,11 @@ def new_state(param: Tensor, group: Group, salt: int, method: Method) -> State:
         method: the optimizer's parts.
     """
     if is_projected(group):
-        shape = (param.shape[0], param.shape[1])
-        rank, side = cut_rank(group["rank"], *shape), side_of(group["proj_type"], *shape)
-        state = new_projected_state(param, rank, side, salt, method)
+        rank, side = cut_rank(group["rank"], *param.shape), side_for(group, param)
+        own = method._replace(state=format_for(param, True, method.state))
+        state = new_projected_state(local(param), rank, side, salt, own)
+        if is_sharded(param):
+            put_back(state, dict(state), param)
     else:
         state = new_plain_state(param, salt, method.state)
     if has_low_bits(param, method.master):
@@ -89,11 +95,14 @@ def new_state(param: Tensor, group: Group, salt: int, method: Method) -> State:
 
 def planned_state(param: Tensor, group: Group, method: Method) -> State:
     """The state that a parameter is going to have, on the meta device; see `new_state`."""
-    twin = torch.empty(param.shape, dtype=param.dtype, device="meta")
+    twin = torch.empty(local(param).shape, dtype=param.dtype, device="meta")
     forms = method._replace(
         state=format_for(param, is_projected(group), method.state),
         master=method.master if has_low_bits(param, method.master) else None,
     )
+    if is_projected(group) and is_sharded(param):
+        _, _, rank, side = size_of(group, param)
+        return new_projected_state(twin, rank, side, 0, forms)
     return new_state(twin, group, 0, forms)
 
 
@@ -154,6 +163,12 @@ def keep_up(state: State, param: Tensor, group: Group, salt: int, method: Method
     nothing that would be stale.
     """
     projected = is_projected(group)
+    if projected and is_sharded(param):
+        here = local_state(state)
+        own = method._replace(state=format_for(param, True, method.state), master=None)
+        keep_up(here, local(param), group, salt, own)
+        put_back(state, here, param)
+        return
     form = format_for(param, projected, method.state)
     if format_of(state) != form:
         convert(state, param, form)
@@ -208,8 +223,9 @@ def forget_moments(state: State) -> None:
 
 
 def state_bytes(state: State) -> int:
-    """Bytes of the tensors in one parameter's state."""
-    return sum(v.numel() * v.element_size() for v in state.values() if isinstance(v, Tensor))
+    """Bytes of the tensors in one parameter's state; of shards of those that are here."""
+    held = [local(value) for value in state.values() if isinstance(value, Tensor)]
+    return sum(tensor.numel() * tensor.element_size() for tensor in held)
 
 
 def subspace_stats(state: State) -> dict[str, Any]:

@@ -66,6 +66,28 @@ class Due(NamedTuple):
         return loaded_basis(self.state) if self.state["basis_step"] >= 0 else None
 
 
+class Result(NamedTuple):
+    """A new basis of a matrix, or why there is none.
+
+    Attributes:
+        problem: why; empty if there is a basis.
+        basis: P as the state will hold it, decoded; with as many columns as its rank.
+        captured: energy of the gradient that it holds, 0 to 1.
+        slow: whether the fast factorization failed.
+        deficient: whether the gradient has a lower rank.
+        turn: C = P_new^T P_old, or None: there is no old basis, or `take` computes it.
+        share: |C|^2 / min(r_new, r_old), 0 without an old basis.
+    """
+
+    problem: str = ""
+    basis: Tensor | None = None
+    captured: float = 0.0
+    slow: bool = False
+    deficient: bool = False
+    turn: Tensor | None = None
+    share: float = 0.0
+
+
 def new_record() -> State:
     """The part of a matrix' state that tells of its bases."""
     return {
@@ -91,7 +113,22 @@ def refresh_bases(due: Sequence[Due], subspace: Subspace) -> None:
     """
     problems: Problems = {}
     for batch in _batches([item for item in due if item.grad.numel()]):
-        _refresh_batch(batch, subspace, problems)
+        for item, result in zip(batch, _found(batch, subspace), strict=True):
+            take(item, result, subspace, problems)
+    tell(problems)
+
+
+def found_bases(due: Sequence[Due], subspace: Subspace) -> list[Result]:
+    """What `refresh_bases` finds for each matrix, which has elements; no state is changed."""
+    found: dict[int, Result] = {}
+    for batch in _batches(due):
+        results = _found(batch, subspace)
+        found |= {id(item): result for item, result in zip(batch, results, strict=True)}
+    return [found[id(item)] for item in due]
+
+
+def tell(problems: Problems) -> None:
+    """Logs why bases were not renewed; each reason once."""
     for problem, names in problems.items():
         others = f" and {len(names) - 1} more" if len(names) > 1 else ""
         # Checkpoint libraries create the state by a step with zero gradients.
@@ -143,21 +180,22 @@ def _batches(due: Sequence[Due]) -> Iterator[list[Due]]:
             yield equal[start : start + size]
 
 
-def _refresh_batch(batch: list[Due], subspace: Subspace, problems: Problems) -> None:
+def _found(batch: list[Due], subspace: Subspace) -> list[Result]:
     # A norm of a large half-precision gradient overflows in its own dtype.
     norms = torch.stack([torch.linalg.vector_norm(i.grad, dtype=torch.float64) for i in batch])
-    usable = []
+    results, usable = [], []
     for index, norm in enumerate(on_host(norms).tolist()):
         if 0 < norm < float("inf"):
             usable.append(index)
-        else:
-            problem = ZERO_GRADIENT if norm == 0 else "its gradient is not finite"
-            _keep(batch[index], problem, problems)
+        results.append(Result(ZERO_GRADIENT if norm == 0 else "its gradient is not finite"))
     if usable:
-        _factor([batch[index] for index in usable], norms[usable], subspace, problems)
+        found = _factored([batch[index] for index in usable], norms[usable], subspace)
+        for index, result in zip(usable, found, strict=True):
+            results[index] = result
+    return results
 
 
-def _factor(batch: list[Due], norms: Tensor, subspace: Subspace, problems: Problems) -> None:
+def _factored(batch: list[Due], norms: Tensor, subspace: Subspace) -> list[Result]:
     grads = [item.grad for item in batch]
     stack = grads[0].unsqueeze(0) if len(grads) == 1 else torch.stack(grads)
     matrices = stack if batch[0].state["side"] == Side.LEFT else stack.mT
@@ -175,12 +213,10 @@ def _factor(batch: list[Due], norms: Tensor, subspace: Subspace, problems: Probl
         found = RANGE_FINDERS[subspace.range_finder](request)
     except torch.linalg.LinAlgError as error:
         if len(batch) == 1:
-            _keep(batch[0], f"the factorization failed: {error}", problems)
-            return
-        for index, item in enumerate(batch):
-            _factor([item], norms[index : index + 1], subspace, problems)
-    else:
-        _adopt(batch, found, subspace, problems)
+            return [Result(f"the factorization failed: {error}")]
+        each = enumerate(batch)
+        return [_factored([item], norms[i : i + 1], subspace)[0] for i, item in each]
+    return _judged(batch, found, subspace)
 
 
 def _blends(batch: list[Due], matrices: Tensor, rho: float) -> Tensor | None:
@@ -211,50 +247,78 @@ def _corrections(item: Due, state: State) -> Corrections:
     return Corrections(*(1 - beta**steps for beta in item.betas))
 
 
-def _keep(item: Due, problem: str, problems: Problems) -> None:
+def take(item: Due, result: Result, subspace: Subspace, problems: Problems) -> None:
+    """Writes a new basis and all that depends on it, or counts why there is none.
+
+    Args:
+        item: whose states are changed; of its gradient nothing is read.
+        result: what was found for it.
+        subspace: what becomes of the moments.
+        problems: names of the matrices without a new basis, by the reason; one may be added.
+    """
+    basis, turn = result.basis, result.turn
+    if basis is None:
+        for state in item.states:
+            state["kept"] += 1
+        problems.setdefault(result.problem, []).append(item.name)
+        return
+    rank, previous = basis.shape[1], item.previous
+    if turn is None and previous is not None:
+        turn = _turn(basis, previous)
     for state in item.states:
-        state["kept"] += 1
-    problems.setdefault(problem, []).append(item.name)
+        if turn is not None:
+            state["overlap"] = result.share
+            _transfer_moments(item, state, turn, subspace.moments)
+            note_overlap(state, result.share, subspace)
+        elif rank != state["basis"].shape[1]:
+            # Before the first basis the moments are zero: this only gives them their shape.
+            unknown = basis.new_zeros(rank, state["basis"].shape[1])
+            _transfer_moments(item, state, unknown, "keep")
+        state["rank"] = rank
+        state["basis_step"] = item.completed
+        state["refreshes"] += 1
+        state["captured"] = result.captured
+        state["fallbacks"] += int(result.slow)
+        state["deficient"] += int(result.deficient)
+    for name, value in basis_entries(basis, item.state["basis"].dtype).items():
+        _store(item.state, name, value)
+        for state in item.others:
+            state[name] = item.state[name]
 
 
-def _adopt(batch: list[Due], found: Found, subspace: Subspace, problems: Problems) -> None:
-    """Writes the new bases and all that depends on them."""
+def _judged(batch: list[Due], found: Found, subspace: Subspace) -> list[Result]:
+    """The bases with as many directions as they may keep, turned to the old ones."""
     finite = found.bases.isfinite().all((1, 2)) & found.energies.isfinite().all(1)
     usable = on_host(finite).tolist()
     every_energy = on_host(found.energies).tolist()
-    adopted, overlaps = [], []
+    results, turned = [], []
     for index, item in enumerate(batch):
         if not usable[index]:
-            _keep(item, "the factorization is not finite", problems)
+            results.append(Result("the factorization is not finite"))
             continue
-        rank = adaptive_rank(every_energy[index], subspace)
-        basis, overlap = _turned(item, found.bases[index, :, :rank], found.signed)
-        adopted.append((index, item, basis))
-        overlaps.append(overlap)
-    # Of a batch all have an old basis, or none has.
-    known = [c.square().sum() / min(c.shape) for c in overlaps if c is not None]
-    shares = on_host(torch.stack(known)).tolist() if known else [0.0] * len(overlaps)
-    for (index, item, basis), overlap, share in zip(adopted, overlaps, shares, strict=True):
-        energies, rank = every_energy[index], basis.shape[1]
-        for state in item.states:
-            if overlap is not None:
-                state["overlap"] = share
-                _transfer_moments(item, state, overlap, subspace.moments)
-                note_overlap(state, share, subspace)
-            elif rank != state["basis"].shape[1]:
-                # Before the first basis the moments are zero: this only gives them their shape.
-                unknown = basis.new_zeros(rank, state["basis"].shape[1])
-                _transfer_moments(item, state, unknown, "keep")
-            state["rank"] = rank
-            state["basis_step"] = item.completed
-            state["refreshes"] += 1
-            state["captured"] = min(1.0, sum(energies[:rank]))
-            state["fallbacks"] += int(found.slow[index])
-            state["deficient"] += int(energies[-1] <= found.noise)
-        for name, value in basis_entries(basis, item.state["basis"].dtype).items():
-            _store(item.state, name, value)
-            for state in item.others:
-                state[name] = item.state[name]
+        energies = every_energy[index]
+        rank = adaptive_rank(energies, subspace)
+        basis, turn = _turned(item, found.bases[index, :, :rank], found.signed)
+        slow, deficient = bool(found.slow[index]), energies[-1] <= found.noise
+        captured = min(1.0, sum(energies[:rank]))
+        results.append(Result("", basis, captured, slow, deficient, turn))
+        if turn is not None:
+            turned.append(index)
+    shares = [_share(results[index].turn) for index in turned]
+    known = on_host(torch.stack(shares)).tolist() if shares else []
+    for index, share in zip(turned, known, strict=True):
+        results[index] = results[index]._replace(share=share)
+    return results
+
+
+def _share(turn: Tensor | None) -> Tensor:
+    assert turn is not None
+    return turn.square().sum() / min(turn.shape)
+
+
+def _turn(basis: Tensor, previous: Tensor) -> Tensor:
+    wide = moment_dtype(basis.dtype)
+    return basis.to(wide).mT @ previous.to(wide)
 
 
 def _turned(item: Due, directions: Tensor, signed: bool) -> tuple[Tensor, Tensor | None]:
@@ -263,8 +327,7 @@ def _turned(item: Due, directions: Tensor, signed: bool) -> tuple[Tensor, Tensor
     basis = loaded_basis(basis_entries(directions, item.state["basis"].dtype))
     overlap, previous = None, item.previous
     if previous is not None:
-        wide = moment_dtype(basis.dtype)
-        overlap = basis.to(wide).mT @ previous.to(wide)
+        overlap = _turn(basis, previous)
     if not signed:
         signs = _signs(basis, overlap)
         basis = basis.mul_(signs)

@@ -1,6 +1,6 @@
 """When the basis of a matrix is computed anew."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -82,8 +82,21 @@ def next_look(
     return max(look, completed_steps)
 
 
+def measures_at(state: Mapping[str, Any], completed_steps: int, subspace: Subspace) -> bool:
+    """Whether `measure` takes something of this step: the next one looks at it, or it is the first
+    with its basis.
+    """
+    first = completed_steps == state["basis_step"] and subspace.criterion is not None
+    return first or is_measured(state, completed_steps + 1, subspace)
+
+
 def measure(
-    state: dict[str, Any], projected: Tensor, completed_steps: int, subspace: Subspace
+    state: dict[str, Any],
+    projected: Tensor,
+    completed_steps: int,
+    subspace: Subspace,
+    norm: Tensor | None = None,
+    total: Callable[[Tensor], Tensor] | None = None,
 ) -> bool:
     """Takes the criterion's measure of a step that has just been computed; it stays on the device.
 
@@ -92,18 +105,19 @@ def measure(
 
     Args:
         state: of the matrix.
-        projected: R.
+        projected: R, or the part of it that is here.
         completed_steps: before this step.
         subspace: its criterion.
+        norm: |R| of the whole, if only a part is here.
+        total: then brings the norm of a part to that of the whole.
 
     Returns:
         Whether the next step looks at it.
     """
     age = completed_steps - int(state["basis_step"])
-    looked_at = is_measured(state, completed_steps + 1, subspace)
-    if not looked_at and age > 0:
+    if not measures_at(state, completed_steps, subspace):
         return False
-    norm = torch.linalg.vector_norm(projected)
+    norm = torch.linalg.vector_norm(projected) if norm is None else norm
     if subspace.criterion == "norm":
         state["measured"] = norm
     elif subspace.criterion == "relative_norm":
@@ -116,9 +130,10 @@ def measure(
         if age == 0:
             state["first_direction"] = direction
         distance = torch.linalg.vector_norm(direction - state["first_direction"])
+        distance = distance if total is None else total(distance)
         # At the first step nothing can have moved, which is no sign of a standstill: 2, the most.
         state["measured"] = distance / age if age else torch.full_like(distance, 2.0)
-    return looked_at
+    return is_measured(state, completed_steps + 1, subspace)
 
 
 class Readback:

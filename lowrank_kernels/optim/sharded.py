@@ -1,0 +1,327 @@
+"""The step of projected weights that are spread over processes.
+
+A rank steps what it has of a weight by the batches of whole ones. The right side contracts columns,
+of which every rank has all, so that between two refreshes ranks need of each other only numbers:
+two or three a matrix for the limiter, one where a criterion looks at |R|. Those of some matrices, a
+bucket, travel together, while the next bucket is projected.
+
+Local shapes decide what is launched, and only global ones what is sent: a rank without rows sends
+zeros.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import increment_version
+
+from ..ops import Matrices, Projection, Scalars
+from ..ops.contract import moment_dtype
+from ..ops.tensors import READER
+from ..subspace import Due, Readback, Subspace, measure, measures_at
+from .batches import Batch, Member, MemoryOf, batches_of, due_of_member, scalars_of
+from .collectives import NUMBERS, Claim, Ranks, Wait
+from .groups import Group
+from .owners import refresh_shared
+from .parts import Method
+from .placement import Placement, local, local_grad, local_state, put_back
+from .state import State
+
+if TYPE_CHECKING:
+    from .lowrank_adamw import LowRankAdamW
+
+# Of N and R of a bucket, in float32, on the rank that has most.
+BUCKET_BYTES = 2**26
+
+
+class Matrix(NamedTuple):
+    """A weight that is spread, and what is here of it.
+
+    Attributes:
+        group: its options.
+        name: of the parameter.
+        param: the DTensor.
+        whole: its state.
+        here: local parts of the weight, which holds that of the gradient, and of the state.
+    """
+
+    group: Group
+    name: str
+    param: Tensor
+    whole: State
+    here: Member
+
+    @classmethod
+    def of(cls, group: Group, member: Member) -> Matrix:
+        twin = local(member.param).detach()
+        own = Member(member.name, twin, {}, member.place, member.backend)
+        return cls(group, member.name, member.param, member.state, own)
+
+    def load(self) -> None:
+        """Takes the gradient, and the state as it is now."""
+        grad, twin = local_grad(self.param), self.here.param
+        if grad.dtype is not twin.dtype:
+            # torch then takes any; older versions let no such gradient exist.
+            twin.grad_dtype = None
+        twin.grad = grad
+        self.here.state.clear()
+        self.here.state.update(local_state(self.whole))
+
+    def store(self) -> None:
+        """Puts back what has become of the state."""
+        put_back(self.whole, self.here.state, self.param)
+
+    @property
+    def described(self) -> str:
+        """What has to be the same on every rank."""
+        options = [self.group[key] for key in ("rank", "update_proj_gap", "proj_type")]
+        placements = tuple(self.param.placements)  # type: ignore[attr-defined]
+        return f"{self.name} {tuple(self.param.shape)} {placements} with {options}"
+
+
+class Team:
+    """Matrices that are spread in one way, in the order of the groups.
+
+    Args:
+        matrices: of one placement and one dtype, loaded.
+        method: the optimizer's parts.
+        memory_of: see `batches_of`.
+    """
+
+    def __init__(self, matrices: list[Matrix], method: Method, memory_of: MemoryOf) -> None:
+        self.matrices, self.method = matrices, method
+        place = Placement.of(matrices[0].param)
+        self.ranks = Ranks(place, torch.device(place.mesh.device_type))
+        self.claim = Claim([matrix.described for matrix in matrices] + [method.described()])
+        self.buckets = [Bucket(part, self, memory_of) for part in self._parts()]
+
+    def _parts(self) -> Iterator[list[Matrix]]:
+        """Of the matrices, by their global shapes."""
+        numbers = self.method.outside.shared + 1
+        part: list[Matrix] = []
+        room, place = 0, self.ranks.place
+        for matrix in self.matrices:
+            rows, cols = matrix.param.shape
+            size = 8 * max(place.rows(rows)) * min(matrix.group["rank"], rows, cols)
+            if part and (room < size or (len(part) + 1) * numbers > NUMBERS):
+                yield part
+                part = []
+            room = (room if part else BUCKET_BYTES) - size
+            part.append(matrix)
+        yield part
+
+    def agree(self) -> None:
+        """Raises RuntimeError on every rank if these are not the same matrices on all."""
+        self.ranks.agree(self.claim)
+
+    def refresh(self, subspace: Subspace, readback: Readback) -> bool:
+        """Gives new bases to all that are due; whether there were any."""
+        due: list[Due] = []
+        rows: list[int] = []
+        for matrix in self.matrices:
+            if not matrix.param.numel():
+                continue
+            steps = int(matrix.here.state["step"])
+            found = due_of_member(matrix.group, matrix.here, steps, subspace, readback)
+            if found is not None:
+                due.append(found)
+                rows.append(matrix.param.shape[0])
+        if not due:
+            return False
+        lines = [f"{item.name}, due for a basis after {item.completed} steps" for item in due]
+        self.ranks.agree(Claim(lines))
+        refresh_shared(due, rows, self.ranks, subspace)
+        return True
+
+    def step(self, optimizer: LowRankAdamW) -> None:
+        """Project, scale, update, a bucket while the numbers of the one before travel."""
+        if not self.method.outside.is_limited and self.method.subspace.criterion is None:
+            for bucket in self.buckets:
+                for batch, scalars in bucket.scalars():
+                    optimizer._step_batch(batch, scalars)
+            return
+        before: Bucket | None = None
+        for bucket in self.buckets:
+            bucket.begin()
+            if before is not None:
+                before.end(optimizer._readback)
+            before = bucket
+        if before is not None:
+            before.end(optimizer._readback)
+
+
+class Work(NamedTuple):
+    """A batch between operation 1 and the others."""
+
+    batch: Batch
+    scalars: Scalars
+    matrices: Matrices
+    projection: Projection
+    factors: Tensor | None
+
+
+class Bucket:
+    """Matrices whose numbers travel together.
+
+    Args:
+        matrices: of a team.
+        team: the team.
+        memory_of: see `batches_of`.
+    """
+
+    def __init__(self, matrices: list[Matrix], team: Team, memory_of: MemoryOf) -> None:
+        self.matrices, self.method, self.ranks = matrices, team.method, team.ranks
+        self.places = {id(matrix.here.state): i for i, matrix in enumerate(matrices)}
+        self.by_group: list[list[Batch]] = []
+        for group in {id(matrix.group): matrix.group for matrix in matrices}.values():
+            own = [matrix.here for matrix in matrices if matrix.group is group]
+            if here := [member for member in own if member.param.numel()]:
+                self.by_group.append(batches_of(group, here, self.method, memory_of))
+        self._claim = Claim([matrix.described for matrix in matrices])
+        self._works: list[Work] = []
+        self._wait: Wait | None = None
+
+    def scalars(self) -> Iterator[tuple[Batch, Scalars]]:
+        """The batches with the scalars of this step."""
+        for batches in self.by_group:
+            yield from zip(batches, scalars_of(batches, self.method), strict=True)
+
+    def begin(self) -> None:
+        """Operation 1; sends what the others have to know."""
+        outside, subspace = self.method.outside, self.method.subspace
+        shared = outside.shared
+        measured = any(
+            measures_at(matrix.here.state, self._steps(matrix), subspace)
+            for matrix in self.matrices
+        )
+        like = self.matrices[0].here.param
+        numbers = like.new_zeros((len(self.matrices), shared + 1), dtype=torch.float64)
+        for batch, scalars in self.scalars():
+            matrices, factors = batch.matrices(), None
+            projection = batch.operations.project_moments(matrices, scalars.adam, scalars.step)
+            places = [self.places[id(state)] for state in batch.states]
+            if shared:
+                assert projection.sums is not None
+                factors, numbers[places, :shared] = outside.shares(projection.sums)
+            if measured:
+                low = projection.projected
+                norms = torch.linalg.vector_norm(low, dim=(1, 2), dtype=torch.float64)
+                numbers[places, shared] = norms.square()
+            self._works.append(Work(batch, scalars, matrices, projection, factors))
+        sent = numbers if measured else numbers[:, :shared]
+        self._wait = None
+        if sent.numel():
+            waits = self.ranks.sum(sent.flatten(), self._claim)
+            self._wait = lambda: waits().view(len(self.matrices), -1)
+
+    def end(self, readback: Readback) -> None:
+        """Operations 2 and 3, with the numbers of all ranks."""
+        outside, shared = self.method.outside, self.method.outside.shared
+        totals = self._wait() if self._wait is not None else None
+        limits = None
+        if totals is not None and shared:
+            norms = [matrix.here.state["limiter_norm"] for matrix in self.matrices]
+            limits = outside.limits(totals[:, :shared], norms)
+        if totals is not None and totals.shape[1] > shared:
+            self._measure(totals[:, shared].sqrt(), readback)
+        works, self._works = self._works, []
+        for work in works:
+            factor = None
+            if limits is not None and work.factors is not None:
+                places = [self.places[id(state)] for state in work.batch.states]
+                factor = limits[places].unsqueeze(1) * work.factors
+            # Batches decode their bases in turn in one memory.
+            matrices = work.batch.matrices() if work.batch.room.bases else work.matrices
+            work.batch.update(matrices, work.projection, work.scalars, factor)
+
+    def _measure(self, norms: Tensor, readback: Readback) -> None:
+        """Of all matrices, also of those of which nothing is here."""
+        subspace = self.method.subspace
+        projected: dict[int, Tensor] = {}
+        for work in self._works:
+            every = zip(work.batch.states, work.projection.projected, strict=True)
+            projected |= {id(state): low for state, low in every}
+        for matrix, norm in zip(self.matrices, norms, strict=True):
+            state, steps = matrix.here.state, self._steps(matrix)
+            low = projected.get(id(state))
+            if low is None:
+                exp_avg = state["exp_avg"]
+                low = exp_avg.new_zeros(exp_avg.shape, dtype=moment_dtype(exp_avg.dtype))
+            if measure(state, low, steps, subspace, norm.to(low.dtype), self._total):
+                readback.start(matrix.here.param, state["measured"])
+
+    def _total(self, norm: Tensor) -> Tensor:
+        squares = self.ranks.sum(norm.double().square().view(1), self._claim)()
+        return squares.sqrt().to(norm.dtype).view(())
+
+    @staticmethod
+    def _steps(matrix: Matrix) -> int:
+        """Before this one, which is counted by now."""
+        return int(matrix.here.state["step"]) - 1
+
+
+class Sharded:
+    """All projected weights of an optimizer that are spread over processes.
+
+    Args:
+        members: of each group, those that are spread.
+        method: the optimizer's parts.
+        memory_of: see `batches_of`.
+    """
+
+    def __init__(
+        self, members: list[tuple[Group, list[Member]]], method: Method, memory_of: MemoryOf
+    ) -> None:
+        self.matrices = [Matrix.of(group, member) for group, own in members for member in own]
+        self.load()
+        alike: dict[Any, list[Matrix]] = {}
+        for matrix in self.matrices:
+            param, grad = matrix.param, matrix.here.param.grad
+            assert grad is not None
+            place = param.device_mesh, param.placements  # type: ignore[attr-defined]
+            key = *place, param.dtype, grad.dtype, matrix.here.param.device
+            alike.setdefault(key, []).append(matrix)
+        self.teams = [Team(matrices, method, memory_of) for matrices in alike.values()]
+        self.batches = [
+            batch
+            for team in self.teams
+            for bucket in team.buckets
+            for batches in bucket.by_group
+            for batch in batches
+        ]
+
+    @property
+    def claims(self) -> list[list[str]]:
+        """Of each team, what has to be the same on all of its ranks."""
+        return [team.claim.lines for team in self.teams]
+
+    def agree(self) -> None:
+        """Raises RuntimeError on every rank if these are not the same matrices on all."""
+        for team in self.teams:
+            team.agree()
+
+    def load(self) -> None:
+        """Before a step: gradients, and states as they are now."""
+        for matrix in self.matrices:
+            matrix.load()
+
+    def refresh(self, subspace: Subspace, readback: Readback) -> bool:
+        """Gives new bases to all that are due; whether there were any."""
+        changed = [team.refresh(subspace, readback) for team in self.teams]
+        for matrix in self.matrices:
+            matrix.store()
+        return any(changed)
+
+    def step(self, optimizer: LowRankAdamW) -> None:
+        """One step, but for the bases."""
+        READER.add_one([matrix.here.state["step"] for matrix in self.matrices])
+        for team in self.teams:
+            team.step(optimizer)
+        for matrix in self.matrices:
+            matrix.store()
+            # A gradient that is set to None is free then.
+            matrix.here.param.grad = None
+        increment_version([m.param for m in self.matrices if not m.param.is_inference()])

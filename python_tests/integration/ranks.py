@@ -1,0 +1,74 @@
+"""Functions that run on every rank of some processes, started once for all functions of a file."""
+
+import faulthandler
+import multiprocessing
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+from integration.tiny_runs import process_group
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
+
+# Imported once, by a server that all ranks are forked from: what other tests leave in a process,
+# threads and process groups, does not survive a fork.
+PRELOADED = ("torch.distributed.tensor", "torch.distributed.fsdp", "torch.distributed.checkpoint")
+
+# A hang ends with a traceback; a busy machine is slow.
+DEADLINE = 600
+
+
+def on_ranks(world, functions, folder):
+    """What each of some functions of (rank, world) returns, by its name, a list over the ranks."""
+    multiprocessing.set_forkserver_preload([*PRELOADED, "lowrank_kernels"])
+    torch.multiprocessing.start_processes(
+        _worker, (world, functions, folder), nprocs=world, start_method="forkserver"
+    )
+    results = [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(world)]
+    names = map(_name, functions)
+    return {name: [result[name] for result in results] for name in names}
+
+
+def _name(function):
+    """Of a function or a `functools.partial` of one."""
+    return getattr(function, "func", function).__name__
+
+
+def _worker(rank, world, functions, folder):
+    torch.set_num_threads(1)
+    faulthandler.dump_traceback_later(DEADLINE, exit=True)
+    with process_group(rank, world, folder / "store"):
+        results = {_name(function): function(rank, world) for function in functions}
+        torch.save(results, folder / f"{rank}.pt")
+        dist.barrier()
+    faulthandler.cancel_dump_traceback_later()
+
+
+def mesh_of(*sizes):
+    """A mesh of CPUs; its axes are named as HSDP's, if there are two."""
+    names = ("replicas", "shards")[-len(sizes) :]
+    return init_device_mesh("cpu", sizes, mesh_dim_names=names)
+
+
+def whole(tensor):
+    """All of a DTensor, on every rank."""
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
+
+
+@contextmanager
+def counted_collectives():
+    """A list that ends up with the names of the collectives that were called."""
+    names, patched = [], {}
+    for name in ("all_reduce", "broadcast", "all_to_all_single", "all_gather_object"):
+        patched[name] = getattr(dist, name)
+
+        def counting(*args, _name=name, **options):
+            names.append(_name)
+            return patched[_name](*args, **options)
+
+        setattr(dist, name, counting)
+    try:
+        yield names
+    finally:
+        for name, function in patched.items():
+            setattr(dist, name, function)

@@ -1,0 +1,272 @@
+"""Projected weights on shards, FSDP2, HSDP and copies: one process on the same gradients."""
+
+import re
+
+import pytest
+import torch
+from integration.ranks import mesh_of, on_ranks, whole
+from integration.spread_runs import METHODS, STEPS, plain, setup, spreads, take
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+
+from lowrank_kernels import FiraAdamW, LowRankAdamW, Subspace, param_groups
+from lowrank_kernels.optim import owners
+
+GAP = 3
+
+
+def trajectories(rank, world):
+    """Of each way to spread weights and each method: weights, what is the same, collectives."""
+    found = {}
+    for where, spread in spreads(world).items():
+        for method, options in METHODS.items():
+            weights, optimizer = setup(spread, **options)
+            names = take(weights, optimizer, spread, range(STEPS))
+            states = [optimizer.state[weight] for weight in weights]
+            assert all(isinstance(state["exp_avg"], DTensor) for state in states)
+            rows = [row["state_bytes"] for row in optimizer.explain()]
+            assert rows == [row["state_bytes"] for row in optimizer.plan()] or "adap" in method
+            assert all(weight.grad is not None for weight in weights)
+            result = [whole(weight) for weight in weights], [plain(state) for state in states]
+            found[where, method] = *result, names, rows
+    return found
+
+
+def half_precision(rank, world):
+    """Bases and counters of bfloat16 weights, which no two ranks compute apart; moments are float32
+    whatever is asked for.
+    """
+    spread = next(iter(spreads(world).values()))
+    weights, optimizer = setup(spread, torch.bfloat16, residual="official", state="int8", master=24)
+    assert all(row["state"] == "float32" and not row["master"] for row in optimizer.explain())
+    take(weights, optimizer, spread, range(STEPS))
+    return [whole(w) for w in weights], [plain(optimizer.state[w]) for w in weights]
+
+
+def fsdp2(rank, world):
+    """Real passes of a model whose layers are sharded, on one batch of all ranks."""
+    model = net()
+    for layer in (model[0], model[2]):
+        fully_shard(layer, mesh=mesh_of(world))
+    fully_shard(model, mesh=mesh_of(world))
+    return train(model, FiraAdamW(groups_of(model), lr=0.01))
+
+
+def net():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(12, 21), nn.GELU(), nn.Linear(21, 5)).double()
+
+
+def groups_of(model):
+    return param_groups(model, rank=3, update_proj_gap=GAP, proj_type="right", weight_decay=0.1)
+
+
+def train(model, optimizer):
+    for seed in range(STEPS):
+        rng = torch.Generator().manual_seed(seed)
+        inputs = torch.randn(32, 12, generator=rng, dtype=torch.float64)
+        optimizer.zero_grad()
+        model(inputs).square().mean().backward()
+        optimizer.step()
+    return [whole(param) for param in model.parameters()]
+
+
+def spoil(grads, seed):
+    """A NaN in rows of one rank, all energy in those of another, nothing at all."""
+    if seed in (1, GAP):
+        grads[0][-1, 2] = float("nan")
+    if seed == 2:
+        grads[1][1:] = 0
+    if seed in (4, 2 * GAP):
+        for grad in grads:
+            grad.zero_()
+
+
+def hostile_gradients(rank, world):
+    spread = next(iter(spreads(world).values()))
+    weights, optimizer = setup(spread, residual="official")
+    take(weights, optimizer, spread, range(STEPS), spoil)
+    return [whole(w) for w in weights], [plain(optimizer.state[w]) for w in weights]
+
+
+def failing_owner(rank, world):
+    """A factorization that fails on its owner, and one that fails in an unforeseen way."""
+    spread = next(iter(spreads(world).values()))
+    weights, optimizer = setup(spread, subspace=Subspace("svd", stagger=False))
+    take(weights, optimizer, spread, range(1))
+    found = owners.found_bases
+
+    def failing(error):
+        def instead(due, subspace):
+            if any(item.name == "w1" for item in due):
+                raise error
+            return found(due, subspace)
+
+        return instead
+
+    problem = owners.Result("the factorization failed")
+    owners.found_bases = lambda due, subspace: [problem for _ in due]
+    take(weights, optimizer, spread, range(1, GAP + 1))
+    kept = [optimizer.state[weight]["kept"] for weight in weights]
+    owners.found_bases = failing(MemoryError("none left"))
+    with pytest.raises(RuntimeError) as error:
+        take(weights, optimizer, spread, range(GAP + 1, 2 * GAP + 1))
+    owners.found_bases = found
+    return kept, str(error.value)
+
+
+def refusals(rank, world):
+    mesh, told = mesh_of(world), {}
+
+    def say(what, placement=None, make=LowRankAdamW, proj_type="std", **options):
+        weight = nn.Parameter(distribute_tensor(torch.ones(12, 12), mesh, [placement or Shard(0)]))
+        group = {"params": [("w", weight)], "rank": 2, "proj_type": proj_type}
+        with pytest.raises((NotImplementedError, ValueError)) as error:
+            make([group], **options)
+        told[what] = str(error.value)
+
+    say("Shard(1)", Shard(1))
+    say("left", proj_type="left")
+    say("capturable", capturable=True)
+    say("orthogonal", residual="orthogonal")
+    say("momentum", residual="sign", residual_momentum=0.9)
+    say("monitor", monitor=True)
+    say("stochastic", rounding="stochastic")
+    rho = Subspace("power", interpolation=0.5, moments="carry_ldadam")
+    say("interpolation", subspace=rho)
+    return told
+
+
+FUNCTIONS = (
+    *(trajectories, half_precision, fsdp2, hostile_gradients, failing_owner),
+    refusals,
+)
+
+
+@pytest.fixture(scope="module", params=(2, 3, 4))
+def results(request, tmp_path_factory):
+    return on_ranks(request.param, FUNCTIONS, tmp_path_factory.mktemp("ranks"))
+
+
+def assert_near(weights, expected):
+    for here, one in zip(weights, expected, strict=True):
+        assert (here - one).abs().max() <= 1e-10 * one.abs().max()
+
+
+def assert_same(states, others):
+    """In every bit and number."""
+    for state, other in zip(states, others, strict=True):
+        assert state.keys() == other.keys()
+        for key, value in state.items():
+            assert torch.equal(torch.as_tensor(value), torch.as_tensor(other[key])), key
+
+
+@pytest.fixture(scope="module")
+def one_process():
+    found = {}
+    for method, options in METHODS.items():
+        weights, optimizer = setup(torch.clone, **options)
+        take(weights, optimizer, torch.clone, range(STEPS))
+        found[method] = weights, [optimizer.state[weight] for weight in weights]
+    return found
+
+
+def test_every_method_trains_as_in_one_process(results, one_process):
+    for found in results["trajectories"]:
+        for (_, method), (weights, states, *_) in found.items():
+            expected, expected_states = one_process[method]
+            assert_near(weights, expected)
+            for state, one in zip(states, expected_states, strict=True):
+                for key in ("rank", "refreshes", "basis_step", "kept", "gap_factor"):
+                    assert state[key] == one[key], (method, key)
+
+
+def test_what_is_not_spread_has_the_same_bits_on_all_ranks(results):
+    first, *others = results["trajectories"]
+    for other in others:
+        for case, (_, states, names, _) in other.items():
+            assert_same(states, first[case][1])
+            if case[0] != "hsdp":  # there, some pass bases on
+                assert names == first[case][2], case
+    first, *others = results["half_precision"]
+    for weights, states in others:
+        assert all(map(torch.equal, weights, first[0]))
+        assert_same(states, first[1])
+
+
+def test_ranks_talk_at_refreshes_and_once_a_step_for_a_limiter(results):
+    for found in results["trajectories"]:
+        for (where, method), (*_, names, _) in found.items():
+            counts = list(map(len, names))
+            if method in ("galore", "normalize", "sign"):
+                assert min(counts) == 0, (where, method)
+            if method in ("fira", "fira paper", "apollo", "apollo mini"):
+                least = [] if where == "copies" else ["all_reduce"]
+                assert names.count(least) >= 2, (where, method)
+                assert min(counts) == len(least), (where, method)
+
+
+def test_a_rank_holds_its_share_of_the_moments(results, one_process):
+    for found in results["trajectories"]:
+        world = len(results["trajectories"])
+        shards = {"fsdp": world, "hsdp": world // 2, "copies": 1}
+        for where, divided in shards.items():
+            if (where, "galore") not in found:
+                continue
+            rows = found[where, "galore"][3]
+            for (m, n), size in zip(
+                ((21, 12), (12, 30), (16, 16)), (*rows[:2], rows[3]), strict=True
+            ):
+                most = 8 * (2 * 4 * -(-m // divided) + 4 * n) + 4
+                assert size <= most, (where, m, n)
+
+
+def test_fsdp2_trains_as_one_process(results):
+    model = net()
+    expected = train(model, FiraAdamW(groups_of(model), lr=0.01))
+    for weights in results["fsdp2"]:
+        assert_near(weights, expected)
+
+
+def test_hostile_gradients_do_what_they_do_in_one_process(results):
+    weights, optimizer = setup(torch.clone, residual="official")
+    take(weights, optimizer, torch.clone, range(STEPS), spoil)
+    assert max(optimizer.state[weight]["kept"] for weight in weights)
+    for found, states in results["hostile_gradients"]:
+        assert_near(found, weights)
+        for state, weight in zip(states, weights, strict=True):
+            assert state["kept"] == optimizer.state[weight]["kept"]
+
+
+def test_a_failure_of_an_owner_is_known_to_all(results):
+    for kept, told in results["failing_owner"]:
+        assert kept == [1, 1, 0, 0]  # the others were not due
+        assert re.search(r"rank \d+ .* could not compute the basis of w\d", told)
+
+
+@pytest.mark.parametrize(
+    ("what", "text"),
+    [
+        ("Shard(1)", r"^w \(12, 12\), torch.float32, .*Shard\(dim=1\).*group without rank"),
+        ("left", "proj_type='left'.*take proj_type='right'"),
+        ("capturable", "leave capturable out"),
+        ("orthogonal", "^w is a DTensor.*orthogonal.*leave that out"),
+        ("momentum", "residual_momentum.*leave that out"),
+        ("monitor", "monitor=True.*leave that out"),
+        ("stochastic", "rounding='stochastic'.*leave that out"),
+        ("interpolation", "interpolation.*leave that out"),
+    ],
+)
+def test_what_shards_cannot_do_is_refused_by_name(results, what, text):
+    for found in results["refusals"]:
+        assert re.search(text, found[what]), found[what]
+
+
+def test_the_largest_matrix_goes_to_who_has_least():
+    assert owners.owners_of([5, 9, 4, 4, 1], 2) == [1, 0, 1, 0, 1]
+
+
+def test_rounds_bound_what_an_owner_gathers(monkeypatch):
+    monkeypatch.setattr(owners, "ROUND_ELEMENTS", 10)
+    assert owners._rounds([6, 6, 6, 3, 30], [0, 0, 1, 1, 0]) == [[0, 2, 3], [1], [4]]
