@@ -134,9 +134,8 @@ def model_of(args: argparse.Namespace) -> Model:
         config = _read_config(args.config)
         name, published = str(args.config), _hidden_size(config) // 4
     elif args.model in PLANNED:
-        name, shape = args.model, PLANNED[args.model]
-        heads = KEY_VALUE_HEADS.get(name, shape.heads)
-        published, config = shape.rank, _llama_config(shape, heads)
+        name, published = args.model, PLANNED[args.model].rank
+        config = _llama_config(name)
     else:
         raise UserError(f"--model {args.model} is not one of {', '.join(PLANNED)}")
     rank = args.rank or published
@@ -189,15 +188,20 @@ def backend_of(args: argparse.Namespace, row: dict[str, Any] | None = None) -> C
         return choose_kind(request, Kind(args.device, dtype, dtype, size=size))
 
 
-def _llama_config(shape: Shape, key_value_heads: int) -> Any:
-    transformers = _transformers()
+def llama(name: str) -> nn.Module:
+    """One of `PLANNED` in float32, on the meta device."""
+    return _build(_llama_config(name))
+
+
+def _llama_config(name: str) -> Any:
+    transformers, shape = _transformers(), PLANNED[name]
     with _in_one_line("transformers does not work"):
         return transformers.LlamaConfig(
             vocab_size=VOCABULARY,
             hidden_size=shape.hidden,
             intermediate_size=shape.ffn,
             num_attention_heads=shape.heads,
-            num_key_value_heads=key_value_heads,
+            num_key_value_heads=KEY_VALUE_HEADS.get(name, shape.heads),
             num_hidden_layers=shape.layers,
             tie_word_embeddings=False,
             architectures=["LlamaForCausalLM"],
