@@ -8,7 +8,17 @@ from typing import Any
 from ..text import amount, table
 from .models import Model, build_optimizer, model_of, rank_of
 from .text import UserError, user_errors
-from .traffic import SHARD_SIZE, SHARDS, Held, Layout, Needs, adamw_needs, held_of, needs_of
+from .traffic import (
+    SHARD_SIZE,
+    SHARDS,
+    Held,
+    Layout,
+    Needs,
+    adamw_needs,
+    held_of,
+    is_refused,
+    needs_of,
+)
 
 # Options of a plan for one GPU that one for many does not take.
 ALONE = ("recompute", "project", "release", "checkpointing", "accumulate")
@@ -87,9 +97,10 @@ def _facts(
     layout: Layout,
     memory: int | None,
 ) -> dict[str, Any]:
-    needs, rank = adamw, None
+    needs, rank, refused = adamw, None, False
     if name != "adamw":
-        needs = needs_of(build_optimizer(name, model, args), layout)
+        optimizer = build_optimizer(name, model, args)
+        needs, refused = needs_of(optimizer, layout), is_refused(optimizer, layout)
         rank = rank_of(name, model, args)
     total = held.weights + held.gradients + held.buffers + needs.state
     return {
@@ -104,6 +115,7 @@ def _facts(
         "refresh_sent_bytes_a_step": needs.bases_sent_a_step,
         "gathered_gradient_bytes": needs.largest,
         "more_than_adamw": needs.state > adamw.state,
+        "refused": refused,
     }
 
 
@@ -154,9 +166,15 @@ def _notes(facts: dict[str, Any]) -> Iterator[str]:
         yield "Under DDP every GPU computes the same bases from the same gradients."
         return
     yield (
-        "On shards matrices are projected from the right, bases are whole on every GPU, and what is"
-        " not projected keeps float32 moments."
+        "On shards matrices are projected from the right, bases are whole on every GPU, and moments"
+        " are in float32, whatever --state says."
     )
+    refused = [name for name, each in facts["optimizers"].items() if each["refused"]]
+    if refused:
+        yield (
+            f"{', '.join(refused)}: refused on shards so far, since a step needs whole matrices;"
+            " this is what it would hold and send."
+        )
     largest = max(each["gathered_gradient_bytes"] for each in facts["optimizers"].values())
     if largest:
         yield f"The owner of a new basis holds a whole gradient, up to {amount(largest)}."

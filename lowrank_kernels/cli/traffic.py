@@ -11,14 +11,14 @@ A model's own, in a step of one forward and one backward pass: FSDP2 gathers wei
 and scatters gradients, HSDP does so within a replica and then reduces the shards over replicas, DDP
 reduces gradients. An optimizer's, on shards of w GPUs of which there are W in all:
 
-    Fira, APOLLO, criteria          all-reduce of some float32 a matrix, a bucket at once
+    Fira, APOLLO, criteria          all-reduce of a message of 4 KiB a bucket of matrices, at most
     orthogonal                      what is outside to an owner and back, two all-to-alls
     new bases of m x n, rank r      the gradient, m n, to an owner; the basis, n r, to everybody
 
 Shards are along dim 0 as torch cuts them, ceil(m / w) rows; the fullest GPU counts, and shorter
 shards are sent filled up. Sharded matrices are projected from the right: R = G P is m x r and
-sharded as the weight, P is n x r and whole on every GPU. Of what owners serve in turn the mean over
-GPUs counts, and headers of some bytes do not.
+sharded as the weight, its moments in float32 whatever the format; P is n x r and whole on every
+GPU. Of what owners serve in turn the mean over GPUs counts, and headers of some bytes do not.
 """
 
 from collections.abc import Iterable
@@ -30,7 +30,6 @@ from torch import Tensor, nn
 from ..activations.plan import adamw_bytes
 from ..ops import Side
 from ..optim import LowRankAdamW
-from ..optim.formats import has_low_bits
 from ..optim.groups import Group, is_projected
 from ..optim.parts import Method
 from ..optim.state import State, new_projected_state, planned_state, state_bytes
@@ -38,10 +37,9 @@ from ..optim.state import State, new_projected_state, planned_state, state_bytes
 Shard = Literal["fsdp2", "hsdp", "ddp"]
 SHARDS: tuple[Shard, ...] = ("fsdp2", "hsdp", "ddp")
 SHARD_SIZE = 8
-# M and V in float32 of the matrices whose norms are reduced at once.
+# M and V in float32 of the matrices whose norms are reduced at once, and the message of these.
 BUCKET_BYTES = 64 * 2**20
-# What is reduced of each matrix, float32.
-NUMBER_BYTES = 4
+MESSAGE_BYTES = 4096
 
 
 class Layout(NamedTuple):
@@ -183,18 +181,23 @@ def needs_of(optimizer: LowRankAdamW, layout: Layout) -> Needs:
     )
 
 
+def is_refused(optimizer: LowRankAdamW, layout: Layout) -> bool:
+    """Whether it needs whole matrices in a step, which so far are not gathered."""
+    outside = optimizer.method.outside
+    return layout.is_sharded and (outside.residual == "orthogonal" or outside.residual_momentum > 0)
+
+
 def _state(param: Tensor, group: Group, method: Method, layout: Layout) -> State:
     """What a parameter keeps on the fullest GPU, on the meta device."""
     if not layout.is_sharded:
         return planned_state(param, group, method)
     local = _local(param, layout)
-    if not is_projected(group):  # shards keep their dtype, and moments in float32
-        return planned_state(local, group, method._replace(state="float32", master=None))
+    # What shares a scale, or a weight's low bits, would depend on where shards begin.
+    wide = method._replace(state="float32", master=None)
+    if not is_projected(group):
+        return planned_state(local, group, wide)
     # The rank is that of the whole matrix, which may have more than its shard has rows.
-    state = new_projected_state(local, _rank(param, group), Side.RIGHT, 0, method)
-    if has_low_bits(local, method.master):
-        state["low_bits"] = torch.empty_like(local, dtype=torch.int8)
-    return state
+    return new_projected_state(local, _rank(param, group), Side.RIGHT, 0, wide)
 
 
 def _step(
@@ -203,27 +206,18 @@ def _step(
     """Bytes that an optimizer sends between two refreshes, and in how many collectives."""
     if layout.shards == 1:
         return 0.0, 0
-    numbers = _numbers(method)
     buckets = _buckets(
         [8 * _local(param, layout).shape[0] * _rank(param, group) for param, group in matrices]
     )
-    sent = _all_reduce(NUMBER_BYTES * numbers * len(matrices), layout.shards)
-    collectives = buckets if numbers else 0
+    # Of norms over all channels, of which a GPU has some.
+    told = method.outside.is_limited or method.subspace.criterion is not None
+    collectives = buckets if told else 0
+    sent = _all_reduce(MESSAGE_BYTES * collectives, layout.shards)
     if method.outside.residual == "orthogonal":
         whole = sum(_bytes(param) for param, _ in matrices)
         sent += 2 * _to_owners(whole, layout) / layout.shards
         collectives += 2 * buckets
     return sent, collectives
-
-
-def _numbers(method: Method) -> int:
-    """How many of each matrix are sums over all of its channels."""
-    of_criterion = {None: 0, "displacement": 2}.get(method.subspace.criterion, 1)
-    outside = method.outside
-    if not outside.is_limited:
-        return of_criterion
-    # The limiter's norm; of one factor for the whole matrix |N|, |R| and |G|, which tell it.
-    return of_criterion + (3 if outside.per == "matrix" else 1)
 
 
 def _buckets(sizes: Iterable[int]) -> int:

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from lowrank_kernels import AdaRankGradAdamW, FiraAdamW, GaLoreAdamW, LowRankAdamW, Subspace
+from lowrank_kernels.cli import traffic
 from lowrank_kernels.cli.traffic import Layout, adamw_needs, held_of, needs_of
 
 FSDP2 = Layout.of("fsdp2", 4)
@@ -107,37 +108,35 @@ FORMATS = {"state": "int8", "basis": "int8", "master": 24}
 
 
 def test_formats_on_shards(module):
-    """Scales of 64 channels of a shard; of what is not projected moments stay float32."""
+    """Moments stay float32 and weights as they are; bases are codes."""
     found = needs_of(GaLoreAdamW(groups_of(module), **FORMATS), FSDP2)
-    moments = 2 * 3 * 4 + 2 * 16 + 2 * 2 * 4 + 2 * 16
     bases = 6 * 4 + 16 + 10 * 4 + 16
-    low_bits = 3 * 6 + 2 * 10
     assert found.bases == bases
-    assert found.state == moments + bases + low_bits + 2 * 4 + (8 * 12 + 4) + (8 * 2 + 4)
+    assert found.state == SHARDED - 128 + bases
 
 
 LOTUS = {"criterion": "displacement", "threshold": 0.01}
 
 
 @pytest.mark.parametrize(
-    ("build", "numbers"),
+    ("build", "messages"),
     [
         (lambda groups: GaLoreAdamW(groups), 0),
         (lambda groups: LowRankAdamW(groups, residual="sign", residual_momentum=0.9), 0),
         (lambda groups: LowRankAdamW(groups, residual="normalize"), 0),
         (lambda groups: FiraAdamW(groups), 1),
         (lambda groups: AdaRankGradAdamW(groups), 1),
-        (lambda groups: GaLoreAdamW(groups, subspace=Subspace(**LOTUS)), 2),
-        (lambda groups: FiraAdamW(groups, subspace=Subspace(**LOTUS)), 3),
-        (lambda groups: LowRankAdamW(groups, residual="scale", per="matrix"), 3),
+        (lambda groups: GaLoreAdamW(groups, subspace=Subspace(**LOTUS)), 1),
+        (lambda groups: FiraAdamW(groups, subspace=Subspace(**LOTUS)), 1),
+        (lambda groups: LowRankAdamW(groups, residual="scale", per="matrix"), 1),
     ],
 )
-def test_what_methods_reduce_in_a_step(module, build, numbers):
-    """Some float32 of each of two matrices."""
+def test_what_methods_reduce_in_a_step(module, build, messages):
+    """A message of 4 KiB for both matrices, or nothing."""
     optimizer = build(groups_of(module))
     found = needs_of(optimizer, FSDP2)
-    assert (found.sent, found.collectives) == (2 * 3 * 8 * numbers // 4, min(numbers, 1))
-    assert needs_of(optimizer, HSDP).sent == 8 * numbers
+    assert (found.sent, found.collectives) == (2 * 3 * 4096 * messages // 4, messages)
+    assert needs_of(optimizer, HSDP).sent == 4096 * messages
     assert needs_of(optimizer, DDP).sent == 0
 
 
@@ -147,6 +146,18 @@ def test_orthogonal_sends_what_is_outside_to_owners_and_back(module):
     assert needs_of(optimizer, HSDP)[2:4] == (2 * 240 // 4, 2)
     momentum = 18 + 4 + 20 + 4  # codes of the shards and a scale each
     assert needs_of(optimizer, FSDP2).state == SHARDED + momentum
+
+
+def test_what_needs_whole_matrices_is_refused_on_shards(module):
+    def is_refused(**options):
+        optimizer = LowRankAdamW(groups_of(module), **options)
+        assert not traffic.is_refused(optimizer, DDP)
+        return traffic.is_refused(optimizer, FSDP2)
+
+    assert is_refused(residual="orthogonal")
+    assert is_refused(residual="sign", residual_momentum=0.9)
+    assert not is_refused(residual="sign")
+    assert not is_refused()
 
 
 @pytest.mark.parametrize(("rows", "buckets"), [(80, 1), (2**16, 2), (2**17, 3), (2**19, 5)])
