@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -222,6 +223,35 @@ def draw_fits(record: dict, path: Path) -> None:
     figure.savefig(path, dpi=130)
 
 
+def draw_gpus(record: dict, path: Path) -> None:
+    """A step against the number of GPUs at a fixed batch, and what new bases take of it."""
+    rows = record["rows"]
+    models = list(dict.fromkeys(row["model"] for row in rows))
+    figure = Figure(figsize=(6 * len(models), 5), layout="constrained")
+    panels = figure.subplots(1, len(models), squeeze=False)[0]
+    styles = {"fsdp2": "-", "hsdp": "--"}
+    for axes, model in zip(panels, models, strict=True):
+        for (shard, style), name in itertools.product(styles.items(), ("adamw", "fira")):
+            wanted = {"model": model, "shard": shard, "optimizer": name}
+            own = [row for row in rows if wanted.items() <= row.items()]
+            counts = [row["gpus"] for row in own]
+            label = f"{name}, {shard}"
+            times = [row["step"] for row in own]
+            axes.loglog(counts, times, style, color=OPTIMIZER_COLOURS[name], label=label)
+            if name == "fira":
+                bases = [row["refresh"] for row in own]
+                label = f"of it new bases, {shard}"
+                axes.loglog(counts, bases, style, color=COLOURS[4], label=label)
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(counts, [f"{count:,}" for count in counts], rotation=45)
+        axes.set(title=f"LLaMA {model}", xlabel="GPUs", ylabel="seconds a step")
+        axes.legend(frameon=False)
+        tidy(axes)
+    batch = f"{record['run']['tokens']:,} tokens a step"
+    figure.suptitle(f"Computed, not measured: {batch}, H100, bfloat16", fontweight="bold")
+    figure.savefig(path, dpi=130)
+
+
 def draw_family(record: dict, path: Path) -> None:
     """The loss of every method against the bytes of its state and against what a run takes."""
     rows = sorted(
@@ -279,4 +309,4 @@ def _label_beside(axes: Axes, points: list[tuple[float, float, str]]) -> None:
 # By the bench whose record of a device each draws.
 PICTURES = {"kernels": draw_roofline, "ranks": draw_ranks, "sizes": draw_sizes}
 # By the bench whose record, of no device, each draws.
-COUNTED = {"memory": draw_memory, "fits": draw_fits}
+COUNTED = {"memory": draw_memory, "fits": draw_fits, "gpus": draw_gpus}

@@ -3,8 +3,8 @@
     python -m bench.report            # writes both
     python -m bench.report --check    # exit status 1 if a document does not say what the records do
 
-In the README and in bench/RESULTS.md a figure stands between `<!-- figure: NAME -->` and
-`<!-- end -->`; `bench.figures` has a function of that name.
+In the README, in bench/RESULTS.md and in docs/many-gpus.md a figure stands between
+`<!-- figure: NAME -->` and `<!-- end -->`; `bench.figures` has a function of that name.
 """
 
 from __future__ import annotations
@@ -17,7 +17,10 @@ from pathlib import Path
 from bench.figures import FIGURES, RESULTS, Records
 
 README = Path(__file__).parents[1] / "README.md"
-DOCUMENTS = (README, Path(__file__).parent / "RESULTS.md")
+# How a document names the folder of this file.
+HERE = {README: "bench/", README.parent / "bench" / "RESULTS.md": ""}
+HERE[README.parent / "docs" / "many-gpus.md"] = "../bench/"
+DOCUMENTS = tuple(HERE)
 MARKED = re.compile(r"<!-- figure: (\w+) -->(.*?)<!-- end -->", re.DOTALL)
 # What a measurement has behind its number, and settings or published numbers hardly ever.
 UNIT = r"(\s?(ms|MB|GB|GB/s|TFLOP/s|tokens/s|%|times as fast|registers)|x)"
@@ -77,9 +80,9 @@ def draw(records: Records, folder: Path, shown: str) -> list[Path]:
 
 
 def written(document: Path, records: Records) -> str:
-    """What a document has to say; its links start where it lies."""
-    text = filled(document.read_text(), records)
-    return text if document.parent == README.parent else text.replace("](bench/", "](")
+    """What a document has to say; its links start where the document of its name lies."""
+    here = next(place for path, place in HERE.items() if path.name == document.name)
+    return filled(document.read_text(), records).replace("](bench/", f"]({here}")
 
 
 def main(arguments: list[str] | None = None) -> None:

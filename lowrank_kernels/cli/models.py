@@ -79,6 +79,15 @@ SHAPES = {
     "3b": Shape(2560, 6848, 32, 32, 640, 200),
     "7b": Shape(4096, 11008, 32, 32, 1024, 500),
 }
+# LLaMA 2's, planned for and not trained here. Nothing is published for them: ranks are a quarter of
+# the hidden size, as those above from 130m on, the interval is the default.
+LARGE = {
+    "13b": Shape(5120, 13824, 40, 40, 1280, 200),
+    "70b": Shape(8192, 28672, 64, 80, 2048, 200),
+}
+PLANNED = SHAPES | LARGE
+# Heads of keys and values, where they are fewer than those of queries.
+KEY_VALUE_HEADS = {"70b": 8}
 
 
 class Model(NamedTuple):
@@ -95,7 +104,7 @@ class Model(NamedTuple):
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """The model, the rank, the dtype, and who would compute the step where."""
     which = parser.add_mutually_exclusive_group(required=True)
-    which.add_argument("--model", metavar="NAME", help=f"LLaMA preset: {', '.join(SHAPES)}")
+    which.add_argument("--model", metavar="NAME", help=f"LLaMA preset: {', '.join(PLANNED)}")
     which.add_argument(
         "--config", metavar="PATH", type=Path, help="config.json of transformers, or its directory"
     )
@@ -124,11 +133,11 @@ def model_of(args: argparse.Namespace) -> Model:
     if args.config is not None:
         config = _read_config(args.config)
         name, published = str(args.config), _hidden_size(config) // 4
-    elif args.model in SHAPES:
-        shape = SHAPES[args.model]
-        name, published, config = args.model, shape.rank, _llama_config(shape)
+    elif args.model in PLANNED:
+        name, published = args.model, PLANNED[args.model].rank
+        config = _llama_config(name)
     else:
-        raise UserError(f"--model {args.model} is not one of {', '.join(SHAPES)}")
+        raise UserError(f"--model {args.model} is not one of {', '.join(PLANNED)}")
     rank = args.rank or published
     if not rank:
         raise UserError(f"--config {args.config}: it has no hidden_size; name a --rank")
@@ -179,14 +188,20 @@ def backend_of(args: argparse.Namespace, row: dict[str, Any] | None = None) -> C
         return choose_kind(request, Kind(args.device, dtype, dtype, size=size))
 
 
-def _llama_config(shape: Shape) -> Any:
-    transformers = _transformers()
+def llama(name: str) -> nn.Module:
+    """One of `PLANNED` in float32, on the meta device."""
+    return _build(_llama_config(name))
+
+
+def _llama_config(name: str) -> Any:
+    transformers, shape = _transformers(), PLANNED[name]
     with _in_one_line("transformers does not work"):
         return transformers.LlamaConfig(
             vocab_size=VOCABULARY,
             hidden_size=shape.hidden,
             intermediate_size=shape.ffn,
             num_attention_heads=shape.heads,
+            num_key_value_heads=KEY_VALUE_HEADS.get(name, shape.heads),
             num_hidden_layers=shape.layers,
             tie_word_embeddings=False,
             architectures=["LlamaForCausalLM"],

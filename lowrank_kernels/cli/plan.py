@@ -19,6 +19,7 @@ from ..ops import requested_backend
 from ..optim import LowRankAdamW
 from ..optim.param_groups import collapsed
 from ..text import amount, table
+from . import gpus
 from .cards import CARDS, bytes_of, card_bytes
 from .models import (
     OPTIMIZERS,
@@ -71,12 +72,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="CARD",
         help=f"whose memory to fit into, implies --device cuda: {', '.join(CARDS)}",
     )
+    gpus.add_arguments(parser)
 
 
 def facts(args: argparse.Namespace) -> dict[str, Any]:
     """Bytes of a training run: weights, and for each optimizer gradients, state, workspaces,
-    activations, the most that is held in each part of a step, and how many tokens fit.
+    activations, the most that is held in each part of a step, and how many tokens fit; with --gpus
+    those of `gpus`.
     """
+    gpus.check(args, TOKENS)
     args.device = args.device or ("cpu" if args.card is None else "cuda")
     names = args.optimizers.split(",")
     for name in names:
@@ -87,6 +91,8 @@ def facts(args: argparse.Namespace) -> dict[str, Any]:
     if args.release and args.accumulate:
         raise UserError("--release and --accumulate: what is released adds up to nothing")
     memory, usual = _memory(args), backend_of(args).backend
+    if args.gpus is not None:
+        return gpus.facts(args, names, memory)
     model = model_of(args)
     planner = Planner(model.module, _training(args, memory))
     tokens, unknown = _tokens(planner, args.tokens)
@@ -137,6 +143,8 @@ _HOW = ("recompute", "project", "release", "checkpointing", "accumulate")
 
 def as_text(facts: dict[str, Any]) -> str:
     """A row an optimizer, in decimal units, and remarks below."""
+    if "gpus" in facts:
+        return gpus.as_text(facts)
     header = ["optimizer", "state", "gradients", "activations", "step", "refresh", "peak", "in the"]
     if facts["memory_bytes"] is not None:
         header.append(f"in {amount(facts['memory_bytes'])}")
