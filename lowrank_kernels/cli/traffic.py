@@ -30,16 +30,17 @@ from torch import Tensor, nn
 from ..activations.plan import adamw_bytes
 from ..ops import Side
 from ..optim import LowRankAdamW
+from ..optim.collectives import MESSAGE
 from ..optim.groups import Group, is_projected
 from ..optim.parts import Method
+from ..optim.sharded import BUCKET_BYTES
 from ..optim.state import State, new_projected_state, planned_state, state_bytes
 
 Shard = Literal["fsdp2", "hsdp", "ddp"]
 SHARDS: tuple[Shard, ...] = ("fsdp2", "hsdp", "ddp")
 SHARD_SIZE = 8
-# M and V in float32 of the matrices whose norms are reduced at once, and the message of these.
-BUCKET_BYTES = 64 * 2**20
-MESSAGE_BYTES = 4096
+# Of float64.
+MESSAGE_BYTES = 8 * MESSAGE
 
 
 class Layout(NamedTuple):
