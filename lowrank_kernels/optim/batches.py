@@ -210,6 +210,7 @@ class Prepared:
         members: list[tuple[Group, list[Member]]],
         method: Method,
         memory_of: MemoryOf,
+        idle: Sequence[tuple[Group, str, Tensor]] = (),
     ) -> None:
         self.facts, self.method = facts, method
         self.by_group: list[list[Batch]] = []
@@ -231,7 +232,9 @@ class Prepared:
                 there = [member for member in with_elements if member.param.device == device]
                 self.by_group.append(batches_of(group, there, method, memory_of))
         self.batches = [batch for batches in self.by_group for batch in batches]
-        self.sharded = _sharded(sharded, method, memory_of) if sharded else None
+        self.sharded = None
+        if sharded or idle:
+            self.sharded = _sharded(sharded, idle, method, memory_of)
         here: dict[Tensor, Tensor] = {}
         if self.sharded is not None:
             self.batches += self.sharded.batches
@@ -263,12 +266,15 @@ class Prepared:
 
 
 def _sharded(
-    members: list[tuple[Group, list[Member]]], method: Method, memory_of: MemoryOf
+    members: list[tuple[Group, list[Member]]],
+    idle: Sequence[tuple[Group, str, Tensor]],
+    method: Method,
+    memory_of: MemoryOf,
 ) -> "Sharded":
     # Imported for those who have shards.
     from .sharded import Sharded
 
-    return Sharded(members, method, memory_of)
+    return Sharded(members, list(idle), method, memory_of)
 
 
 def new_memory(size: int, device: torch.device) -> Tensor:

@@ -6,6 +6,7 @@ differ all of them see it, as w sum(h^2) != sum(h)^2. All sums are messages of o
 rank that is about to do something else still meets the others.
 """
 
+import functools
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -142,7 +143,7 @@ class Ranks:
         """Gathers matrices, each on its owner.
 
         Args:
-            parts: of each matrix the rows that are here, of one dtype.
+            parts: of each matrix the rows that are here; they travel in a dtype that holds all.
             rows: of each whole matrix.
             owners: an `index` for each. The shards of a matrix that are next to its owner, of all
                 copies, serve it.
@@ -166,8 +167,9 @@ class Ranks:
         in_splits = [
             sum(every_rows[i][shard] * columns[i] for i in own) for shard in range(self.place.parts)
         ]
-        like = parts[0]
-        flat = torch.cat(outgoing) if outgoing else like.new_empty(0)
+        dtype = functools.reduce(torch.promote_types, [part.dtype for part in parts])
+        like = parts[0].new_empty(0, dtype=dtype)
+        flat = torch.cat([like, *outgoing])
         received = like.new_empty(sum(in_splits))
         group = self.place.mesh.get_group(axis)
         dist.all_to_all_single(received, flat, in_splits, out_splits, group=group)

@@ -670,7 +670,14 @@ class LowRankAdamW(Optimizer):
         ]
         tie(member.state for _, own in members for member in own)
         self._sharded = any(is_sharded(member.param) for _, own in members for member in own)
-        return Prepared(self._facts(), members, self.method, self._room_memory)
+        # Other ranks may have gradients of them, and are not to wait.
+        idle = [
+            (group, name, param)
+            for _, group, named in self._named_groups()
+            for name, param, _ in named
+            if is_projected(group) and is_sharded(param) and _is_idle(param)
+        ]
+        return Prepared(self._facts(), members, self.method, self._room_memory, idle)
 
     def _named_groups(self) -> NamedGroups:
         return named_groups(self.param_groups)
@@ -763,6 +770,10 @@ class LowRankAdamW(Optimizer):
         )
         check_addressable(name, local(param), choice.backend)
         return choice
+
+
+def _is_idle(param: Tensor) -> bool:
+    return param.requires_grad and param.grad is None
 
 
 def _capturing() -> bool:

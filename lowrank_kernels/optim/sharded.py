@@ -36,6 +36,20 @@ if TYPE_CHECKING:
 # Of N and R of a bucket, in float32, on the rank that has most.
 BUCKET_BYTES = 2**26
 
+Idle = tuple[Group, str, Tensor]
+
+# Of a group, what ranks compare; the rate changes at each step, and nobody waits for it.
+AGREED = (
+    "rank",
+    "update_proj_gap",
+    "proj_type",
+    "scale",
+    "betas",
+    "eps",
+    "weight_decay",
+    "maximize",
+)
+
 
 class Matrix(NamedTuple):
     """A weight that is spread, and what is here of it.
@@ -77,26 +91,36 @@ class Matrix(NamedTuple):
     @property
     def described(self) -> str:
         """What has to be the same on every rank."""
-        options = [self.group[key] for key in ("rank", "update_proj_gap", "proj_type")]
-        placements = tuple(self.param.placements)  # type: ignore[attr-defined]
-        return f"{self.name} {tuple(self.param.shape)} {placements} with {options}"
+        return _described(self.group, self.name, self.param)
 
 
 class Team:
     """Matrices that are spread in one way, in the order of the groups.
 
     Args:
-        matrices: of one placement and one dtype, loaded.
+        like: a weight of one placement and dtype.
+        matrices: like it, with gradients, loaded.
+        idle: what is said of those without a gradient.
         method: the optimizer's parts.
         memory_of: see `batches_of`.
     """
 
-    def __init__(self, matrices: list[Matrix], method: Method, memory_of: MemoryOf) -> None:
+    def __init__(
+        self,
+        like: Tensor,
+        matrices: list[Matrix],
+        idle: list[str],
+        method: Method,
+        memory_of: MemoryOf,
+    ) -> None:
         self.matrices, self.method = matrices, method
-        place = Placement.of(matrices[0].param)
+        place = Placement.of(like)
         self.ranks = Ranks(place, torch.device(place.mesh.device_type))
-        self.claim = Claim([matrix.described for matrix in matrices] + [method.described()])
-        self.buckets = [Bucket(part, self, memory_of) for part in self._parts()]
+        lines = sorted([matrix.described for matrix in matrices] + idle)
+        order = "the order " + ", ".join(matrix.name for matrix in matrices)
+        self.claim = Claim([*lines, method.described(), order])
+        parts = self._parts() if matrices else ()
+        self.buckets = [Bucket(part, self, memory_of) for part in parts]
 
     def _parts(self) -> Iterator[list[Matrix]]:
         """Of the matrices, by their global shapes."""
@@ -132,7 +156,7 @@ class Team:
         if not due:
             return False
         lines = [f"{item.name}, due for a basis after {item.completed} steps" for item in due]
-        self.ranks.agree(Claim(lines))
+        self.ranks.agree(Claim(self.claim.lines + lines))
         refresh_shared(due, rows, self.ranks, subspace)
         return True
 
@@ -143,14 +167,16 @@ class Team:
                 for batch, scalars in bucket.scalars():
                     optimizer._step_batch(batch, scalars)
             return
-        before: Bucket | None = None
+        under_way: list[Bucket] = []
+        # Where ranks look at what the others claim, they do before they send anything else.
+        ahead = 0 if self.ranks.device.type == "cpu" else 1
         for bucket in self.buckets:
             bucket.begin()
-            if before is not None:
-                before.end(optimizer._readback)
-            before = bucket
-        if before is not None:
-            before.end(optimizer._readback)
+            under_way.append(bucket)
+            if len(under_way) > ahead:
+                under_way.pop(0).end(optimizer._readback)
+        for bucket in under_way:
+            bucket.end(optimizer._readback)
 
 
 class Work(NamedTuple):
@@ -174,13 +200,21 @@ class Bucket:
 
     def __init__(self, matrices: list[Matrix], team: Team, memory_of: MemoryOf) -> None:
         self.matrices, self.method, self.ranks = matrices, team.method, team.ranks
-        self.places = {id(matrix.here.state): i for i, matrix in enumerate(matrices)}
         self.by_group: list[list[Batch]] = []
         for group in {id(matrix.group): matrix.group for matrix in matrices}.values():
             own = [matrix.here for matrix in matrices if matrix.group is group]
             if here := [member for member in own if member.param.numel()]:
                 self.by_group.append(batches_of(group, here, self.method, memory_of))
-        self._claim = Claim([matrix.described for matrix in matrices])
+        names = ", ".join(matrix.name for matrix in matrices)
+        self._claim = Claim([*team.claim.lines, f"a step of {names}"])
+        places = {id(matrix.here.state): place for place, matrix in enumerate(matrices)}
+        device = matrices[0].here.param.device
+        # On the device, so that no step waits for them.
+        self._places = {
+            id(batch): torch.tensor([places[id(state)] for state in batch.states], device=device)
+            for batches in self.by_group
+            for batch in batches
+        }
         self._works: list[Work] = []
         self._wait: Wait | None = None
 
@@ -202,7 +236,7 @@ class Bucket:
         for batch, scalars in self.scalars():
             matrices, factors = batch.matrices(), None
             projection = batch.operations.project_moments(matrices, scalars.adam, scalars.step)
-            places = [self.places[id(state)] for state in batch.states]
+            places = self._places[id(batch)]
             if shared:
                 assert projection.sums is not None
                 factors, numbers[places, :shared] = outside.shares(projection.sums)
@@ -231,8 +265,8 @@ class Bucket:
         for work in works:
             factor = None
             if limits is not None and work.factors is not None:
-                places = [self.places[id(state)] for state in work.batch.states]
-                factor = limits[places].unsqueeze(1) * work.factors
+                own = limits[self._places[id(work.batch)]]
+                factor = own.unsqueeze(1) * work.factors
             # Batches decode their bases in turn in one memory.
             matrices = work.batch.matrices() if work.batch.room.bases else work.matrices
             work.batch.update(matrices, work.projection, work.scalars, factor)
@@ -267,24 +301,33 @@ class Sharded:
     """All projected weights of an optimizer that are spread over processes.
 
     Args:
-        members: of each group, those that are spread.
+        members: of each group, those that are spread and have a gradient.
+        idle: group, name and parameter of those that have none: other ranks may have one.
         method: the optimizer's parts.
         memory_of: see `batches_of`.
     """
 
     def __init__(
-        self, members: list[tuple[Group, list[Member]]], method: Method, memory_of: MemoryOf
+        self,
+        members: list[tuple[Group, list[Member]]],
+        idle: list[Idle],
+        method: Method,
+        memory_of: MemoryOf,
     ) -> None:
         self.matrices = [Matrix.of(group, member) for group, own in members for member in own]
         self.load()
-        alike: dict[Any, list[Matrix]] = {}
+        alike: dict[Any, tuple[Tensor, list[Matrix], list[str]]] = {}
+        # Teams go by all parameters, in an order that does not depend on gradients.
+        for param in sorted(
+            [matrix.param for matrix in self.matrices] + [param for *_, param in idle], key=_kind
+        ):
+            alike.setdefault(_team(param), (param, [], []))
         for matrix in self.matrices:
-            param, grad = matrix.param, matrix.here.param.grad
-            assert grad is not None
-            place = param.device_mesh, param.placements  # type: ignore[attr-defined]
-            key = *place, param.dtype, grad.dtype, matrix.here.param.device
-            alike.setdefault(key, []).append(matrix)
-        self.teams = [Team(matrices, method, memory_of) for matrices in alike.values()]
+            alike[_team(matrix.param)][1].append(matrix)
+        for group, name, param in idle:
+            line = f"{_described(group, name, param)}, without a gradient"
+            alike[_team(param)][2].append(line)
+        self.teams = [Team(*team, method, memory_of) for team in alike.values()]
         self.batches = [
             batch
             for team in self.teams
@@ -317,6 +360,8 @@ class Sharded:
 
     def step(self, optimizer: LowRankAdamW) -> None:
         """One step, but for the bases."""
+        if not self.matrices:
+            return
         READER.add_one([matrix.here.state["step"] for matrix in self.matrices])
         for team in self.teams:
             team.step(optimizer)
@@ -325,3 +370,22 @@ class Sharded:
             # A gradient that is set to None is free then.
             matrix.here.param.grad = None
         increment_version([m.param for m in self.matrices if not m.param.is_inference()])
+
+
+def _described(group: Group, name: str, param: Tensor) -> str:
+    """What has to be the same of a weight on every rank."""
+    told = ", ".join(f"{key} {group[key]}" for key in AGREED)
+    placements = tuple(param.placements)  # type: ignore[attr-defined]
+    return f"{name} {tuple(param.shape)}, {param.dtype}, {placements}, {told}"
+
+
+def _team(param: Tensor) -> Any:
+    """Equal for weights of one team."""
+    mesh, placements = param.device_mesh, param.placements  # type: ignore[attr-defined]
+    return mesh, placements, param.dtype, local(param).device
+
+
+def _kind(param: Tensor) -> str:
+    """What a team goes by, in words that are the same on every rank."""
+    mesh, placements = param.device_mesh, param.placements  # type: ignore[attr-defined]
+    return f"{mesh.mesh.shape} {placements} {param.dtype} {mesh.mesh_dim_names}"

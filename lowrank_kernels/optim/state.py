@@ -30,6 +30,7 @@ Other parameter: step, exp_avg, exp_avg_sq as torch.optim.AdamW, moments at leas
 of some size also in bfloat16 or in codes, contiguous, and then with a salt; low_bits as above.
 """
 
+import logging
 from typing import Any
 
 import torch
@@ -38,6 +39,7 @@ from torch import Tensor
 from ..ops.bases import BASIS_CODES, code_shapes
 from ..ops.codes import FLAT_GROUPS, Stored, channel_groups
 from ..ops.contract import Side, basis_shape, moment_dtype, projected_shape
+from ..ops.notices import notice_once
 from ..ops.reference import NOTHING_STORED
 from ..subspace import Subspace, new_measures, new_record
 from .checks import is_dense, is_unresolved
@@ -52,7 +54,7 @@ from .formats import (
     new_basis,
     new_moments,
 )
-from .groups import Group, cut_rank, is_projected, side_for, size_of
+from .groups import Group, cut_rank, is_projected, side_for, side_of, size_of
 from .parts import Method
 from .placement import is_sharded, local, local_state, put_back
 from .transformed import MOMENTUM, new_momentum
@@ -84,6 +86,11 @@ def new_state(param: Tensor, group: Group, salt: int, method: Method) -> State:
         state = new_projected_state(local(param), rank, side, salt, own)
         if is_sharded(param):
             put_back(state, dict(state), param)
+            if side != side_of(group["proj_type"], *param.shape):
+                text = (
+                    f"the basis of {tuple(param.shape)} matrices is on the right, since ranks have"
+                )
+                notice_once(logging.INFO, f"{text} different rows of them")
     else:
         state = new_plain_state(param, salt, method.state)
     if has_low_bits(param, method.master):

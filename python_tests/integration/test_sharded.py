@@ -11,7 +11,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from lowrank_kernels import FiraAdamW, LowRankAdamW, Subspace, param_groups
-from lowrank_kernels.optim import owners
+from lowrank_kernels.optim import owners, sharded
 
 GAP = 3
 
@@ -31,6 +31,29 @@ def trajectories(rank, world):
             result = [whole(weight) for weight in weights], [plain(state) for state in states]
             found[where, method] = *result, names, rows
     return found
+
+
+def small_messages(rank, world):
+    """A bucket a matrix, and rounds of a matrix an owner."""
+    spread = next(iter(spreads(world).values()))
+    sizes = sharded.BUCKET_BYTES, owners.ROUND_ELEMENTS
+    sharded.BUCKET_BYTES = owners.ROUND_ELEMENTS = 1
+    weights, optimizer = setup(spread, **METHODS["adaptive"])
+    names = take(weights, optimizer, spread, range(STEPS))
+    sharded.BUCKET_BYTES, owners.ROUND_ELEMENTS = sizes
+    return [whole(weight) for weight in weights], names
+
+
+def left_copies(rank, world):
+    """Where every rank has all rows, the side goes by the shape; of shards it is right."""
+    sides = {}
+    for where, spread in spreads(world).items():
+        weights, optimizer = setup(spread, proj_type="std", residual="official")
+        take(weights, optimizer, spread, range(STEPS))
+        sides[where] = [optimizer.state[weight]["side"] for weight in weights]
+        if where == "copies":
+            sides["weights"] = [whole(weight) for weight in weights]
+    return sides
 
 
 def half_precision(rank, world):
@@ -139,7 +162,15 @@ def refusals(rank, world):
 
 
 FUNCTIONS = (
-    *(trajectories, half_precision, fsdp2, hostile_gradients, failing_owner),
+    *(
+        trajectories,
+        small_messages,
+        left_copies,
+        half_precision,
+        fsdp2,
+        hostile_gradients,
+        failing_owner,
+    ),
     refusals,
 )
 
@@ -205,6 +236,23 @@ def test_ranks_talk_at_refreshes_and_once_a_step_for_a_limiter(results):
                 least = [] if where == "copies" else ["all_reduce"]
                 assert names.count(least) >= 2, (where, method)
                 assert min(counts) == len(least), (where, method)
+
+
+def test_buckets_and_rounds_change_nothing(results, one_process):
+    for weights, names in results["small_messages"]:
+        assert_near(weights, one_process["adaptive"][0])
+        assert max(step.count("all_to_all_single") for step in names) >= 2
+        assert min(step.count("all_reduce") for step in names) >= 4
+
+
+def test_copies_go_by_their_shape_and_shards_are_right(results):
+    weights, optimizer = setup(torch.clone, proj_type="std", residual="official")
+    take(weights, optimizer, torch.clone, range(STEPS))
+    for sides in results["left_copies"]:
+        assert all(sides[where] == [1, 1, 1, 1] for where in sides.keys() & {"fsdp", "hsdp"})
+        if "copies" in sides:
+            assert sides["copies"] == [1, 0, 0, 1]
+            assert_near(sides["weights"], weights)
 
 
 def test_a_rank_holds_its_share_of_the_moments(results, one_process):
