@@ -16,6 +16,7 @@ from .optim import (
     GaLoreAdamW,
     GaLoreAdamW8bit,
     LowRankAdamW,
+    OrthoFiraAdamW,
     Restarts,
     param_groups,
 )
@@ -31,6 +32,7 @@ __all__ = [
     "GaLoreAdamW",
     "GaLoreAdamW8bit",
     "LowRankAdamW",
+    "OrthoFiraAdamW",
     "Restarts",
     "Subspace",
     "backends",
