@@ -17,6 +17,7 @@ from .optim import (
     GaLoreAdamW,
     GaLoreAdamW8bit,
     LowRankAdamW,
+    OrthoFiraAdamW,
     Restarts,
     param_groups,
 )
@@ -32,6 +33,7 @@ __all__ = [
     "GaLoreAdamW",
     "GaLoreAdamW8bit",
     "LowRankAdamW",
+    "OrthoFiraAdamW",
     "ProjectedGradients",
     "Restarts",
     "Subspace",

@@ -7,6 +7,7 @@ from .methods import (
     FiraAdamW,
     GaLoreAdamW,
     GaLoreAdamW8bit,
+    OrthoFiraAdamW,
 )
 from .param_groups import param_groups
 from .restarts import Restarts
@@ -18,6 +19,7 @@ __all__ = [
     "GaLoreAdamW",
     "GaLoreAdamW8bit",
     "LowRankAdamW",
+    "OrthoFiraAdamW",
     "Restarts",
     "param_groups",
 ]

@@ -1,4 +1,4 @@
-"""GaLore, Fira, APOLLO and AdaRankGrad: choices of parts over one low-rank AdamW."""
+"""GaLore, Fira, APOLLO, AdaRankGrad and OrthoFira: choices of parts over one low-rank AdamW."""
 
 from typing import Literal, TypedDict
 
@@ -134,6 +134,53 @@ class ApolloAdamW(LowRankAdamW):
     ) -> None:
         options.setdefault("subspace", "gaussian")
         super().__init__(params, lr, betas, eps, weight_decay, residual="scale", per=per, **options)
+
+
+class OrthoFiraAdamW(LowRankAdamW):
+    """Fira with an orthogonal residual: Adam inside of the subspace, and outside, where Fira scales
+    what is left channel by channel, its orthogonal factor, as Muon takes it of the whole.
+
+        W <- (1 - lr wd) (W - lr (alpha back(N) + s sqrt(max(rows, cols)) NS(G - back(R))))
+
+    N are Adam's directions of R, alpha is a group's `scale`, and NS are five Newton-Schulz
+    iterations, which cost as much as forward and backward of some thousand tokens. Outside there is
+    no state. With `residual_momentum`, at a byte a weight, NS is of a mean of several steps, which
+    large batches want. For rates see docs/orthogonal-residual.md.
+
+    Args:
+        residual_scale: s; None: 0.4. It and the learning rate are two numbers to be found.
+        residual_momentum: the mean's decay rate, up to 0.98; 0 for none.
+
+    Other arguments, `state`, `basis` ("weight" or "int8") and `master` among them, group keys and
+    errors as in `LowRankAdamW`, which this is with residual="orthogonal". Moments are corrected for
+    their bias.
+
+    Source: this package; see docs/orthogonal-residual.md for what it comes from.
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-2,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-6,
+        weight_decay: float = 0.0,
+        *,
+        residual_scale: float | None = None,
+        residual_momentum: float = 0.0,
+        **options: Unpack[SubspaceOptions],
+    ) -> None:
+        super().__init__(
+            params,
+            lr,
+            betas,
+            eps,
+            weight_decay,
+            residual="orthogonal",
+            residual_scale=residual_scale,
+            residual_momentum=residual_momentum,
+            **options,
+        )
 
 
 class AdaRankGradAdamW(LowRankAdamW):

@@ -16,6 +16,7 @@ from lowrank_kernels import (
     FiraAdamW,
     GaLoreAdamW,
     LowRankAdamW,
+    OrthoFiraAdamW,
     Subspace,
     project_linears,
     release_gradients,
@@ -651,6 +652,24 @@ def test_apollo_by_its_equations(per):
         error = (weight.data - expected).norm() / (expected - before).norm()
         assert float(error) < 1e-12
     assert state["basis"].shape[1] == rank
+
+
+def test_orthofira_is_the_orthogonal_residual():
+    """With its options, and so the other's checkpoints."""
+    twins = []
+    for make, own in (
+        (LowRankAdamW, {"residual": "orthogonal"}),
+        (OrthoFiraAdamW, {}),
+    ):
+        params = start("none")[0]
+        group = {"params": params, "rank": RANK, "update_proj_gap": 3}
+        optimizer = make([group], lr=LR, residual_scale=0.2, residual_momentum=0.9, **own)
+        run(params, optimizer, range(4))
+        twins.append((params, optimizer))
+    (params, one), (others, other) = twins
+    assert all(map(torch.equal, params, others))
+    assert other.method == one.method
+    assert OrthoFiraAdamW([others[0]]).residual_scale is None
 
 
 def test_fira_refuses_forms_that_are_not_its_own():
