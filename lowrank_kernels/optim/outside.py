@@ -15,7 +15,8 @@ operations 2 and 3 take; the last two change E itself, and go into operation 3 i
 Those may have a momentum, of which one byte an element is kept.
 
 The last three make a step as large as any other of the smallest E. So e_j counts as zero where
-|e_j| <= |R_j| / 32: that much rounding leaves of a gradient in the span of its basis.
+|e_j| <= |R_j| / 64, or / 32 with bases in a byte: that much rounding leaves of a gradient in the
+span of its basis.
 """
 
 import math
@@ -30,7 +31,7 @@ from ..ops import ChannelSums, Matrices, Operations, Projection, Residual, Scala
 from ..ops.contract import rank_axis
 from ..ops.products import matrices_in_workspace
 from ..ops.reference import channel_factors, channel_scale, limited
-from .transformed import MOMENTUM, NEGLIGIBLE_SHARE, State, Transformation
+from .transformed import MOMENTUM, State, Transformation, negligible_share
 
 ResidualForm = Literal["official", "paper", "scale", "normalize", "sign", "orthogonal"]
 Per = Literal["channel", "matrix"]
@@ -208,7 +209,7 @@ class Updater:
         form, sums = self._outside.residual, projection.sums
         assert sums is not None
         if form == "normalize":
-            factor = _normalizing(sums, matrices)
+            factor = _normalizing(sums, matrices, negligible_share(states[0]))
             self._operations.back_project_update(matrices, projection, factor, scalars)
             return
         if form == "scale":
@@ -242,11 +243,11 @@ def _scale_of_matrices(sums: ChannelSums, limiter_norms: Sequence[Tensor]) -> Te
     return channel_scale(whole, limiter_norms) * finite
 
 
-def _normalizing(sums: ChannelSums, matrices: Matrices) -> Tensor:
-    """sqrt(d) / |e_j|; 0 for a channel that is zero, in the span or not finite."""
+def _normalizing(sums: ChannelSums, matrices: Matrices, share: float) -> Tensor:
+    """sqrt(d) / |e_j|; 0 for a channel that is zero, in the span, up to a share, or not finite."""
     _, spanned, squares = _added_up(sums)
     depth = matrices.params[0].shape[rank_axis(matrices.side)]
-    least = (NEGLIGIBLE_SHARE**2 * spanned).clamp_(min=torch.finfo(squares.dtype).tiny)
+    least = (share**2 * spanned).clamp_(min=torch.finfo(squares.dtype).tiny)
     usable = (squares > least) & (squares < math.inf)
     return (math.sqrt(depth) / squares.where(usable, 1.0).sqrt_()).where(usable, 0.0)
 

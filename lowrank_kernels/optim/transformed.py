@@ -22,8 +22,10 @@ State = dict[str, Any]
 
 # In a projected state, with a momentum.
 MOMENTUM = ("residual_avg", "residual_avg_scale")
-# Of the length of what is in the span: bases that are held in a byte leave half of it outside.
-NEGLIGIBLE_SHARE = 2**-5
+# Of the length of what is in the span: rounding leaves less of it outside. Bases that are held in a
+# byte leave nearly half of theirs.
+NEGLIGIBLE_SHARE = 2**-6
+NEGLIGIBLE_SHARE_OF_CODES = 2**-5
 # The norm of a mean below which its steps fade, as with torch's Muon: without gradients it only
 # becomes smaller, which its signs and its orthogonal factor would not show.
 FADING_NORM = 1e-7
@@ -51,7 +53,8 @@ class Transformation(NamedTuple):
         found: list[Tensor] = []
         for start in range(0, count, size):
             part = slice(start, start + size)
-            stack = _Stack(matrices.side, stacked(matrices.bases[part]).to(matrices.dtype))
+            bases = stacked(matrices.bases[part]).to(matrices.dtype)
+            stack = _Stack(matrices.side, bases, negligible_share(states[0]))
             taken = usable[part].unsqueeze(stack.axis).bool()
             values = stacked(matrices.grads[part]).to(matrices.dtype).where(taken, 0.0)
             values = stack.without(values, projected[part].where(taken, 0.0))
@@ -81,11 +84,17 @@ class Transformation(NamedTuple):
         return stack.without(values, stack.spanned(values))
 
 
+def negligible_share(state: State) -> float:
+    """Of R's length, what of E's counts as nothing, in a channel."""
+    return NEGLIGIBLE_SHARE_OF_CODES if "basis_scale" in state else NEGLIGIBLE_SHARE
+
+
 class _Stack(NamedTuple):
-    """The bases of stacked matrices."""
+    """The bases of stacked matrices, and the share of what they span that they leave outside."""
 
     side: Side
     bases: Tensor
+    share: float
 
     @property
     def axis(self) -> int:
@@ -108,7 +117,7 @@ class _Stack(NamedTuple):
             torch.linalg.vector_norm(x, dim=self.axis, keepdim=True, dtype=torch.float64)
             for x in (outside, low)
         )
-        return outside.where(length > NEGLIGIBLE_SHARE * spanned, 0.0)
+        return outside.where(length > self.share * spanned, 0.0)
 
 
 def new_momentum(param: Tensor) -> State:

@@ -113,9 +113,14 @@ def refresh_bases(due: Sequence[Due], subspace: Subspace) -> None:
     """
     problems: Problems = {}
     for batch in _batches([item for item in due if item.grad.numel()]):
-        for item, result in zip(batch, _found(batch, subspace), strict=True):
-            take(item, result, subspace, problems)
+        _refresh_batch(batch, subspace, problems)
     tell(problems)
+
+
+def _refresh_batch(batch: list[Due], subspace: Subspace, problems: Problems) -> None:
+    """In a function, so that nothing of a batch is held beside the next one."""
+    for item, result in zip(batch, _found(batch, subspace), strict=True):
+        take(item, result, subspace, problems)
 
 
 def found_bases(due: Sequence[Due], subspace: Subspace) -> list[Result]:

@@ -248,7 +248,8 @@ def test_a_carried_moment_still_points_where_it_did(moments):
     item = refresh.Due("weight", params[0].grad, state, 8, GAP, 0, (0.9, 0.999))
     zeros = torch.zeros(1, dtype=torch.bool)
     found = range_finders.Found(turned.unsqueeze(0), torch.full((1, 8), 0.1), zeros, 0.0)
-    refresh._adopt([item], found, Subspace(moments=moments), {})
+    (result,) = refresh._judged([item], found, Subspace(moments=moments))
+    refresh.take(item, result, Subspace(moments=moments), {})
     after = state["exp_avg"] @ state["basis"].T
     relative = float(torch.dist(after, before) / torch.linalg.norm(before))
     assert (relative <= 1e-6) == (moments == "carry")
