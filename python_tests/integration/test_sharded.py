@@ -13,6 +13,9 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from lowrank_kernels import FiraAdamW, LowRankAdamW, Subspace, param_groups
 from lowrank_kernels.optim import owners, sharded
 
+# The first test of each world size waits for all that its ranks do.
+pytestmark = pytest.mark.timeout(900)
+
 GAP = 3
 
 
