@@ -13,6 +13,9 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from lowrank_kernels import FiraAdamW, LowRankAdamW, Subspace, param_groups
 from lowrank_kernels.optim import owners, sharded
 
+# The first test of each world size waits for all that its ranks do.
+pytestmark = pytest.mark.timeout(900)
+
 GAP = 3
 
 
@@ -239,9 +242,11 @@ def test_ranks_talk_at_refreshes_and_once_a_step_for_a_limiter(results):
 
 
 def test_buckets_and_rounds_change_nothing(results, one_process):
+    # Of four ranks each owns one of the four matrices.
+    rounds = 1 if len(results["small_messages"]) == 4 else 2
     for weights, names in results["small_messages"]:
         assert_near(weights, one_process["adaptive"][0])
-        assert max(step.count("all_to_all_single") for step in names) >= 2
+        assert max(step.count("all_to_all_single") for step in names) == rounds
         assert min(step.count("all_reduce") for step in names) >= 4
 
 

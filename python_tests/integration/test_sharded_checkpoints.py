@@ -17,6 +17,9 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.tensor import Shard, distribute_tensor
 
+# The first test of each world size waits for all that its ranks do.
+pytestmark = pytest.mark.timeout(900)
+
 STOP = 5
 SAVED = ("fira", "adaptive", "displacement")
 OPTIONS = {

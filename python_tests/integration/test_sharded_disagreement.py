@@ -6,6 +6,9 @@ import pytest
 from integration.ranks import on_ranks
 from integration.spread_runs import setup, spreads, take, values
 
+# The first test of each world size waits for all that its ranks do.
+pytestmark = pytest.mark.timeout(900)
+
 STEPS_BEFORE = 2
 
 

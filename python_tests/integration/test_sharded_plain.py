@@ -11,6 +11,9 @@ from torch.distributed.tensor.debug import CommDebugMode
 
 from lowrank_kernels import FiraAdamW
 
+# The first test of each world size waits for all that its ranks do.
+pytestmark = pytest.mark.timeout(900)
+
 STEPS = 4
 DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 # 21 and 2 rows are uneven or empty on some ranks; 4100 elements and more could be codes.
