@@ -22,7 +22,7 @@ from .outside import AMPLIFIED
 from .parts import Method
 from .placement import check_side, distribute, is_sharded, local, spread_like
 from .state import State, check_codes, check_counts, check_shapes, laid_like
-from .transformed import MOMENTUM
+from .transformed import MOMENTUM, regrouped
 
 logger = logging.getLogger("lowrank_kernels")
 
@@ -164,7 +164,7 @@ def padded(states: State, groups: list[Group]) -> State:
 
 
 def unpadded(states: State) -> State:
-    """The states with moments and bases of their own rank again.
+    """The states with moments and bases of their own rank again, and means as they are held now.
 
     `torch.distributed.checkpoint`, loading into a plain state dict, leaves what is no tensor under
     the keys' names as text: that belongs to the states of the keys themselves.
@@ -176,7 +176,7 @@ def unpadded(states: State) -> State:
             folded[key] = {**states[key], **states[text]}
     return {
         # Users may keep other things beside the parameters' states.
-        key: _resized(state, state["rank"], grow=False) if _has_a_rank(state) else state
+        key: regrouped(_resized(state, state["rank"], grow=False)) if _has_a_rank(state) else state
         for key, state in folded.items()
     }
 

@@ -22,7 +22,7 @@ from lowrank_kernels import (
 )
 from lowrank_kernels.ops import orthogonal
 from lowrank_kernels.ops.bases import loaded_basis
-from lowrank_kernels.ops.codes import FLAT_GROUPS, decoded
+from lowrank_kernels.ops.codes import FLAT_GROUPS, ROW_GROUPS, decoded, encode
 
 FORMS = {
     "scale": {"residual": "scale"},
@@ -125,7 +125,7 @@ def test_a_momentum_is_the_mean_of_what_is_outside_in_a_byte_an_element(name):
             codes, scales = state["residual_avg"], state["residual_avg_scale"]
             assert codes.dtype is torch.int8
             assert codes.shape == param.shape
-            found = decoded(codes, scales, FLAT_GROUPS)
+            found = decoded(codes, scales, ROW_GROUPS)
             # A code is half of two 127ths of the group's largest, at the most.
             bound = float(means[place].abs().max()) / 60
             assert float((found - means[place]).abs().max()) < bound
@@ -451,6 +451,51 @@ def test_plan_is_what_states_take(name):
         for p in params
     ]
     assert planned == found
+
+
+def test_signs_fade_by_channels():
+    """Of a mean with a row of usual size, one of next to nothing and one of nothing."""
+    options = {"shapes": [(3, 8)], "weight_decay": 0.0, "residual_scale": 0.3}
+    params, optimizer = start("sign, averaged", "reference", **options)
+    optimizer.param_groups[0].update(rank=1, proj_type="right", scale=1e-30)
+    run(params, optimizer, [0])
+    state = optimizer.state[params[0]]
+    state["basis"].zero_()[0] = 1.0
+    mean = torch.zeros(3, 8)
+    # The norm of four is twice that of one.
+    mean[:2, 1:5] = torch.tensor([[1.0], [0.25e-9 / 0.9]])
+    encode(state["residual_avg"], state["residual_avg_scale"], mean, ROW_GROUPS, None)
+    before = params[0].data.clone()
+    params[0].grad = torch.zeros_like(params[0])
+    optimizer.step()
+    moved = (before - params[0].data)[:, 1:5] / LR
+    expected = torch.tensor([[0.3], [0.3 * 0.5e-2], [0.0]]).double().expand(3, 4)
+    torch.testing.assert_close(moved, expected, rtol=1e-5, atol=1e-12)
+
+
+@pytest.mark.parametrize("cols", [300, 512])
+def test_a_mean_of_an_older_version_gets_scales_of_its_rows(cols):
+    """Each value to the nearest; where rows are whole groups, the codes stay as they are."""
+    shapes = [(5, cols)]
+    params, optimizer = start("sign, averaged", "reference", torch.float32, shapes=shapes)
+    run(params, optimizer, range(3))
+    state_dict = copy.deepcopy(optimizer.state_dict())
+    state = state_dict["state"][0]
+    mean = decoded(state["residual_avg"], state["residual_avg_scale"], ROW_GROUPS)
+    state["residual_avg_scale"] = torch.zeros(FLAT_GROUPS.scales(mean.shape))
+    encode(state["residual_avg"], state["residual_avg_scale"], mean, FLAT_GROUPS, None)
+    flat = decoded(state["residual_avg"], state["residual_avg_scale"], FLAT_GROUPS)
+    codes = state["residual_avg"].clone()
+    twins, resumed = start("sign, averaged", "reference", torch.float32, shapes=shapes)
+    resumed.load_state_dict(state_dict)
+    held = resumed.state[twins[0]]
+    assert held["residual_avg_scale"].shape == (5, 2)
+    if cols == 512:
+        assert torch.equal(held["residual_avg"], codes)
+    found = decoded(held["residual_avg"], held["residual_avg_scale"], ROW_GROUPS)
+    assert float((found - flat).abs().max()) < float(flat.abs().max()) / 60
+    assert float((found - flat).norm()) < 0.01 * float(flat.norm())
+    run(twins, resumed, [3])
 
 
 def test_forms_can_be_changed_between_steps():
