@@ -14,7 +14,8 @@ reduces gradients. An optimizer's, on shards of w GPUs of which there are W in a
     Fira, APOLLO, criteria          all-reduce of a message of 4 KiB a bucket of matrices, at most
     orthogonal                      such a message, and what is outside to an owner and back, two
                                     all-to-alls, in bfloat16, in which GPUs multiply fast
-    new bases of m x n, rank r      the gradient, m n, to an owner; the basis, n r, to everybody
+    new bases of m x n, rank r      the gradient, m n, to an owner, with an interpolation the first
+                                    moment, m r, too; the basis, n r, to everybody
 
 Shards are along dim 0 as torch cuts them, ceil(m / w) rows; the fullest GPU counts, and shorter
 shards are sent filled up. Sharded matrices are projected from the right: R = G P is m x r and
@@ -165,7 +166,8 @@ def needs_of(optimizer: LowRankAdamW, layout: Layout) -> Needs:
                 matrices.append((param, group))
     if not layout.is_sharded:  # every GPU has whole gradients, and computes the same of them
         return Needs(state, bases, 0, 0, 0, 0, 0)
-    renewed = [_renewal(param, group, layout) for param, group in matrices]
+    blends = method.subspace.interpolation > 0
+    renewed = [_renewal(param, group, layout, blends=blends) for param, group in matrices]
     sent, collectives = _step(matrices, method, layout)
     return Needs(
         state,
@@ -222,13 +224,16 @@ def _step(
     return sent, collectives
 
 
-def _renewal(param: Tensor, group: Group, layout: Layout) -> float:
-    """Bytes that a GPU sends for a new basis: rows of G in the mean of all, and P."""
+def _renewal(param: Tensor, group: Group, layout: Layout, *, blends: bool) -> float:
+    """Bytes that a GPU sends for a new basis: rows of G, and of M if the two are mixed, in the mean
+    of all, and P.
+    """
     if layout.gpus == 1:
         return 0.0
     basis = param.shape[1] * _rank(param, group) * param.element_size()
+    mean = 4 * param.shape[0] * _rank(param, group) if blends else 0
     # The owner's replica alone serves a matrix.
-    return _to_owners(_bytes(param), layout) / layout.gpus + basis
+    return _to_owners(_bytes(param) + mean, layout) / layout.gpus + basis
 
 
 def _to_owners(size: int, layout: Layout) -> float:

@@ -78,7 +78,6 @@ def check_sharded(name: str, param: Tensor, group: Group, method: Method) -> Non
         return
     check_placement(name, param, group["proj_type"])
     refused = {
-        "interpolation needs all of the moments": method.subspace.interpolation > 0,
         "monitor=True counts on one rank": method.monitor,
         "rounding='stochastic' draws by the place on one rank": method.rounding == "stochastic",
     }

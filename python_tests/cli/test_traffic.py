@@ -87,6 +87,15 @@ def test_what_galore_holds_and_sends(module, layout, state, bases, renewed):
     assert found.largest == 120
 
 
+def test_an_interpolation_needs_first_moments_for_new_bases(module):
+    """3/4 of 4 x 10 x 4 and 4 x 6 x 4 bytes, from 4 GPUs in turn."""
+    ldadam = Subspace("power", interpolation=0.5, moments="carry_ldadam")
+    found = needs_of(GaLoreAdamW(groups_of(module), subspace=ldadam), FSDP2)
+    galore = needs_of(GaLoreAdamW(groups_of(module)), FSDP2)
+    assert found.bases_sent == galore.bases_sent + 30 + 18
+    assert found.sent == 0
+
+
 def test_under_ddp_the_state_is_that_of_one_gpu(module):
     optimizer = FiraAdamW(groups_of(module), state="int8", basis="int8", master=24)
     alone = sum(row["state_bytes"] for row in optimizer.plan())

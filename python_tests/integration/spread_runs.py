@@ -32,6 +32,9 @@ METHODS = {
             "svd", criterion="displacement", threshold=0.3, check_gap=2, moments="reset", lazy=0.1
         )
     },
+    "interpolation": {
+        "subspace": Subspace("power", interpolation=0.5, moments="carry_ldadam"),
+    },
     "int8 bases": {"residual": "official", "basis": "int8"},
 }
 

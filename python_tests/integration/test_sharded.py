@@ -157,8 +157,6 @@ def refusals(rank, world):
     say("capturable", capturable=True)
     say("monitor", monitor=True)
     say("stochastic", rounding="stochastic")
-    rho = Subspace("power", interpolation=0.5, moments="carry_ldadam")
-    say("interpolation", subspace=rho)
     return told
 
 
@@ -313,7 +311,6 @@ def test_a_failure_of_an_owner_is_known_to_all(results):
         ("capturable", "leave capturable out"),
         ("monitor", "^w is a DTensor.*monitor=True.*leave that out"),
         ("stochastic", "rounding='stochastic'.*leave that out"),
-        ("interpolation", "interpolation.*leave that out"),
     ],
 )
 def test_what_shards_cannot_do_is_refused_by_name(results, what, text):
