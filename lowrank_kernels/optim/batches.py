@@ -58,7 +58,8 @@ def _low_rank(limited: bool, coded: bool, coded_basis: bool) -> Callable[[State]
 
 class Member(NamedTuple):
     """A parameter with a gradient: its name, state, place in its group, and, if it is projected,
-    its backend.
+    its backend, and where the rows of its basis begin that meet what is here of it and how many
+    they are, if that is not all of them.
     """
 
     name: str
@@ -66,6 +67,7 @@ class Member(NamedTuple):
     state: State
     place: int = 0
     backend: str = ""
+    depth: tuple[int, int] | None = None
 
 
 class Batch:
@@ -97,7 +99,7 @@ class Batch:
         self.projected = is_projected_gradient(self.params[0].grad)
         self._resolves = any(map(is_unresolved, grads_of(self.params)))
         self._tensors = _low_rank(method.outside.is_limited, self._coded, bool(room.bases))
-        self.room = room
+        self.room, self.depth = room, members[0].depth
         backend = members[0].backend
         self.operations = ops.prepare(self.matrices(), backend=backend)
         self.updater: Updater | None = None
@@ -122,6 +124,8 @@ class Batch:
         scales: list[list[Tensor]] = [others.pop(0), others.pop(0)] if self._coded else [[], []]
         if self.room.bases:
             bases = self.room.load_bases(bases, others.pop(0))
+        if self.depth is not None:
+            bases = [basis.narrow(0, *self.depth) for basis in bases]
         return Matrices(
             self.side,
             self.residual,
@@ -210,7 +214,7 @@ class Prepared:
         members: list[tuple[Group, list[Member]]],
         method: Method,
         memory_of: MemoryOf,
-        idle: Sequence[tuple[Group, str, Tensor]] = (),
+        idle: Sequence[tuple[Group, str, Tensor, Side]] = (),
     ) -> None:
         self.facts, self.method = facts, method
         self.by_group: list[list[Batch]] = []
@@ -267,7 +271,7 @@ class Prepared:
 
 def _sharded(
     members: list[tuple[Group, list[Member]]],
-    idle: Sequence[tuple[Group, str, Tensor]],
+    idle: Sequence[tuple[Group, str, Tensor, Side]],
     method: Method,
     memory_of: MemoryOf,
 ) -> "Sharded":
@@ -297,7 +301,7 @@ def batches_of(
         alike.setdefault(_kind(member, method), []).append(member)
     parts: list[list[Member]] = []
     for equal in alike.values():
-        _, param, state, _, backend = equal[0]
+        param, state, backend = equal[0].param, equal[0].state, equal[0].backend
         assert param.grad is not None
         rank = state["basis"].shape[1]
         size = ops.batch_size(param, held(param.grad), rank, backend=backend)
@@ -333,7 +337,8 @@ def _kind(member: Member, method: Method) -> Hashable:
     )
     projected = is_projected_gradient(param.grad)
     age = None if method.capturable else (int(state["step"]), state["moments_step"])
-    return member.backend, state["side"], state["exp_avg"].dtype, age, projected, *layouts
+    moments = state["exp_avg"].dtype
+    return member.backend, member.depth, state["side"], moments, age, projected, *layouts
 
 
 class Facts(NamedTuple):

@@ -7,15 +7,18 @@ rank that is about to do something else still meets the others.
 """
 
 import functools
+import itertools
+import math
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ..ops.contract import Side, rank_axis
 from .placement import Placement
 
 # Of float64 in a message, with the two of the hash; 4 KiB travel as fast as 8 bytes.
@@ -32,6 +35,20 @@ def hashed(*what: object) -> int:
     return zlib.crc32(repr(what).encode()) & ((1 << HASH_BITS) - 1)
 
 
+class _Line(NamedTuple):
+    """Along which parts of matrices are put together: the last of some axes of a mesh.
+
+    Attributes:
+        dim: of the matrices, 0 or 1.
+        axes: that divide it, outermost first, but for those whose parts are together already.
+        targets: of each matrix, who on the last axis gets it.
+    """
+
+    dim: int
+    axes: Sequence[int]
+    targets: Sequence[int]
+
+
 class Claim:
     """What this rank is about to do, in lines that are to be equal on all ranks, and their hash."""
 
@@ -46,17 +63,29 @@ class Ranks:
     Attributes:
         place: how they are spread.
         device: where messages are made.
+        side: of their bases.
     """
 
     place: Placement
     device: torch.device
+    side: Side
+
+    @property
+    def channel_axes(self) -> tuple[int, ...]:
+        """Of the mesh, over which ranks have different channels."""
+        return self.place.axes(1 - rank_axis(self.side))
+
+    @property
+    def depth_axes(self) -> tuple[int, ...]:
+        """Over which they have different parts of the same channels, so that R is a sum."""
+        return self.place.axes(rank_axis(self.side))
 
     @property
     def axes(self) -> list[int]:
-        """Of the mesh, that have several ranks; that of the shards comes first."""
-        mesh, first = self.place.mesh, self.place.axis
-        axes = [axis for axis in range(mesh.ndim) if mesh.size(axis) > 1]
-        return sorted(axes, key=lambda axis: axis != first)
+        """Of the mesh, that have several ranks; those of the shards come first."""
+        mesh, first = self.place.mesh, (*self.channel_axes, *self.depth_axes)
+        copies = [a for a in range(mesh.ndim) if mesh.size(a) > 1 and a not in first]
+        return [*first, *copies]
 
     @property
     def count(self) -> int:
@@ -68,23 +97,25 @@ class Ranks:
         return self._index_at(self._coordinates)
 
     def sum(self, numbers: Tensor, claim: Claim) -> Wait:
-        """The sum over the shards, of float64 numbers of which there are as many on every rank.
+        """The sum over all channels, of float64 numbers of which there are as many on every rank.
 
         Returns:
             What waits for it. It raises RuntimeError if the other ranks claim something else; on a
             GPU, where that would wait for the device, only `agree` looks.
         """
-        axis = self.place.axis
-        if axis is None:
+        if not self.channel_axes:
             return lambda: numbers
         messages = [self._message(part, claim) for part in torch.split(numbers, NUMBERS)]
-        group = self.place.mesh.get_group(axis)
-        works = [dist.all_reduce(message, group=group, async_op=True) for message in messages]
+        first, *others = map(self.place.mesh.get_group, self.channel_axes)
+        works = [dist.all_reduce(message, group=first, async_op=True) for message in messages]
 
         def wait() -> Tensor:
             for work in works:
                 work.wait()
-            if self.device.type == "cpu" and any(_differ(m, group.size()) for m in messages):
+            for group, message in itertools.product(others, messages):
+                dist.all_reduce(message, group=group)
+            ranks = math.prod(group.size() for group in (first, *others))
+            if self.device.type == "cpu" and any(_differ(m, ranks) for m in messages):
                 self._tell_difference(claim)
             parts = torch.split(numbers, NUMBERS)
             found = [message[2 : 2 + len(p)] for message, p in zip(messages, parts, strict=True)]
@@ -138,49 +169,71 @@ class Ranks:
             known.append(axis)
 
     def to_owners(
-        self, parts: Sequence[Tensor], rows: Sequence[int], owners: Sequence[int]
+        self, parts: Sequence[Tensor], shapes: Sequence[tuple[int, int]], owners: Sequence[int]
     ) -> dict[int, Tensor]:
         """Gathers matrices, each on its owner.
 
         Args:
-            parts: of each matrix the rows that are here; they travel in a dtype that holds all.
-            rows: of each whole matrix.
+            parts: of each matrix what is here; they travel in a dtype that holds all.
+            shapes: of the whole matrices.
             owners: an `index` for each. The shards of a matrix that are next to its owner, of all
                 copies, serve it.
 
         Returns:
             The matrices that this rank owns, by their places.
         """
-        axis = self.place.axis
-        if axis is None:
-            return {i: parts[i] for i, owner in enumerate(owners) if owner == self.index}
-        here = self._coordinates
-        columns = [part.shape[1] for part in parts]
-        sent: list[list[int]] = []
-        for shard in range(self.place.parts):
-            target = self._index_at([shard if a == axis else x for a, x in enumerate(here)])
-            sent.append([i for i, owner in enumerate(owners) if owner == target])
-        own = sent[here[axis]]
-        outgoing = [parts[i].reshape(-1) for places in sent for i in places]
-        out_splits = [sum(parts[i].numel() for i in places) for places in sent]
-        every_rows = [self.place.rows(count) for count in rows]
-        in_splits = [
-            sum(every_rows[i][shard] * columns[i] for i in own) for shard in range(self.place.parts)
-        ]
+        here, targets = self._coordinates, list(map(self._coordinates_of, owners))
+        copies = set(range(len(here))) - {*self.place.rows, *self.place.columns}
+        held = {
+            i: part
+            for i, part in enumerate(parts)
+            if all(here[axis] == targets[i][axis] for axis in copies)
+        }
         dtype = functools.reduce(torch.promote_types, [part.dtype for part in parts])
-        like = parts[0].new_empty(0, dtype=dtype)
-        flat = torch.cat([like, *outgoing])
+        for dim in (0, 1):
+            axes = self.place.axes(dim)
+            # The innermost first: what is put together then lies together.
+            for depth in reversed(range(len(axes))):
+                line = _Line(dim, axes[: depth + 1], [target[axes[depth]] for target in targets])
+                held = self._gathered(held, line, shapes, parts[0].new_empty(0, dtype=dtype))
+        return held
+
+    def _gathered(
+        self,
+        held: dict[int, Tensor],
+        line: "_Line",
+        shapes: Sequence[tuple[int, int]],
+        like: Tensor,
+    ) -> dict[int, Tensor]:
+        """Puts parts of matrices together along one axis of the mesh.
+
+        Args:
+            held: parts by the places of their matrices, the same matrices on all ranks of the axis.
+            line: what is put together, and where.
+            shapes: of the whole matrices.
+            like: empty, of the dtype in which they travel.
+        """
+        axis, dim, here = line.axes[-1], line.dim, self._coordinates
+        ranks = range(int(self.place.mesh.size(axis)))
+        sent = [[i for i in held if line.targets[i] == rank] for rank in ranks]
+        outgoing = torch.cat([like, *(held[i].reshape(-1) for own in sent for i in own)])
+        out_splits = [sum(held[i].numel() for i in own) for own in sent]
+        own, pieces = sent[here[axis]], []
+        for rank in ranks:
+            there = [rank if a == axis else x for a, x in enumerate(here)]
+            for i in own:
+                size = list(held[i].shape)
+                _, size[dim] = self.place.span(shapes[i][dim], line.axes, there)
+                pieces.append((rank, i, size))
+        in_splits = [sum(math.prod(size) for of, _, size in pieces if of == r) for r in ranks]
         received = like.new_empty(sum(in_splits))
         group = self.place.mesh.get_group(axis)
-        dist.all_to_all_single(received, flat, in_splits, out_splits, group=group)
+        dist.all_to_all_single(received, outgoing, in_splits, out_splits, group=group)
+        flat = torch.split(received, [math.prod(size) for *_, size in pieces]) if pieces else ()
         wholes: dict[int, list[Tensor]] = {i: [] for i in own}
-        start = 0
-        for shard in range(self.place.parts):
-            for i in own:
-                size = every_rows[i][shard] * columns[i]
-                wholes[i].append(received[start : start + size].view(-1, columns[i]))
-                start += size
-        return {i: torch.cat(found) for i, found in wholes.items()}
+        for (_, i, size), part in zip(pieces, flat, strict=True):
+            wholes[i].append(part.view(size))
+        return {i: torch.cat(found, dim) for i, found in wholes.items()}
 
     def _message(self, numbers: Tensor, claim: Claim) -> Tensor:
         message = torch.zeros(MESSAGE, dtype=torch.float64, device=self.device)

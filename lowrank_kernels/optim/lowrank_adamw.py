@@ -672,7 +672,7 @@ class LowRankAdamW(Optimizer):
         self._sharded = any(is_sharded(member.param) for _, own in members for member in own)
         # Other ranks may have gradients of them, and are not to wait.
         idle = [
-            (group, name, param)
+            (group, name, param, self.side_of(param))
             for _, group, named in self._named_groups()
             for name, param, _ in named
             if is_projected(group) and is_sharded(param) and _is_idle(param)

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from ..ops import Matrices, Projection, Scalars
-from ..ops.contract import moment_dtype
+from ..ops import Matrices, Projection, Scalars, Side
+from ..ops.contract import moment_dtype, rank_axis
 from ..ops.tensors import READER
 from ..subspace import Due, Readback, Subspace, measure, measures_at
 from .batches import Batch, Member, MemoryOf, batches_of, due_of_member, scalars_of
@@ -27,7 +27,7 @@ from .collectives import NUMBERS, Claim, Ranks, Wait
 from .groups import Group
 from .owners import refresh_shared
 from .parts import Method
-from .placement import Placement, local, local_grad, local_state, put_back
+from .placement import Placement, depth_here, local, local_grad, local_state, put_back
 from .state import State
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 # Of N and R of a bucket, in float32, on the rank that has most.
 BUCKET_BYTES = 2**26
 
-Idle = tuple[Group, str, Tensor]
+Idle = tuple[Group, str, Tensor, Side]
 
 # Of a group, what ranks compare; the rate changes at each step, and nobody waits for it.
 AGREED = (
@@ -71,7 +71,8 @@ class Matrix(NamedTuple):
     @classmethod
     def of(cls, group: Group, member: Member) -> Matrix:
         twin = local(member.param).detach()
-        own = Member(member.name, twin, {}, member.place, member.backend)
+        depth = depth_here(member.param, Side(member.state["side"]))
+        own = Member(member.name, twin, {}, member.place, member.backend, depth)
         return cls(group, member.name, member.param, member.state, own)
 
     def load(self) -> None:
@@ -89,6 +90,11 @@ class Matrix(NamedTuple):
         put_back(self.whole, self.here.state, self.param)
 
     @property
+    def side(self) -> Side:
+        """Of its basis."""
+        return Side(self.whole["side"])
+
+    @property
     def described(self) -> str:
         """What has to be the same on every rank."""
         return _described(self.group, self.name, self.param)
@@ -99,6 +105,7 @@ class Team:
 
     Args:
         like: a weight of one placement and dtype.
+        side: of their bases.
         matrices: like it, with gradients, loaded.
         idle: what is said of those without a gradient.
         method: the optimizer's parts.
@@ -108,6 +115,7 @@ class Team:
     def __init__(
         self,
         like: Tensor,
+        side: Side,
         matrices: list[Matrix],
         idle: list[str],
         method: Method,
@@ -115,7 +123,7 @@ class Team:
     ) -> None:
         self.matrices, self.method = matrices, method
         place = Placement.of(like)
-        self.ranks = Ranks(place, torch.device(place.mesh.device_type))
+        self.ranks = Ranks(place, torch.device(place.mesh.device_type), side)
         lines = sorted([matrix.described for matrix in matrices] + idle)
         order = "the order " + ", ".join(matrix.name for matrix in matrices)
         self.claim = Claim([*lines, method.described(), order])
@@ -126,10 +134,11 @@ class Team:
         """Of the matrices, by their global shapes."""
         numbers = self.method.outside.shared + 1
         part: list[Matrix] = []
-        room, place = 0, self.ranks.place
+        room, place, dim = 0, self.ranks.place, 1 - rank_axis(self.ranks.side)
         for matrix in self.matrices:
-            rows, cols = matrix.param.shape
-            size = 8 * max(place.rows(rows)) * min(matrix.group["rank"], rows, cols)
+            shape = matrix.param.shape
+            channels = place.most(shape[dim], self.ranks.channel_axes)
+            size = 8 * channels * min(matrix.group["rank"], *shape)
             if part and (room < size or (len(part) + 1) * numbers > NUMBERS):
                 yield part
                 part = []
@@ -144,7 +153,7 @@ class Team:
     def refresh(self, subspace: Subspace, readback: Readback) -> bool:
         """Gives new bases to all that are due; whether there were any."""
         due: list[Due] = []
-        rows: list[int] = []
+        shapes: list[tuple[int, int]] = []
         for matrix in self.matrices:
             if not matrix.param.numel():
                 continue
@@ -152,12 +161,12 @@ class Team:
             found = due_of_member(matrix.group, matrix.here, steps, subspace, readback)
             if found is not None:
                 due.append(found)
-                rows.append(matrix.param.shape[0])
+                shapes.append((matrix.param.shape[0], matrix.param.shape[1]))
         if not due:
             return False
         lines = [f"{item.name}, due for a basis after {item.completed} steps" for item in due]
         self.ranks.agree(Claim(self.claim.lines + lines))
-        refresh_shared(due, rows, self.ranks, subspace)
+        refresh_shared(due, shapes, self.ranks, subspace)
         return True
 
     def step(self, optimizer: LowRankAdamW) -> None:
@@ -302,7 +311,7 @@ class Sharded:
 
     Args:
         members: of each group, those that are spread and have a gradient.
-        idle: group, name and parameter of those that have none: other ranks may have one.
+        idle: group, name, parameter and side of those that have none: other ranks may have one.
         method: the optimizer's parts.
         memory_of: see `batches_of`.
     """
@@ -316,17 +325,17 @@ class Sharded:
     ) -> None:
         self.matrices = [Matrix.of(group, member) for group, own in members for member in own]
         self.load()
-        alike: dict[Any, tuple[Tensor, list[Matrix], list[str]]] = {}
+        alike: dict[Any, tuple[Tensor, Side, list[Matrix], list[str]]] = {}
         # Teams go by all parameters, in an order that does not depend on gradients.
-        for param in sorted(
-            [matrix.param for matrix in self.matrices] + [param for *_, param in idle], key=_kind
-        ):
-            alike.setdefault(_team(param), (param, [], []))
+        spread = [(matrix.param, matrix.side) for matrix in self.matrices]
+        spread += [(param, side) for *_, param, side in idle]
+        for param, side in sorted(spread, key=_kind):
+            alike.setdefault(_team(param, side), (param, side, [], []))
         for matrix in self.matrices:
-            alike[_team(matrix.param)][1].append(matrix)
-        for group, name, param in idle:
+            alike[_team(matrix.param, matrix.side)][2].append(matrix)
+        for group, name, param, side in idle:
             line = f"{_described(group, name, param)}, without a gradient"
-            alike[_team(param)][2].append(line)
+            alike[_team(param, side)][3].append(line)
         self.teams = [Team(*team, method, memory_of) for team in alike.values()]
         self.batches = [
             batch
@@ -379,13 +388,15 @@ def _described(group: Group, name: str, param: Tensor) -> str:
     return f"{name} {tuple(param.shape)}, {param.dtype}, {placements}, {told}"
 
 
-def _team(param: Tensor) -> Any:
+def _team(param: Tensor, side: Side) -> Any:
     """Equal for weights of one team."""
     mesh, placements = param.device_mesh, param.placements  # type: ignore[attr-defined]
-    return mesh, placements, param.dtype, local(param).device
+    return mesh, placements, side, param.dtype, local(param).device
 
 
-def _kind(param: Tensor) -> str:
+def _kind(weight: tuple[Tensor, Side]) -> str:
     """What a team goes by, in words that are the same on every rank."""
+    param, side = weight
     mesh, placements = param.device_mesh, param.placements  # type: ignore[attr-defined]
-    return f"{mesh.mesh.shape} {placements} {param.dtype} {mesh.mesh_dim_names}"
+    names = mesh.mesh_dim_names
+    return f"{mesh.mesh.shape} {placements} {side.name} {param.dtype} {names}"

@@ -149,7 +149,7 @@ def refusals(rank, world):
             make([group], **options)
         told[what] = str(error.value)
 
-    say("Shard(1)", Shard(1))
+    say("Shard(1)", Shard(1), proj_type="right")
     say("left", proj_type="left")
     say("capturable", capturable=True)
     say("orthogonal", residual="orthogonal")
