@@ -26,9 +26,14 @@ def is_sharded(tensor: object) -> bool:
     return type(tensor).__name__ == "DTensor"
 
 
-def local(tensor: Tensor) -> Tensor:
+def spread_of(tensor: Any) -> tuple[Any, tuple[Any, ...]]:
+    """The mesh and the placements of a DTensor, of whose type the annotations say nothing."""
+    return tensor.device_mesh, tuple(tensor.placements)
+
+
+def local(tensor: Any) -> Tensor:
     """What is here of a DTensor, in the same memory; any other tensor as it is."""
-    return tensor._local_tensor if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
+    return tensor._local_tensor if is_sharded(tensor) else tensor
 
 
 def local_grad(param: Tensor) -> Tensor:
@@ -37,8 +42,8 @@ def local_grad(param: Tensor) -> Tensor:
     Tensor parallelism may leave a gradient spread in another way: ranks then exchange it.
     """
     grad: Any = param.grad
-    if is_sharded(param) and grad.placements != param.placements:  # type: ignore[attr-defined]
-        grad = grad.redistribute(param.device_mesh, param.placements)  # type: ignore[attr-defined]
+    if is_sharded(param) and spread_of(grad)[1] != spread_of(param)[1]:
+        grad = grad.redistribute(*spread_of(param))
     return local(grad)
 
 
@@ -52,7 +57,7 @@ def spread_like(param: Tensor, part: Tensor, shape: Sequence[int]) -> Tensor:
     """
     stride = [math.prod(shape[place + 1 :]) for place in range(len(shape))]
     make = type(param).from_local  # type: ignore[attr-defined]
-    mesh, placements = param.device_mesh, param.placements  # type: ignore[attr-defined]
+    mesh, placements = spread_of(param)
     sizes = torch.Size(shape)
     return make(part, mesh, placements, run_check=False, shape=sizes, stride=tuple(stride))
 
@@ -95,7 +100,7 @@ def facts_here(params: Sequence[Tensor], states: Mapping[Tensor, State]) -> list
     written = sharded + [state[key] for state in own for key in SPREAD if key in state]
     grads = [local(param.grad) for param in sharded if param.grad is not None]
     layouts = READER.layouts(grads), *map(Tensor.is_neg, grads), *map(Tensor._is_zerotensor, grads)
-    spread = [(p.placements, p.grad.placements) for p in sharded]  # type: ignore[attr-defined, union-attr]
+    spread = [(spread_of(param)[1], spread_of(param.grad)[1]) for param in sharded]
     return [READER.places(list(map(local, written))), *layouts, *spread]
 
 
@@ -115,7 +120,7 @@ class Placement(NamedTuple):
     def of(cls, param: Tensor) -> "Placement":
         """That of a DTensor which `check_placement` lets through."""
         axes = _dividing(param)
-        return cls(param.device_mesh, axes[0] if axes else None)  # type: ignore[attr-defined]
+        return cls(spread_of(param)[0], axes[0] if axes else None)
 
     @property
     def parts(self) -> int:
@@ -141,7 +146,7 @@ def check_placement(name: str, param: Tensor, proj_type: str) -> None:
         param: a DTensor with two dimensions.
         proj_type: of its group.
     """
-    placements = tuple(param.placements)  # type: ignore[attr-defined]
+    _, placements = spread_of(param)
     told = f"{name} {tuple(param.shape)}, {param.dtype}, is a DTensor with placements {placements}"
     axes = _dividing(param)
     if any(place.is_partial() for place in placements):
@@ -191,7 +196,7 @@ def distribute(state: State, param: Tensor) -> None:
     # Whoever has a DTensor has it.
     from torch.distributed.tensor import distribute_tensor
 
-    mesh, placements = param.device_mesh, param.placements  # type: ignore[attr-defined]
+    mesh, placements = spread_of(param)
     for key in SPREAD:
         if key in state and not is_sharded(state[key]):
             state[key] = distribute_tensor(state[key], mesh, placements, src_data_rank=None)
@@ -206,8 +211,8 @@ def check_spread(name: str, param: Tensor, state: State) -> None:
             continue
         fits = is_sharded(value) == is_sharded(param)
         if fits and is_sharded(param):
-            mesh, placements = param.device_mesh, param.placements  # type: ignore[attr-defined]
-            fits = value.placements == placements and value.device_mesh == mesh
+            mesh, placements = spread_of(param)
+            fits = spread_of(value) == (mesh, placements)
         if not fits:
             raise ValueError(
                 f"{name} is {_spread(param)}, and {key} in its state is {_spread(value)}: after"
@@ -219,13 +224,13 @@ def check_spread(name: str, param: Tensor, state: State) -> None:
 def _spread(tensor: Tensor) -> str:
     if not is_sharded(tensor):
         return "a plain tensor"
-    placements = tuple(tensor.placements)  # type: ignore[attr-defined]
+    _, placements = spread_of(tensor)
     return f"a DTensor with placements {placements}"
 
 
 def _dividing(param: Tensor) -> list[int]:
     """Axes of the mesh on which ranks have different parts of a DTensor."""
-    mesh, placements = param.device_mesh, param.placements  # type: ignore[attr-defined]
+    mesh, placements = spread_of(param)
     return [
         axis
         for axis, place in enumerate(placements)

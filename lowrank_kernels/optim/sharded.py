@@ -27,7 +27,7 @@ from .collectives import NUMBERS, Claim, Ranks, Wait
 from .groups import Group
 from .owners import refresh_shared
 from .parts import Method
-from .placement import Placement, local, local_grad, local_state, put_back
+from .placement import Placement, local, local_grad, local_state, put_back, spread_of
 from .state import State
 
 if TYPE_CHECKING:
@@ -375,17 +375,17 @@ class Sharded:
 def _described(group: Group, name: str, param: Tensor) -> str:
     """What has to be the same of a weight on every rank."""
     told = ", ".join(f"{key} {group[key]}" for key in AGREED)
-    placements = tuple(param.placements)  # type: ignore[attr-defined]
+    _, placements = spread_of(param)
     return f"{name} {tuple(param.shape)}, {param.dtype}, {placements}, {told}"
 
 
 def _team(param: Tensor) -> Any:
     """Equal for weights of one team."""
-    mesh, placements = param.device_mesh, param.placements  # type: ignore[attr-defined]
+    mesh, placements = spread_of(param)
     return mesh, placements, param.dtype, local(param).device
 
 
 def _kind(param: Tensor) -> str:
     """What a team goes by, in words that are the same on every rank."""
-    mesh, placements = param.device_mesh, param.placements  # type: ignore[attr-defined]
+    mesh, placements = spread_of(param)
     return f"{mesh.mesh.shape} {placements} {param.dtype} {mesh.mesh_dim_names}"
