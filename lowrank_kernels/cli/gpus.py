@@ -16,7 +16,6 @@ from .traffic import (
     Needs,
     adamw_needs,
     held_of,
-    is_refused,
     needs_of,
 )
 
@@ -97,10 +96,10 @@ def _facts(
     layout: Layout,
     memory: int | None,
 ) -> dict[str, Any]:
-    needs, rank, refused = adamw, None, False
+    needs, rank = adamw, None
     if name != "adamw":
         optimizer = build_optimizer(name, model, args)
-        needs, refused = needs_of(optimizer, layout), is_refused(optimizer, layout)
+        needs = needs_of(optimizer, layout)
         rank = rank_of(name, model, args)
     total = held.weights + held.gradients + held.buffers + needs.state
     return {
@@ -115,7 +114,6 @@ def _facts(
         "refresh_sent_bytes_a_step": needs.bases_sent_a_step,
         "gathered_gradient_bytes": needs.largest,
         "more_than_adamw": needs.state > adamw.state,
-        "refused": refused,
     }
 
 
@@ -169,12 +167,6 @@ def _notes(facts: dict[str, Any]) -> Iterator[str]:
         "On shards matrices are projected from the right, bases are whole on every GPU, and moments"
         " are in float32, whatever --state says."
     )
-    refused = [name for name, each in facts["optimizers"].items() if each["refused"]]
-    if refused:
-        yield (
-            f"{', '.join(refused)}: refused on shards so far, since a step needs whole matrices;"
-            " this is what it would hold and send."
-        )
     largest = max(each["gathered_gradient_bytes"] for each in facts["optimizers"].values())
     if largest:
         yield f"The owner of a new basis holds a whole gradient, up to {amount(largest)}."

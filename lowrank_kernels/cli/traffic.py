@@ -12,8 +12,10 @@ and scatters gradients, HSDP does so within a replica and then reduces the shard
 reduces gradients. An optimizer's, on shards of w GPUs of which there are W in all:
 
     Fira, APOLLO, criteria          all-reduce of a message of 4 KiB a bucket of matrices, at most
-    orthogonal                      what is outside to an owner and back, two all-to-alls
-    new bases of m x n, rank r      the gradient, m n, to an owner; the basis, n r, to everybody
+    orthogonal                      such a message, and what is outside to an owner and back, two
+                                    all-to-alls, in bfloat16, in which GPUs multiply fast
+    new bases of m x n, rank r      the gradient, m n, to an owner, with an interpolation the first
+                                    moment, m r, too; the basis, n r, to everybody
 
 Shards are along dim 0 as torch cuts them, ceil(m / w) rows; the fullest GPU counts, and shorter
 shards are sent filled up. Sharded matrices are projected from the right: R = G P is m x r and
@@ -21,7 +23,6 @@ sharded as the weight, its moments in float32 whatever the format; P is n x r an
 GPU. Of what owners serve in turn the mean over GPUs counts, and headers of some bytes do not.
 """
 
-from collections.abc import Iterable
 from typing import Literal, NamedTuple
 
 import torch
@@ -29,11 +30,12 @@ from torch import Tensor, nn
 
 from ..activations.plan import adamw_bytes
 from ..ops import Side
+from ..ops.orthogonal import factor_dtype
 from ..optim import LowRankAdamW
-from ..optim.collectives import MESSAGE
+from ..optim.collectives import MESSAGE, NUMBERS
 from ..optim.groups import Group, is_projected
 from ..optim.parts import Method
-from ..optim.sharded import BUCKET_BYTES
+from ..optim.sharded import bucketed, bytes_between
 from ..optim.state import State, new_projected_state, planned_state, state_bytes
 
 Shard = Literal["fsdp2", "hsdp", "ddp"]
@@ -164,7 +166,8 @@ def needs_of(optimizer: LowRankAdamW, layout: Layout) -> Needs:
                 matrices.append((param, group))
     if not layout.is_sharded:  # every GPU has whole gradients, and computes the same of them
         return Needs(state, bases, 0, 0, 0, 0, 0)
-    renewed = [_renewal(param, group, layout) for param, group in matrices]
+    blends = method.subspace.interpolation > 0
+    renewed = [_renewal(param, group, layout, blends=blends) for param, group in matrices]
     sent, collectives = _step(matrices, method, layout)
     return Needs(
         state,
@@ -180,12 +183,6 @@ def needs_of(optimizer: LowRankAdamW, layout: Layout) -> Needs:
         ),
         largest=max((_bytes(param) for param, _ in matrices), default=0),
     )
-
-
-def is_refused(optimizer: LowRankAdamW, layout: Layout) -> bool:
-    """Whether it needs whole matrices in a step, which so far are not gathered."""
-    outside = optimizer.method.outside
-    return layout.is_sharded and (outside.residual == "orthogonal" or outside.residual_momentum > 0)
 
 
 def _state(param: Tensor, group: Group, method: Method, layout: Layout) -> State:
@@ -207,37 +204,36 @@ def _step(
     """Bytes that an optimizer sends between two refreshes, and in how many collectives."""
     if layout.shards == 1:
         return 0.0, 0
-    buckets = _buckets(
-        [8 * _local(param, layout).shape[0] * _rank(param, group) for param, group in matrices]
-    )
+    gathered = method.outside.residual == "orthogonal"
+    sizes: list[int] = []
+    for param, group in matrices:
+        rows, cols = _local(param, layout).shape
+        sizes.append(bytes_between(rows, cols, _rank(param, group), gathered=gathered))
+    most = NUMBERS // (method.outside.shared + 1)
+    buckets = len(bucketed(sizes, layout.shards if gathered else 1, most))
     # Of norms over all channels, of which a GPU has some.
     told = method.outside.is_limited or method.subspace.criterion is not None
-    collectives = buckets if told else 0
+    collectives = buckets if told or gathered else 0
     sent = _all_reduce(MESSAGE_BYTES * collectives, layout.shards)
-    if method.outside.residual == "orthogonal":
-        whole = sum(_bytes(param) for param, _ in matrices)
+    if gathered:
+        whole = sum(
+            param.numel() * factor_dtype(param.dtype, "cuda").itemsize for param, _ in matrices
+        )
         sent += 2 * _to_owners(whole, layout) / layout.shards
         collectives += 2 * buckets
     return sent, collectives
 
 
-def _buckets(sizes: Iterable[int]) -> int:
-    """In how many parts of at most `BUCKET_BYTES`, or of one matrix, they are taken in order."""
-    buckets, room = 0, 0
-    for size in sizes:
-        if size > room or not buckets:
-            buckets, room = buckets + 1, BUCKET_BYTES
-        room -= size
-    return buckets
-
-
-def _renewal(param: Tensor, group: Group, layout: Layout) -> float:
-    """Bytes that a GPU sends for a new basis: rows of G in the mean of all, and P."""
+def _renewal(param: Tensor, group: Group, layout: Layout, *, blends: bool) -> float:
+    """Bytes that a GPU sends for a new basis: rows of G, and of M if the two are mixed, in the mean
+    of all, and P.
+    """
     if layout.gpus == 1:
         return 0.0
     basis = param.shape[1] * _rank(param, group) * param.element_size()
+    mean = 4 * param.shape[0] * _rank(param, group) if blends else 0
     # The owner's replica alone serves a matrix.
-    return _to_owners(_bytes(param), layout) / layout.gpus + basis
+    return _to_owners(_bytes(param) + mean, layout) / layout.gpus + basis
 
 
 def _to_owners(size: int, layout: Layout) -> float:

@@ -10,8 +10,8 @@ a code a step, and what counts is that a small V is never taken for a still smal
 rounded stochastically, in bfloat16 too, since to the nearest most of V would never move again; a
 V > 0 never becomes 0, and M = 0 stays 0. Scales are float32: in bfloat16 they would not decay.
 
-A group is 64 channels of one direction of a projected parameter, and 256 elements in row-major
-order of another one; the last may be short.
+A group is 64 channels of one direction of a projected parameter, 256 neighbours in a row of what
+has its weight's shape, and 256 elements in row-major order of another one; the last may be short.
 
 All of it is products, a division, a root and integers, none of which is followed by an addition, so
 that every backend computes the same bits from the same moments.
@@ -71,6 +71,8 @@ class Groups(NamedTuple):
 
 # Of parameters that are not projected.
 FLAT_GROUPS = Groups(None, ELEMENTS_A_SCALE)
+# Of what has a projected weight's shape: whoever has some of its rows has their scales.
+ROW_GROUPS = Groups(1, ELEMENTS_A_SCALE)
 
 
 def channel_groups(side: Side) -> Groups:

@@ -24,6 +24,17 @@ def fast_in_bfloat16(device_type: str) -> bool:
     return any(unit() for unit in units if unit)
 
 
+def factor_dtype(dtype: torch.dtype, device_type: str) -> torch.dtype:
+    """Of the products of `orthogonalized`, and of what it returns.
+
+    Args:
+        dtype: of the matrices.
+        device_type: where they are.
+    """
+    wide = torch.promote_types(dtype, torch.float32)
+    return torch.bfloat16 if wide is torch.float32 and fast_in_bfloat16(device_type) else wide
+
+
 def orthogonalized(matrices: Tensor, steps: int = STEPS) -> Tensor:
     """U Z^T of each matrix U diag(s) Z^T, with singular values near 1 instead of at 1.
 
@@ -45,8 +56,7 @@ def orthogonalized(matrices: Tensor, steps: int = STEPS) -> Tensor:
     # In two steps, since the square of what is finite need not be.
     x = x / x.abs().amax((1, 2), keepdim=True).clamp_(min=tiny)
     x /= torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True).clamp_(min=tiny)
-    if dtype is torch.float32 and fast_in_bfloat16(device_type(x)):
-        x = x.bfloat16()
+    x = x.to(factor_dtype(dtype, device_type(x)))
     a, b, c = COEFFICIENTS
     for _ in range(steps):
         gram = x @ x.mT

@@ -58,7 +58,7 @@ def _low_rank(limited: bool, coded: bool, coded_basis: bool) -> Callable[[State]
 
 class Member(NamedTuple):
     """A parameter with a gradient: its name, state, place in its group, and, if it is projected,
-    its backend.
+    its backend; and the shape of the whole that it is a shard of, if it is one.
     """
 
     name: str
@@ -66,6 +66,7 @@ class Member(NamedTuple):
     state: State
     place: int = 0
     backend: str = ""
+    whole: tuple[int, ...] = ()
 
 
 class Batch:
@@ -86,7 +87,7 @@ class Batch:
         self.params = [member.param for member in members]
         self.states = [member.state for member in members]
         self.side = Side(self.states[0]["side"])
-        alpha, shape = float(group["scale"]), self.params[0].shape
+        alpha, shape = float(group["scale"]), members[0].whole or self.params[0].shape
         self.residual = method.outside.numbers(alpha, shape)
         rounds = method.rounding == "stochastic" and self.params[0].dtype is torch.bfloat16
         salts = tuple(state["salt"] for state in self.states)
@@ -297,7 +298,7 @@ def batches_of(
         alike.setdefault(_kind(member, method), []).append(member)
     parts: list[list[Member]] = []
     for equal in alike.values():
-        _, param, state, _, backend = equal[0]
+        _, param, state, _, backend, _ = equal[0]
         assert param.grad is not None
         rank = state["basis"].shape[1]
         size = ops.batch_size(param, held(param.grad), rank, backend=backend)
@@ -333,7 +334,8 @@ def _kind(member: Member, method: Method) -> Hashable:
     )
     projected = is_projected_gradient(param.grad)
     age = None if method.capturable else (int(state["step"]), state["moments_step"])
-    return member.backend, state["side"], state["exp_avg"].dtype, age, projected, *layouts
+    kept = state["side"], state["exp_avg"].dtype, age
+    return member.backend, member.whole, *kept, projected, *layouts
 
 
 class Facts(NamedTuple):

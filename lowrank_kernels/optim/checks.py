@@ -77,11 +77,7 @@ def check_sharded(name: str, param: Tensor, group: Group, method: Method) -> Non
     if not is_projected(group):
         return
     check_placement(name, param, group["proj_type"])
-    outside = method.outside
     refused = {
-        "residual='orthogonal' needs all of the residual": outside.residual == "orthogonal",
-        "residual_momentum shares scales between rows": outside.residual_momentum > 0,
-        "interpolation needs all of the moments": method.subspace.interpolation > 0,
         "monitor=True counts on one rank": method.monitor,
         "rounding='stochastic' draws by the place on one rank": method.rounding == "stochastic",
     }

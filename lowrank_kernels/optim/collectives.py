@@ -8,7 +8,7 @@ rank that is about to do something else still meets the others.
 
 import functools
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -154,13 +154,9 @@ class Ranks:
         axis = self.place.axis
         if axis is None:
             return {i: parts[i] for i, owner in enumerate(owners) if owner == self.index}
-        here = self._coordinates
         columns = [part.shape[1] for part in parts]
-        sent: list[list[int]] = []
-        for shard in range(self.place.parts):
-            target = self._index_at([shard if a == axis else x for a, x in enumerate(here)])
-            sent.append([i for i, owner in enumerate(owners) if owner == target])
-        own = sent[here[axis]]
+        sent = self._served(owners)
+        own = sent[self._coordinates[axis]]
         outgoing = [parts[i].reshape(-1) for places in sent for i in places]
         out_splits = [sum(parts[i].numel() for i in places) for places in sent]
         every_rows = [self.place.rows(count) for count in rows]
@@ -181,6 +177,56 @@ class Ranks:
                 wholes[i].append(received[start : start + size].view(-1, columns[i]))
                 start += size
         return {i: torch.cat(found) for i, found in wholes.items()}
+
+    def from_owners(
+        self,
+        wholes: Mapping[int, Tensor],
+        shapes: Sequence[tuple[int, int]],
+        owners: Sequence[int],
+        dtype: torch.dtype,
+    ) -> list[Tensor]:
+        """Deals matrices out again, which `to_owners` gathered.
+
+        Args:
+            wholes: those that this rank owns, by their places, of this dtype.
+            shapes: of all matrices.
+            owners: as `to_owners` took them.
+            dtype: the same on all ranks.
+
+        Returns:
+            Of each matrix the rows that belong here.
+        """
+        axis = self.place.axis
+        assert axis is not None
+        here, group = self._coordinates[axis], self.place.mesh.get_group(axis)
+        served = self._served(owners)
+        every_rows = [self.place.rows(rows) for rows, _ in shapes]
+        divided = {i: torch.split(wholes[i], every_rows[i]) for i in served[here]}
+        outgoing = [divided[i][s] for s in range(self.place.parts) for i in served[here]]
+        out_splits = [
+            sum(every_rows[i][s] * shapes[i][1] for i in served[here])
+            for s in range(self.place.parts)
+        ]
+        sizes = [rows[here] * cols for rows, (_, cols) in zip(every_rows, shapes, strict=True)]
+        in_splits = [sum(sizes[i] for i in theirs) for theirs in served]
+        empty = torch.empty(0, dtype=dtype, device=self.device)
+        flat = torch.cat([empty, *(part.reshape(-1) for part in outgoing)])
+        received = empty.new_empty(sum(in_splits))
+        dist.all_to_all_single(received, flat, in_splits, out_splits, group=group)
+        order = [i for theirs in served for i in theirs]
+        parts = zip(order, torch.split(received, [sizes[i] for i in order]), strict=True)
+        found = {i: part.view(-1, shapes[i][1]) for i, part in parts}
+        return [found[i] for i in range(len(shapes))]
+
+    def shard_index(self, shard: int) -> int:
+        """The `index` of who has a shard, of this rank's copy."""
+        here = enumerate(self._coordinates)
+        return self._index_at([shard if axis == self.place.axis else x for axis, x in here])
+
+    def _served(self, owners: Sequence[int]) -> list[list[int]]:
+        """Of each shard of this copy the places of those matrices whose owner it has."""
+        indices = map(self.shard_index, range(self.place.parts))
+        return [[i for i, owner in enumerate(owners) if owner == index] for index in indices]
 
     def _message(self, numbers: Tensor, claim: Claim) -> Tensor:
         message = torch.zeros(MESSAGE, dtype=torch.float64, device=self.device)

@@ -146,6 +146,11 @@ class Outside(NamedTuple):
         norm, ordinary_norm = totals.sqrt().to(dtype).unbind(1)
         return limited(norm, ordinary_norm, limiter_norms)
 
+    @property
+    def transformation(self) -> Transformation:
+        """What becomes of E, of the forms that change it as a matrix."""
+        return Transformation(self.residual == "orthogonal", self.residual_momentum)
+
     def matrices(self, param: Tensor) -> int | None:
         """As many of this shape as have room in a workspace, with E and what is made of it; None
         where no operation holds it.
@@ -220,14 +225,60 @@ class Updater:
             matrices, projection = _without_span(matrices, projection)
             scalars = scalars._replace(scale=0.0)
         else:
-            factor = (_added_up(sums).residual < math.inf).to(sums.residual.dtype)
-            outside = Transformation(form == "orthogonal", self._outside.residual_momentum)
-            grads = outside.of(matrices, states, projection.projected, factor)
-            matrices = matrices._replace(grads=grads)
-            projection = projection._replace(grads=None)
+            usable = _usable(sums)
+            outside = self._outside.transformation
+            grads = outside.of(matrices, states, projection.projected, usable)
+            self._update_by(grads, matrices, projection, usable, scalars)
+            return
+        self._finish(matrices, projection, factor, scalars)
+
+    def begin(
+        self, matrices: Matrices, states: Sequence[State], projection: Projection
+    ) -> list[Tensor]:
+        """Of shards of a form that needs whole matrices: what of them is here.
+
+        Changes what the states keep of E. See `update`.
+        """
+        assert projection.sums is not None
+        outside, usable = self._outside.transformation, _usable(projection.sums)
+        return outside.outside(matrices, states, projection.projected, usable)
+
+    def end(
+        self,
+        matrices: Matrices,
+        states: Sequence[State],
+        projection: Projection,
+        scalars: Scalars,
+        factors: Sequence[Tensor],
+    ) -> None:
+        """Changes the weights, by what has become of what `begin` gave."""
+        assert projection.sums is not None
+        grads = self._outside.transformation.finished(matrices, states, factors)
+        self._update_by(grads, matrices, projection, _usable(projection.sums), scalars)
+
+    def _update_by(
+        self,
+        grads: list[Tensor],
+        matrices: Matrices,
+        projection: Projection,
+        usable: Tensor,
+        scalars: Scalars,
+    ) -> None:
+        """Operation 3 with what is outside, changed, in the place of gradients."""
+        matrices = matrices._replace(grads=grads)
+        self._finish(matrices, projection._replace(grads=None), usable, scalars)
+
+    def _finish(
+        self, matrices: Matrices, projection: Projection, factor: Tensor, scalars: Scalars
+    ) -> None:
         if self._last is None:
             self._last = ops.prepare(matrices, backend=self._backend)
         self._last.back_project_update(matrices, projection, factor, scalars)
+
+
+def _usable(sums: ChannelSums) -> Tensor:
+    """B x channels, 1 where what is outside is finite, else 0."""
+    return (_added_up(sums).residual < math.inf).to(sums.residual.dtype)
 
 
 def _added_up(sums: ChannelSums) -> ChannelSums:

@@ -1,7 +1,8 @@
 """New bases of matrices whose rows are on several ranks: each is computed by one rank, its owner.
 
     owners     the largest matrix first, to the rank that has the least to do
-    gather     one all-to-all a round: to each owner the rows of all of its matrices
+    gather     one all-to-all a round: to each owner the rows of all of its matrices; with an
+               interpolation another one, of the first moments
     compute    on the whole gradient, as one process does
     send       what became of all matrices, in one sum; then from each owner its bases
     take       every rank: moments of its rows follow the new basis
@@ -83,8 +84,11 @@ def _refresh_round(
     grads = ranks.to_owners([item.grad for item in due], rows, owners)
     found: dict[int, Result] = {}
     error: Exception | None = None
+    means: dict[int, Tensor] = {}
+    if subspace.interpolation:
+        means = ranks.to_owners([item.state["exp_avg"] for item in due], rows, owners)
     try:
-        own = [due[place]._replace(grad=grad) for place, grad in grads.items()]
+        own = [_whole(due[place], grad, means.get(place)) for place, grad in grads.items()]
         found = dict(zip(grads, found_bases(own, subspace), strict=True))
     except Exception as failure:  # whatever it is, the others wait
         error = failure
@@ -92,7 +96,7 @@ def _refresh_round(
     for place in grads:
         header = [FAILED] + [0.0] * (HEADER - 1) if error else _header(found[place])
         headers[place] = torch.tensor(header, dtype=torch.float64, device="cpu")
-    del grads
+    del grads, means
     every = ranks.sum_of_all(headers.to(ranks.device)).tolist()
     failed = [place for place, header in enumerate(every) if header[0] == FAILED]
     if failed:
@@ -118,6 +122,12 @@ def _refresh_round(
         take(item, result, subspace, problems)
     problems.pop(PROBLEM, None)
     tell(problems)
+
+
+def _whole(item: Due, grad: Tensor, exp_avg: Tensor | None) -> Due:
+    """A matrix on its owner, with what is gathered of it; its own state stays as it is."""
+    kept = {} if exp_avg is None else {"exp_avg": exp_avg}
+    return item._replace(grad=grad, state={**item.state, **kept})
 
 
 def _header(result: Result) -> list[float]:

@@ -12,13 +12,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..ops.contract import Side, projected_shape, rank_axis
+from ..ops.contract import Side
 from ..ops.tensors import READER
 
 State = dict[str, Any]
 
 # Of a state, what is spread as the weight is.
-SPREAD = ("exp_avg", "exp_avg_sq", "first_direction")
+SPREAD = ("exp_avg", "exp_avg_sq", "first_direction", "residual_avg", "residual_avg_scale")
 
 
 def is_sharded(tensor: object) -> bool:
@@ -81,10 +81,9 @@ def put_back(state: State, found: State, param: Tensor) -> None:
         if key not in SPREAD:
             state[key] = value
         elif not is_sharded(state.get(key)) or local(state[key]) is not value:
-            side = Side(found["side"])
-            rank = value.shape[rank_axis(side)]
-            whole = projected_shape((param.shape[0], param.shape[1]), side, rank)
-            state[key] = spread_like(param, value, whole)
+            # Rows are divided of what has as many as the weight, as all has that is of the right.
+            rows = param.shape[0] if divides_rows(param) else value.shape[0]
+            state[key] = spread_like(param, value, (rows, value.shape[1]))
 
 
 def facts_here(params: Sequence[Tensor], states: Mapping[Tensor, State]) -> list[object]:

@@ -5,13 +5,15 @@ of which every rank has all, so that between two refreshes ranks need of each ot
 two or three a matrix for the limiter, one where a criterion looks at |R|. Those of some matrices, a
 bucket, travel together, while the next bucket is projected.
 
+Residuals that are changed as whole matrices travel to owners and back: see `gathered`.
+
 Local shapes decide what is launched, and only global ones what is sent: a rank without rows sends
 zeros.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -24,7 +26,9 @@ from ..ops.tensors import READER
 from ..subspace import Due, Readback, Subspace, measure, measures_at
 from .batches import Batch, Member, MemoryOf, batches_of, due_of_member, scalars_of
 from .collectives import NUMBERS, Claim, Ranks, Wait
+from .gathered import Wholes, needs_wholes, rows_dtype
 from .groups import Group
+from .outside import TRANSFORMED_BYTES
 from .owners import refresh_shared
 from .parts import Method
 from .placement import Placement, local, local_grad, local_state, put_back, spread_of
@@ -71,7 +75,8 @@ class Matrix(NamedTuple):
     @classmethod
     def of(cls, group: Group, member: Member) -> Matrix:
         twin = local(member.param).detach()
-        own = Member(member.name, twin, {}, member.place, member.backend)
+        whole = tuple(member.param.shape)
+        own = Member(member.name, twin, {}, member.place, member.backend, whole)
         return cls(group, member.name, member.param, member.state, own)
 
     def load(self) -> None:
@@ -92,6 +97,32 @@ class Matrix(NamedTuple):
     def described(self) -> str:
         """What has to be the same on every rank."""
         return _described(self.group, self.name, self.param)
+
+
+def bytes_between(rows: int, cols: int, rank: int, *, gathered: bool) -> int:
+    """What a shard of so many rows takes from operation 1 to the others: N and R, and, where it is
+    gathered, E and what is made of it.
+    """
+    return 8 * rows * rank + (TRANSFORMED_BYTES * rows * cols if gathered else 0)
+
+
+def bucketed(sizes: Sequence[int], least: int = 1, most: int = NUMBERS) -> list[range]:
+    """Places of matrices that travel together, in order.
+
+    Args:
+        sizes: in bytes, of which `BUCKET_BYTES` are in a bucket, or those of one matrix.
+        least: so many matrices are in a bucket in any case, to keep as many owners busy.
+        most: not more.
+    """
+    found: list[range] = []
+    start, room = 0, BUCKET_BYTES
+    for place, size in enumerate(sizes):
+        count = place - start
+        if count and ((room < size and count >= least) or count >= most):
+            found.append(range(start, place))
+            start, room = place, BUCKET_BYTES
+        room -= size
+    return [*found, range(start, len(sizes))] if sizes else found
 
 
 class Team:
@@ -116,26 +147,23 @@ class Team:
         self.matrices, self.method = matrices, method
         place = Placement.of(like)
         self.ranks = Ranks(place, torch.device(place.mesh.device_type))
+        self.gathers = needs_wholes(method.outside, place)
         lines = sorted([matrix.described for matrix in matrices] + idle)
+        if self.gathers:
+            lines.append(f"residuals in {rows_dtype(like.dtype, self.ranks.device)}")
         order = "the order " + ", ".join(matrix.name for matrix in matrices)
         self.claim = Claim([*lines, method.described(), order])
-        parts = self._parts() if matrices else ()
-        self.buckets = [Bucket(part, self, memory_of) for part in parts]
+        most = NUMBERS // (method.outside.shared + 1)
+        sizes = [self._size(matrix) for matrix in matrices]
+        parts = bucketed(sizes, place.parts if self.gathers else 1, most)
+        self.buckets = [Bucket([matrices[i] for i in part], self, memory_of) for part in parts]
 
-    def _parts(self) -> Iterator[list[Matrix]]:
-        """Of the matrices, by their global shapes."""
-        numbers = self.method.outside.shared + 1
-        part: list[Matrix] = []
-        room, place = 0, self.ranks.place
-        for matrix in self.matrices:
-            rows, cols = matrix.param.shape
-            size = 8 * max(place.rows(rows)) * min(matrix.group["rank"], rows, cols)
-            if part and (room < size or (len(part) + 1) * numbers > NUMBERS):
-                yield part
-                part = []
-            room = (room if part else BUCKET_BYTES) - size
-            part.append(matrix)
-        yield part
+    def _size(self, matrix: Matrix) -> int:
+        """Bytes that a matrix takes between operations on the rank that has most of it."""
+        rows, cols = matrix.param.shape
+        most = max(self.ranks.place.rows(rows))
+        rank = min(matrix.group["rank"], rows, cols)
+        return bytes_between(most, cols, rank, gathered=self.gathers)
 
     def agree(self) -> None:
         """Raises RuntimeError on every rank if these are not the same matrices on all."""
@@ -162,7 +190,8 @@ class Team:
 
     def step(self, optimizer: LowRankAdamW) -> None:
         """Project, scale, update, a bucket while the numbers of the one before travel."""
-        if not self.method.outside.is_limited and self.method.subspace.criterion is None:
+        told = self.method.outside.is_limited or self.method.subspace.criterion is not None
+        if not told and not self.gathers:
             for bucket in self.buckets:
                 for batch, scalars in bucket.scalars():
                     optimizer._step_batch(batch, scalars)
@@ -207,16 +236,25 @@ class Bucket:
                 self.by_group.append(batches_of(group, here, self.method, memory_of))
         names = ", ".join(matrix.name for matrix in matrices)
         self._claim = Claim([*team.claim.lines, f"a step of {names}"])
-        places = {id(matrix.here.state): place for place, matrix in enumerate(matrices)}
+        self._place_of = {id(matrix.here.state): place for place, matrix in enumerate(matrices)}
         device = matrices[0].here.param.device
         # On the device, so that no step waits for them.
         self._places = {
-            id(batch): torch.tensor([places[id(state)] for state in batch.states], device=device)
+            id(batch): torch.tensor(self._places_in(batch), device=device)
             for batches in self.by_group
             for batch in batches
         }
+        self._wholes: Wholes | None = None
+        if team.gathers:
+            shapes = [(matrix.param.shape[0], matrix.param.shape[1]) for matrix in matrices]
+            transformation = self.method.outside.transformation
+            self._wholes = Wholes(shapes, matrices[0].param.dtype, self.ranks, transformation)
         self._works: list[Work] = []
         self._wait: Wait | None = None
+
+    def _places_in(self, batch: Batch) -> list[int]:
+        """Of a batch's matrices in the bucket."""
+        return [self._place_of[id(state)] for state in batch.states]
 
     def scalars(self) -> Iterator[tuple[Batch, Scalars]]:
         """The batches with the scalars of this step."""
@@ -233,6 +271,7 @@ class Bucket:
         )
         like = self.matrices[0].here.param
         numbers = like.new_zeros((len(self.matrices), shared + 1), dtype=torch.float64)
+        outsides: dict[int, Tensor] = {}
         for batch, scalars in self.scalars():
             matrices, factors = batch.matrices(), None
             projection = batch.operations.project_moments(matrices, scalars.adam, scalars.step)
@@ -244,12 +283,22 @@ class Bucket:
                 low = projection.projected
                 norms = torch.linalg.vector_norm(low, dim=(1, 2), dtype=torch.float64)
                 numbers[places, shared] = norms.square()
+            if self._wholes is not None:
+                assert batch.updater is not None
+                own = batch.updater.begin(matrices, batch.states, projection)
+                outsides |= zip(self._places_in(batch), own, strict=True)
             self._works.append(Work(batch, scalars, matrices, projection, factors))
-        sent = numbers if measured else numbers[:, :shared]
+        # Before anything of another size travels ranks look whether they are about to do the same.
+        whole = self._wholes is not None
+        sent = numbers if measured or whole else numbers[:, :shared]
         self._wait = None
         if sent.numel():
             waits = self.ranks.sum(sent.flatten(), self._claim)
             self._wait = lambda: waits().view(len(self.matrices), -1)
+        if self._wholes is not None:
+            totals = waits().view(len(self.matrices), -1)
+            self._wait = (lambda: totals) if measured else None
+            self._wholes.gather(outsides, like)
 
     def end(self, readback: Readback) -> None:
         """Operations 2 and 3, with the numbers of all ranks."""
@@ -262,6 +311,7 @@ class Bucket:
         if totals is not None and totals.shape[1] > shared:
             self._measure(totals[:, shared].sqrt(), readback)
         works, self._works = self._works, []
+        factors = self._wholes.factors() if self._wholes is not None else []
         for work in works:
             factor = None
             if limits is not None and work.factors is not None:
@@ -269,7 +319,14 @@ class Bucket:
                 factor = own.unsqueeze(1) * work.factors
             # Batches decode their bases in turn in one memory.
             matrices = work.batch.matrices() if work.batch.room.bases else work.matrices
-            work.batch.update(matrices, work.projection, work.scalars, factor)
+            if factors:
+                assert work.batch.updater is not None
+                own_factors = [factors[place] for place in self._places_in(work.batch)]
+                work.batch.updater.end(
+                    matrices, work.batch.states, work.projection, work.scalars, own_factors
+                )
+            else:
+                work.batch.update(matrices, work.projection, work.scalars, factor)
 
     def _measure(self, norms: Tensor, readback: Readback) -> None:
         """Of all matrices, also of those of which nothing is here."""

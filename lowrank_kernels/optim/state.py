@@ -1,7 +1,7 @@
 """Per-parameter state: tensors, ints and floats only, so that any checkpoint library can hold it.
 
-Of a weight that is spread over processes as a DTensor, what has its shape or that of R is spread in
-the same way, and all else, P too, is whole and the same everywhere.
+Of a weight that is spread over processes as a DTensor, what has its rows, or the shape of R, is
+spread in the same way, and all else, P too, is whole and the same everywhere.
 
 Every key is there from the first step on, since such libraries take the list of keys from a fresh
 optimizer's state. Projected parameter:
@@ -24,7 +24,7 @@ optimizer's state. Projected parameter:
     norm_step     int, with `monitor` completed steps when that began
     low_bits      int8, the shape of the weight, of a bfloat16 weight with master=24
     residual_avg, residual_avg_scale   int8, the shape of the weight, contiguous, and float32, one
-                  for 256 elements: the mean of what is outside, with residual_momentum
+                  for 256 neighbours in a row: the mean of what is outside, with residual_momentum
 
 Other parameter: step, exp_avg, exp_avg_sq as torch.optim.AdamW, moments at least float32; matrices
 of some size also in bfloat16 or in codes, contiguous, and then with a salt; low_bits as above.
@@ -37,7 +37,7 @@ import torch
 from torch import Tensor
 
 from ..ops.bases import BASIS_CODES, code_shapes
-from ..ops.codes import FLAT_GROUPS, Stored, channel_groups
+from ..ops.codes import FLAT_GROUPS, ROW_GROUPS, Stored, channel_groups
 from ..ops.contract import Side, basis_shape, moment_dtype, projected_shape
 from ..ops.notices import notice_once
 from ..ops.reference import NOTHING_STORED
@@ -284,7 +284,7 @@ def check_shapes(name: str, param: Tensor, state: State, projected: bool) -> Non
     for key in {"low_bits", "residual_avg"} & state.keys():
         _check_shape(name, param, key, state[key], tuple(param.shape))
     if "residual_avg" in state:
-        key, scales = "residual_avg_scale", FLAT_GROUPS.scales(param.shape)
+        key, scales = "residual_avg_scale", ROW_GROUPS.scales(param.shape)
         _check_shape(name, param, key, state.get(key), scales)
     if exp_avg.dtype is torch.int8:
         scales = groups_of(state).scales(expected)
@@ -325,7 +325,10 @@ def check_codes(name: str, state: State) -> None:
         )
     for key in ("exp_avg_scale", "exp_avg_sq_scale", "basis_scale", "residual_avg_scale"):
         scale = state.get(key)
-        if scale is not None and not bool(((scale >= 0) & (scale < float("inf"))).all()):
+        if scale is None:
+            continue
+        here = local(scale)
+        if not bool(((here >= 0) & (here < float("inf"))).all()):
             raise ValueError(f"the state of {name} has a {key} below 0, or not finite")
 
 

@@ -3,17 +3,20 @@
 Of E = G - back(R), or of its mean over the last steps, which is held in a byte an element. Matrices
 are stacked, B x rows x cols; on a CPU each is a stack by itself, so that its bits do not depend on
 the others.
+
+Of both only the orthogonal factor needs whole matrices. What comes before and after it goes by
+channels, of which shards have all entries of some: `outside`, and `finished`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..ops import Matrices, Side
-from ..ops.codes import FLAT_GROUPS, decoded, encode
-from ..ops.contract import rank_axis
+from ..ops.codes import ROW_GROUPS, decoded, encode
+from ..ops.contract import moment_dtype, rank_axis
 from ..ops.dry import device_type
 from ..ops.orthogonal import orthogonalized
 from ..ops.products import stacked
@@ -27,7 +30,8 @@ MOMENTUM = ("residual_avg", "residual_avg_scale")
 NEGLIGIBLE_SHARE = 2**-6
 NEGLIGIBLE_SHARE_OF_CODES = 2**-5
 # The norm of a mean below which its steps fade, as with torch's Muon: without gradients it only
-# becomes smaller, which its signs and its orthogonal factor would not show.
+# becomes smaller, which its signs and its orthogonal factor would not show. Of signs that of a
+# channel, which are independent of each other.
 FADING_NORM = 1e-7
 
 
@@ -48,40 +52,66 @@ class Transformation(NamedTuple):
             projected: R, B x its shape.
             usable: B x channels, 1 where the gradient is finite, else 0.
         """
-        count = len(matrices.grads)
-        size = 1 if device_type(matrices.grads[0]) == "cpu" else count
         found: list[Tensor] = []
-        for start in range(0, count, size):
-            part = slice(start, start + size)
-            bases = stacked(matrices.bases[part]).to(matrices.dtype)
-            stack = _Stack(matrices.side, bases, negligible_share(states[0]))
-            taken = usable[part].unsqueeze(stack.axis).bool()
-            values = stacked(matrices.grads[part]).to(matrices.dtype).where(taken, 0.0)
-            values = stack.without(values, projected[part].where(taken, 0.0))
-            strength = None
-            if self.momentum:
-                values = _averaged(values, taken, states[part], self.momentum)
-                norm = torch.linalg.vector_norm(values, dim=(1, 2), keepdim=True)
-                strength = (norm / FADING_NORM).clamp_(max=1.0)
-            # A mean was outside of earlier bases; and of what bases in a byte span, each time they
-            # leave a hundredth.
-            for _ in range(2):
-                values = stack.without(values, stack.spanned(values))
-            values = self._transformed(values, stack)
-            if strength is not None:
-                values *= strength.to(values.dtype)
-            found += values.unbind()
+        for part in _parts(matrices):
+            stack = _Stack.of(matrices, part, states[0])
+            values = self._outside(stack, matrices, states, projected, usable, part)
+            values = self.factor(values) if self.orthogonal else self._signs(values, stack)
+            found += stack.cleared(values).unbind()
         return found
 
-    def _transformed(self, values: Tensor, stack: "_Stack") -> Tensor:
-        if not self.orthogonal:
+    def outside(
+        self, matrices: Matrices, states: Sequence[State], projected: Tensor, usable: Tensor
+    ) -> list[Tensor]:
+        """E of each matrix, or its mean: what `factor` takes. See `of`."""
+        found: list[Tensor] = []
+        for part in _parts(matrices):
+            stack = _Stack.of(matrices, part, states[0])
+            found += self._outside(stack, matrices, states, projected, usable, part).unbind()
+        return found
+
+    def factor(self, values: Tensor) -> Tensor:
+        """The orthogonal factor of whole matrices, B x rows x cols."""
+        factors = orthogonalized(values)
+        if self.momentum:
+            factors = factors * _strength(values, (1, 2)).to(factors.dtype)
+        return factors
+
+    def finished(
+        self, matrices: Matrices, states: Sequence[State], factors: Sequence[Tensor]
+    ) -> list[Tensor]:
+        """What operation 3 takes, of the channels of factors that belong to these matrices."""
+        found: list[Tensor] = []
+        for part in _parts(matrices):
+            stack = _Stack.of(matrices, part, states[0])
+            found += stack.cleared(stacked(factors[part])).unbind()
+        return found
+
+    def _outside(
+        self,
+        stack: "_Stack",
+        matrices: Matrices,
+        states: Sequence[State],
+        projected: Tensor,
+        usable: Tensor,
+        part: slice,
+    ) -> Tensor:
+        """Of some of the matrices, stacked."""
+        taken = usable[part].unsqueeze(stack.axis).bool()
+        values = stacked(matrices.grads[part]).to(matrices.dtype).where(taken, 0.0)
+        values = stack.without(values, projected[part].where(taken, 0.0))
+        if self.momentum:
+            values = _averaged(values, taken, states[part], self.momentum)
+        # A mean was outside of earlier bases; and of what bases in a byte span, each time they
+        # leave a hundredth.
+        for _ in range(2):
+            values = stack.without(values, stack.spanned(values))
+        return values
+
+    def _signs(self, values: Tensor, stack: "_Stack") -> Tensor:
+        if not self.momentum:
             return values.sign()
-        values = orthogonalized(values)
-        if values.dtype is not torch.bfloat16:
-            return values
-        # Of what bfloat16 rounds into the span the iterations make a tenth of a step.
-        stack = stack._replace(bases=stack.bases.bfloat16())
-        return stack.without(values, stack.spanned(values))
+        return values.sign() * _strength(values, stack.axis)
 
 
 def negligible_share(state: State) -> float:
@@ -95,6 +125,12 @@ class _Stack(NamedTuple):
     side: Side
     bases: Tensor
     share: float
+
+    @classmethod
+    def of(cls, matrices: Matrices, part: slice, state: State) -> "_Stack":
+        """Of some of the matrices, which all hold their bases as this state does."""
+        bases = stacked(matrices.bases[part]).to(matrices.dtype)
+        return cls(matrices.side, bases, negligible_share(state))
 
     @property
     def axis(self) -> int:
@@ -119,10 +155,33 @@ class _Stack(NamedTuple):
         )
         return outside.where(length > self.share * spanned, 0.0)
 
+    def cleared(self, values: Tensor) -> Tensor:
+        """Values without what bfloat16 has rounded into the span, if they are in it: of that, the
+        iterations make a tenth of a step.
+        """
+        if values.dtype is not torch.bfloat16:
+            return values
+        stack = self._replace(bases=self.bases.bfloat16())
+        return stack.without(values, stack.spanned(values))
+
+
+def _parts(matrices: Matrices) -> Iterator[slice]:
+    """Of a batch, those that are stacked together."""
+    count = len(matrices.grads)
+    size = 1 if device_type(matrices.grads[0]) == "cpu" else count
+    return (slice(start, start + size) for start in range(0, count, size))
+
+
+def _strength(values: Tensor, dim: int | tuple[int, int]) -> Tensor:
+    """1, and less where the norm is next to nothing."""
+    dtype = moment_dtype(values.dtype)
+    norm = torch.linalg.vector_norm(values, dim=dim, keepdim=True, dtype=dtype)
+    return (norm / FADING_NORM).clamp_(max=1.0)
+
 
 def new_momentum(param: Tensor) -> State:
     """Of E, before the first step: codes of one byte in the weight's shape, and their scales."""
-    scales = FLAT_GROUPS.scales(param.shape)
+    scales = ROW_GROUPS.scales(param.shape)
     return {
         "residual_avg": torch.zeros_like(
             param, dtype=torch.int8, memory_format=torch.contiguous_format
@@ -140,8 +199,8 @@ def _averaged(values: Tensor, taken: Tensor, states: Sequence[State], momentum: 
     means = []
     for value, finite, state in zip(values, taken, states, strict=True):
         codes, scales = (state[name] for name in MOMENTUM)
-        mean = decoded(codes, scales, FLAT_GROUPS).to(value.dtype)
+        mean = decoded(codes, scales, ROW_GROUPS).to(value.dtype)
         mean = mean.lerp(value, 1 - momentum).where(finite, mean).clamp_(-largest, largest)
-        encode(codes, scales, mean.float(), FLAT_GROUPS, None)
+        encode(codes, scales, mean.float(), ROW_GROUPS, None)
         means.append(mean)
     return stacked(means).where(taken, 0.0)

@@ -5,7 +5,6 @@ import torch
 from torch import nn
 
 from lowrank_kernels import AdaRankGradAdamW, FiraAdamW, GaLoreAdamW, LowRankAdamW, Subspace
-from lowrank_kernels.cli import traffic
 from lowrank_kernels.cli.traffic import Layout, adamw_needs, held_of, needs_of
 
 FSDP2 = Layout.of("fsdp2", 4)
@@ -88,6 +87,15 @@ def test_what_galore_holds_and_sends(module, layout, state, bases, renewed):
     assert found.largest == 120
 
 
+def test_an_interpolation_needs_first_moments_for_new_bases(module):
+    """3/4 of 4 x 10 x 4 and 4 x 6 x 4 bytes, from 4 GPUs in turn."""
+    ldadam = Subspace("power", interpolation=0.5, moments="carry_ldadam")
+    found = needs_of(GaLoreAdamW(groups_of(module), subspace=ldadam), FSDP2)
+    galore = needs_of(GaLoreAdamW(groups_of(module)), FSDP2)
+    assert found.bases_sent == galore.bases_sent + 30 + 18
+    assert found.sent == 0
+
+
 def test_under_ddp_the_state_is_that_of_one_gpu(module):
     optimizer = FiraAdamW(groups_of(module), state="int8", basis="int8", master=24)
     alone = sum(row["state_bytes"] for row in optimizer.plan())
@@ -142,22 +150,10 @@ def test_what_methods_reduce_in_a_step(module, build, messages):
 
 def test_orthogonal_sends_what_is_outside_to_owners_and_back(module):
     optimizer = LowRankAdamW(groups_of(module), residual="orthogonal", residual_momentum=0.9)
-    assert needs_of(optimizer, FSDP2)[2:4] == (2 * 3 * 240 // 16, 2)
-    assert needs_of(optimizer, HSDP)[2:4] == (2 * 240 // 4, 2)
-    momentum = 18 + 4 + 20 + 4  # codes of the shards and a scale each
+    assert needs_of(optimizer, FSDP2)[2:4] == (2 * 3 * 240 // 16 + 2 * 3 * 4096 // 4, 3)
+    assert needs_of(optimizer, HSDP)[2:4] == (2 * 240 // 4 + 4096, 3)
+    momentum = 18 + 3 * 4 + 20 + 2 * 4  # codes of the shards and a scale a row
     assert needs_of(optimizer, FSDP2).state == SHARDED + momentum
-
-
-def test_what_needs_whole_matrices_is_refused_on_shards(module):
-    def is_refused(**options):
-        optimizer = LowRankAdamW(groups_of(module), **options)
-        assert not traffic.is_refused(optimizer, DDP)
-        return traffic.is_refused(optimizer, FSDP2)
-
-    assert is_refused(residual="orthogonal")
-    assert is_refused(residual="sign", residual_momentum=0.9)
-    assert not is_refused(residual="sign")
-    assert not is_refused()
 
 
 @pytest.mark.parametrize(("rows", "buckets"), [(80, 1), (2**16, 2), (2**17, 3), (2**19, 5)])

@@ -6,6 +6,7 @@ from torch import nn
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 from lowrank_kernels import LowRankAdamW, Subspace
+from lowrank_kernels.optim.placement import SPREAD
 
 # On 2 ranks rows are uneven, on 3 and 4 some rank has none of the third; 16 x 16 is even on all.
 SHAPES = ((21, 12), (12, 30), (2, 9), (16, 16))
@@ -19,6 +20,9 @@ METHODS = {
     "apollo mini": {"residual": "scale", "subspace": "gaussian", "per": "matrix"},
     "normalize": {"residual": "normalize"},
     "sign": {"residual": "sign"},
+    "sign, averaged": {"residual": "sign", "residual_momentum": 0.9},
+    "orthogonal": {"residual": "orthogonal"},
+    "orthogonal, averaged": {"residual": "orthogonal", "residual_momentum": 0.9},
     "adaptive": {
         "residual": "official",
         "subspace": Subspace(**ADAPTIVE, check_gap=2, moments="carry"),
@@ -27,6 +31,9 @@ METHODS = {
         "subspace": Subspace(
             "svd", criterion="displacement", threshold=0.3, check_gap=2, moments="reset", lazy=0.1
         )
+    },
+    "interpolation": {
+        "subspace": Subspace("power", interpolation=0.5, moments="carry_ldadam"),
     },
     "int8 bases": {"residual": "official", "basis": "int8"},
 }
@@ -78,5 +85,4 @@ def take(weights, optimizer, spread, seeds, changed=lambda grads, seed: None):
 
 def plain(state):
     """What a state has that is the same on all ranks."""
-    spread = ("exp_avg", "exp_avg_sq", "first_direction")
-    return {key: value for key, value in state.items() if key not in spread}
+    return {key: value for key, value in state.items() if key not in SPREAD}

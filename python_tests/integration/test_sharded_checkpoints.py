@@ -17,11 +17,13 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.tensor import Shard, distribute_tensor
 
+from lowrank_kernels.optim.placement import SPREAD
+
 # The first test of each world size waits for all that its ranks do.
 pytestmark = pytest.mark.timeout(900)
 
 STOP = 5
-SAVED = ("fira", "adaptive", "displacement")
+SAVED = ("fira", "adaptive", "displacement", "sign, averaged", "orthogonal, averaged")
 OPTIONS = {
     "nested": StateDictOptions(),
     "flat": StateDictOptions(flatten_optimizer_state_dict=True),
@@ -38,7 +40,8 @@ def fresh(spread, method):
 def result_of(model, optimizer):
     weights = list(model.values())
     states = [optimizer.state[weight] for weight in weights]
-    moments = [whole(state[key]) for state in states for key in ("exp_avg", "exp_avg_sq")]
+    kept = [key for key in SPREAD if key in states[0]]
+    moments = [whole(state[key]) for state in states for key in kept]
     return [whole(weight) for weight in weights] + moments, [plain(state) for state in states]
 
 

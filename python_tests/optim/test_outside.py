@@ -23,7 +23,7 @@ from lowrank_kernels import (
 )
 from lowrank_kernels.ops import orthogonal
 from lowrank_kernels.ops.bases import loaded_basis
-from lowrank_kernels.ops.codes import FLAT_GROUPS, decoded
+from lowrank_kernels.ops.codes import ROW_GROUPS, decoded, encode
 
 FORMS = {
     "scale": {"residual": "scale"},
@@ -126,7 +126,7 @@ def test_a_momentum_is_the_mean_of_what_is_outside_in_a_byte_an_element(name):
             codes, scales = state["residual_avg"], state["residual_avg_scale"]
             assert codes.dtype is torch.int8
             assert codes.shape == param.shape
-            found = decoded(codes, scales, FLAT_GROUPS)
+            found = decoded(codes, scales, ROW_GROUPS)
             # A code is half of two 127ths of the group's largest, at the most.
             bound = float(means[place].abs().max()) / 60
             assert float((found - means[place]).abs().max()) < bound
@@ -452,6 +452,26 @@ def test_plan_is_what_states_take(name):
         for p in params
     ]
     assert planned == found
+
+
+def test_signs_fade_by_channels():
+    """Of a mean with a row of usual size, one of next to nothing and one of nothing."""
+    options = {"shapes": [(3, 8)], "weight_decay": 0.0, "residual_scale": 0.3}
+    params, optimizer = start("sign, averaged", "reference", **options)
+    optimizer.param_groups[0].update(rank=1, proj_type="right", scale=1e-30)
+    run(params, optimizer, [0])
+    state = optimizer.state[params[0]]
+    state["basis"].zero_()[0] = 1.0
+    mean = torch.zeros(3, 8)
+    # The norm of four is twice that of one.
+    mean[:2, 1:5] = torch.tensor([[1.0], [0.25e-9 / 0.9]])
+    encode(state["residual_avg"], state["residual_avg_scale"], mean, ROW_GROUPS, None)
+    before = params[0].data.clone()
+    params[0].grad = torch.zeros_like(params[0])
+    optimizer.step()
+    moved = (before - params[0].data)[:, 1:5] / LR
+    expected = torch.tensor([[0.3], [0.3 * 0.5e-2], [0.0]]).double().expand(3, 4)
+    torch.testing.assert_close(moved, expected, rtol=1e-5, atol=1e-12)
 
 
 def test_forms_can_be_changed_between_steps():
