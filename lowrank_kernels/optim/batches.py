@@ -58,7 +58,8 @@ def _low_rank(limited: bool, coded: bool, coded_basis: bool) -> Callable[[State]
 
 class Member(NamedTuple):
     """A parameter with a gradient: its name, state, place in its group, and, if it is projected,
-    its backend; and the shape of the whole that it is a shard of, if it is one.
+    its backend; the shape of the whole that it is a shard of, if it is one; and where the rows of
+    its basis begin that meet what is here of it and how many they are, if that is not all of them.
     """
 
     name: str
@@ -67,6 +68,7 @@ class Member(NamedTuple):
     place: int = 0
     backend: str = ""
     whole: tuple[int, ...] = ()
+    depth: tuple[int, int] | None = None
 
 
 class Batch:
@@ -98,7 +100,7 @@ class Batch:
         self.projected = is_projected_gradient(self.params[0].grad)
         self._resolves = any(map(is_unresolved, grads_of(self.params)))
         self._tensors = _low_rank(method.outside.is_limited, self._coded, bool(room.bases))
-        self.room = room
+        self.room, self.depth = room, members[0].depth
         backend = members[0].backend
         self.operations = ops.prepare(self.matrices(), backend=backend)
         self.updater: Updater | None = None
@@ -123,6 +125,8 @@ class Batch:
         scales: list[list[Tensor]] = [others.pop(0), others.pop(0)] if self._coded else [[], []]
         if self.room.bases:
             bases = self.room.load_bases(bases, others.pop(0))
+        if self.depth is not None:
+            bases = [basis.narrow(0, *self.depth) for basis in bases]
         return Matrices(
             self.side,
             self.residual,
@@ -211,7 +215,7 @@ class Prepared:
         members: list[tuple[Group, list[Member]]],
         method: Method,
         memory_of: MemoryOf,
-        idle: Sequence[tuple[Group, str, Tensor]] = (),
+        idle: Sequence[tuple[Group, str, Tensor, Side]] = (),
     ) -> None:
         self.facts, self.method = facts, method
         self.by_group: list[list[Batch]] = []
@@ -268,7 +272,7 @@ class Prepared:
 
 def _sharded(
     members: list[tuple[Group, list[Member]]],
-    idle: Sequence[tuple[Group, str, Tensor]],
+    idle: Sequence[tuple[Group, str, Tensor, Side]],
     method: Method,
     memory_of: MemoryOf,
 ) -> "Sharded":
@@ -298,7 +302,7 @@ def batches_of(
         alike.setdefault(_kind(member, method), []).append(member)
     parts: list[list[Member]] = []
     for equal in alike.values():
-        _, param, state, _, backend, _ = equal[0]
+        param, state, backend = equal[0].param, equal[0].state, equal[0].backend
         assert param.grad is not None
         rank = state["basis"].shape[1]
         size = ops.batch_size(param, held(param.grad), rank, backend=backend)
@@ -335,7 +339,7 @@ def _kind(member: Member, method: Method) -> Hashable:
     projected = is_projected_gradient(param.grad)
     age = None if method.capturable else (int(state["step"]), state["moments_step"])
     kept = state["side"], state["exp_avg"].dtype, age
-    return member.backend, member.whole, *kept, projected, *layouts
+    return member.backend, member.whole, member.depth, *kept, projected, *layouts
 
 
 class Facts(NamedTuple):

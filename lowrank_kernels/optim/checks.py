@@ -8,11 +8,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..ops import Side
 from ..ops.notices import notice_once
 from .formats import has_low_bits
-from .groups import Group, is_projected, named_params
+from .groups import Group, is_projected, named_params, side_for
+from .outside import AMPLIFIED
 from .parts import Method
-from .placement import check_placement, is_sharded
+from .placement import check_placement, divides, is_sharded
 from .projected_gradient import ProjectedGradient, held, is_projected_gradient
 
 
@@ -77,7 +79,16 @@ def check_sharded(name: str, param: Tensor, group: Group, method: Method) -> Non
     if not is_projected(group):
         return
     check_placement(name, param, group["proj_type"])
+    outside = method.outside
     refused = {
+        "residual_momentum shares a scale between columns that are on several ranks": (
+            divides(param, 1) and outside.residual_momentum > 0
+        ),
+        f"residual={outside.residual!r} sums over columns that are on several ranks": (
+            divides(param, 1)
+            and side_for(group, param) is Side.RIGHT
+            and outside.residual in AMPLIFIED
+        ),
         "monitor=True counts on one rank": method.monitor,
         "rounding='stochastic' draws by the place on one rank": method.rounding == "stochastic",
     }

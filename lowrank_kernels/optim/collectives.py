@@ -6,16 +6,18 @@ differ all of them see it, as w sum(h^2) != sum(h)^2. All sums are messages of o
 rank that is about to do something else still meets the others.
 """
 
-import functools
+import itertools
+import math
 import zlib
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ..ops.contract import Side, rank_axis
 from .placement import Placement
 
 # Of float64 in a message, with the two of the hash; 4 KiB travel as fast as 8 bytes.
@@ -46,17 +48,39 @@ class Ranks:
     Attributes:
         place: how they are spread.
         device: where messages are made.
+        side: of their bases.
     """
 
     place: Placement
     device: torch.device
+    side: Side
+
+    @property
+    def channel_axes(self) -> tuple[int, ...]:
+        """Of the mesh, over which ranks have different channels."""
+        return self.place.axes(1 - rank_axis(self.side))
+
+    @property
+    def depth_axes(self) -> tuple[int, ...]:
+        """Over which they have different parts of the same channels, so that R is a sum."""
+        return self.place.axes(rank_axis(self.side))
+
+    @property
+    def copies(self) -> list[int]:
+        """Over which they have the same."""
+        mesh, divided = self.place.mesh, (*self.place.rows, *self.place.columns)
+        return [a for a in range(mesh.ndim) if mesh.size(a) > 1 and a not in divided]
 
     @property
     def axes(self) -> list[int]:
-        """Of the mesh, that have several ranks; that of the shards comes first."""
-        mesh, first = self.place.mesh, self.place.axis
-        axes = [axis for axis in range(mesh.ndim) if mesh.size(axis) > 1]
-        return sorted(axes, key=lambda axis: axis != first)
+        """Of the mesh, that have several ranks; those of the shards come first."""
+        return [*self.channel_axes, *self.depth_axes, *self.copies]
+
+    @property
+    def of_moments(self) -> "Ranks":
+        """The same ranks, with the moments in the place of the weights."""
+        same = {("rows", "columns")[rank_axis(self.side)]: ()}
+        return replace(self, place=self.place._replace(**same))
 
     @property
     def count(self) -> int:
@@ -65,32 +89,39 @@ class Ranks:
     @property
     def index(self) -> int:
         """This rank's, from 0 to `count`, row by row of the mesh."""
-        return self._index_at(self._coordinates)
+        return self._index_at(self.coordinates)
 
     def sum(self, numbers: Tensor, claim: Claim) -> Wait:
-        """The sum over the shards, of float64 numbers of which there are as many on every rank.
+        """The sum over all channels, of float64 numbers of which there are as many on every rank.
 
         Returns:
             What waits for it. It raises RuntimeError if the other ranks claim something else; on a
             GPU, where that would wait for the device, only `agree` looks.
         """
-        axis = self.place.axis
-        if axis is None:
+        if not self.channel_axes:
             return lambda: numbers
         messages = [self._message(part, claim) for part in torch.split(numbers, NUMBERS)]
-        group = self.place.mesh.get_group(axis)
-        works = [dist.all_reduce(message, group=group, async_op=True) for message in messages]
+        first, *others = map(self.place.mesh.get_group, self.channel_axes)
+        works = [dist.all_reduce(message, group=first, async_op=True) for message in messages]
 
         def wait() -> Tensor:
             for work in works:
                 work.wait()
-            if self.device.type == "cpu" and any(_differ(m, group.size()) for m in messages):
+            for group, message in itertools.product(others, messages):
+                dist.all_reduce(message, group=group)
+            ranks = math.prod(group.size() for group in (first, *others))
+            if self.device.type == "cpu" and any(_differ(m, ranks) for m in messages):
                 self._tell_difference(claim)
             parts = torch.split(numbers, NUMBERS)
             found = [message[2 : 2 + len(p)] for message, p in zip(messages, parts, strict=True)]
             return torch.cat(found).to(numbers.device)
 
         return wait
+
+    def add_low(self, low: Tensor) -> None:
+        """Sums over the ranks that have other parts of the same channels, in place."""
+        for axis in self.depth_axes:
+            dist.all_reduce(low, group=self.place.mesh.get_group(axis))
 
     def sum_of_all(self, numbers: Tensor) -> Tensor:
         """The sum over all ranks, also over those that have copies."""
@@ -128,7 +159,7 @@ class Ranks:
             tensor: contiguous, of one shape on all ranks.
             owner: an `index`.
         """
-        mesh, here, there = self.place.mesh, self._coordinates, self._coordinates_of(owner)
+        mesh, here, there = self.place.mesh, self.coordinates, self.coordinates_of(owner)
         known: list[int] = []
         for axis in self.axes:
             # Along this axis are those who differ from the owner in no axis that is still to come.
@@ -137,96 +168,12 @@ class Ranks:
                 dist.broadcast(tensor, dist.get_global_rank(group, there[axis]), group=group)
             known.append(axis)
 
-    def to_owners(
-        self, parts: Sequence[Tensor], rows: Sequence[int], owners: Sequence[int]
-    ) -> dict[int, Tensor]:
-        """Gathers matrices, each on its owner.
-
-        Args:
-            parts: of each matrix the rows that are here; they travel in a dtype that holds all.
-            rows: of each whole matrix.
-            owners: an `index` for each. The shards of a matrix that are next to its owner, of all
-                copies, serve it.
-
-        Returns:
-            The matrices that this rank owns, by their places.
-        """
-        axis = self.place.axis
-        if axis is None:
-            return {i: parts[i] for i, owner in enumerate(owners) if owner == self.index}
-        columns = [part.shape[1] for part in parts]
-        sent = self._served(owners)
-        own = sent[self._coordinates[axis]]
-        outgoing = [parts[i].reshape(-1) for places in sent for i in places]
-        out_splits = [sum(parts[i].numel() for i in places) for places in sent]
-        every_rows = [self.place.rows(count) for count in rows]
-        in_splits = [
-            sum(every_rows[i][shard] * columns[i] for i in own) for shard in range(self.place.parts)
-        ]
-        dtype = functools.reduce(torch.promote_types, [part.dtype for part in parts])
-        like = parts[0].new_empty(0, dtype=dtype)
-        flat = torch.cat([like, *outgoing])
-        received = like.new_empty(sum(in_splits))
-        group = self.place.mesh.get_group(axis)
-        dist.all_to_all_single(received, flat, in_splits, out_splits, group=group)
-        wholes: dict[int, list[Tensor]] = {i: [] for i in own}
-        start = 0
-        for shard in range(self.place.parts):
-            for i in own:
-                size = every_rows[i][shard] * columns[i]
-                wholes[i].append(received[start : start + size].view(-1, columns[i]))
-                start += size
-        return {i: torch.cat(found) for i, found in wholes.items()}
-
-    def from_owners(
-        self,
-        wholes: Mapping[int, Tensor],
-        shapes: Sequence[tuple[int, int]],
-        owners: Sequence[int],
-        dtype: torch.dtype,
-    ) -> list[Tensor]:
-        """Deals matrices out again, which `to_owners` gathered.
-
-        Args:
-            wholes: those that this rank owns, by their places, of this dtype.
-            shapes: of all matrices.
-            owners: as `to_owners` took them.
-            dtype: the same on all ranks.
-
-        Returns:
-            Of each matrix the rows that belong here.
-        """
-        axis = self.place.axis
-        assert axis is not None
-        here, group = self._coordinates[axis], self.place.mesh.get_group(axis)
-        served = self._served(owners)
-        every_rows = [self.place.rows(rows) for rows, _ in shapes]
-        divided = {i: torch.split(wholes[i], every_rows[i]) for i in served[here]}
-        outgoing = [divided[i][s] for s in range(self.place.parts) for i in served[here]]
-        out_splits = [
-            sum(every_rows[i][s] * shapes[i][1] for i in served[here])
-            for s in range(self.place.parts)
-        ]
-        sizes = [rows[here] * cols for rows, (_, cols) in zip(every_rows, shapes, strict=True)]
-        in_splits = [sum(sizes[i] for i in theirs) for theirs in served]
-        empty = torch.empty(0, dtype=dtype, device=self.device)
-        flat = torch.cat([empty, *(part.reshape(-1) for part in outgoing)])
-        received = empty.new_empty(sum(in_splits))
-        dist.all_to_all_single(received, flat, in_splits, out_splits, group=group)
-        order = [i for theirs in served for i in theirs]
-        parts = zip(order, torch.split(received, [sizes[i] for i in order]), strict=True)
-        found = {i: part.view(-1, shapes[i][1]) for i, part in parts}
-        return [found[i] for i in range(len(shapes))]
-
     def shard_index(self, shard: int) -> int:
-        """The `index` of who has a shard, of this rank's copy."""
-        here = enumerate(self._coordinates)
-        return self._index_at([shard if axis == self.place.axis else x for axis, x in here])
-
-    def _served(self, owners: Sequence[int]) -> list[list[int]]:
-        """Of each shard of this copy the places of those matrices whose owner it has."""
-        indices = map(self.shard_index, range(self.place.parts))
-        return [[i for i, owner in enumerate(owners) if owner == index] for index in indices]
+        """The `index` of who has a shard, of this rank's copy, from 0 to `place.parts`."""
+        found = self.coordinates
+        for axis in (*self.place.rows, *self.place.columns):
+            shard, found[axis] = divmod(shard, int(self.place.mesh.size(axis)))
+        return self._index_at(found)
 
     def _message(self, numbers: Tensor, claim: Claim) -> Tensor:
         message = torch.zeros(MESSAGE, dtype=torch.float64, device=self.device)
@@ -235,7 +182,8 @@ class Ranks:
         return message
 
     @property
-    def _coordinates(self) -> list[int]:
+    def coordinates(self) -> list[int]:
+        """This rank's in the mesh."""
         return list(self.place.mesh.get_coordinate())
 
     def _index_at(self, coordinates: Sequence[int]) -> int:
@@ -244,7 +192,7 @@ class Ranks:
             index = index * int(self.place.mesh.size(axis)) + place
         return index
 
-    def _coordinates_of(self, index: int) -> list[int]:
+    def coordinates_of(self, index: int) -> list[int]:
         found: list[int] = []
         for axis in reversed(range(self.place.mesh.ndim)):
             index, place = divmod(index, int(self.place.mesh.size(axis)))

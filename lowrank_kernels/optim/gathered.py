@@ -1,11 +1,11 @@
-"""Orthogonal factors of what is outside, for matrices whose rows are on several ranks.
+"""Orthogonal factors of what is outside, for matrices that are spread over ranks.
 
     owners    of a bucket's matrices, the largest first, to the rank that has the least to do
-    gather    one all-to-all: to each owner the rows of E, or of its mean, of all of its matrices
+    gather    an all-to-all an axis: to each owner the parts of E, or of its mean, of its matrices
     compute   on whole matrices, as one process does
-    back      one all-to-all: to each rank its rows of the factors
+    back      an all-to-all an axis: to each rank its parts of the factors
 
-Rows travel in the dtype in which the iterations multiply, which rounds them once more than one
+Parts travel in the dtype in which the iterations multiply, which rounds them once more than one
 process does where that is bfloat16. Of HSDP each replica serves itself.
 """
 
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..ops.orthogonal import factor_dtype
 from .collectives import Ranks, owners_of
+from .exchange import from_owners, to_owners
 from .outside import Outside
 from .placement import Placement
 from .transformed import Transformation
@@ -23,11 +24,11 @@ from .transformed import Transformation
 
 def needs_wholes(outside: Outside, place: Placement) -> bool:
     """Whether a step has to gather matrices that are spread in this way."""
-    return outside.residual == "orthogonal" and place.axis is not None
+    return outside.residual == "orthogonal" and place.parts > 1
 
 
-def rows_dtype(weights: torch.dtype, device: torch.device) -> torch.dtype:
-    """In which rows of a weight's E travel."""
+def parts_dtype(weights: torch.dtype, device: torch.device) -> torch.dtype:
+    """In which parts of a weight's E travel."""
     return factor_dtype(weights, device.type)
 
 
@@ -37,7 +38,7 @@ class Wholes:
     Args:
         shapes: of whole matrices, the same on all ranks.
         dtype: of the weights.
-        ranks: among whom they are spread by rows.
+        ranks: among whom they are spread.
         transformation: what becomes of E.
     """
 
@@ -49,31 +50,27 @@ class Wholes:
         transformation: Transformation,
     ) -> None:
         self._shapes, self._ranks, self._transformation = list(shapes), ranks, transformation
-        self._dtype = rows_dtype(dtype, ranks.device)
+        self._dtype = parts_dtype(dtype, ranks.device)
         owners = owners_of([rows * cols for rows, cols in shapes], ranks.place.parts)
         self._owners = list(map(ranks.shard_index, owners))
         self._gathered: dict[int, Tensor] = {}
 
     def gather(self, parts: Mapping[int, Tensor], like: Tensor) -> None:
-        """Sends rows to their owners.
+        """Sends parts to their owners.
 
         Args:
-            parts: of each matrix, by its place, the rows of E that are here, if there are any.
+            parts: of each matrix, by its place, what is here of E, if there is any.
             like: on the device where they are.
         """
-        every = [
-            parts[place].to(self._dtype)
-            if place in parts
-            else like.new_empty((0, cols), dtype=self._dtype)
-            for place, (_, cols) in enumerate(self._shapes)
-        ]
-        rows = [count for count, _ in self._shapes]
-        self._gathered = self._ranks.to_owners(every, rows, self._owners)
+        empty = like.new_empty(0, dtype=self._dtype)
+        every = [parts.get(place, empty).to(self._dtype) for place in range(len(self._shapes))]
+        self._gathered = to_owners(self._ranks, every, self._shapes, self._owners)
 
     def factors(self) -> list[Tensor]:
-        """Of each matrix the rows of its factor that are here; what was gathered is freed."""
+        """Of each matrix what belongs here of its factor; what was gathered is freed."""
         found: dict[int, Tensor] = {}
         for place in list(self._gathered):
             whole = self._gathered.pop(place)
             found[place] = self._transformation.factor(whole.unsqueeze(0))[0].to(self._dtype)
-        return self._ranks.from_owners(found, self._shapes, self._owners, self._dtype)
+        empty = torch.empty(0, dtype=self._dtype, device=self._ranks.device)
+        return from_owners(self._ranks, found, self._shapes, self._owners, empty)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..ops import Side, Size
 from ..ops.notices import notice_once
-from .placement import divides_rows
+from .placement import divides
 
 Group = dict[str, Any]
 # A group with its place, and the name, the tensor and the salt of each of its parameters.
@@ -48,11 +48,13 @@ def side_of(proj_type: str, rows: int, cols: int) -> Side:
 
 
 def side_for(group: Group, param: Tensor) -> Side:
-    """The side of a projected parameter. It is right where ranks have different rows, which it does
-    not sum over.
+    """The side of a projected parameter. It is the one that does not sum over ranks: right where
+    they have different rows, left where they have different columns, unless that is not asked for.
     """
-    if divides_rows(param):
+    if divides(param, 0):
         return Side.RIGHT
+    if divides(param, 1):
+        return Side.RIGHT if group["proj_type"] == "right" else Side.LEFT
     return side_of(group["proj_type"], param.shape[0], param.shape[1])
 
 

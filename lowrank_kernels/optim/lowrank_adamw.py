@@ -14,6 +14,7 @@ from torch.optim.optimizer import Optimizer, ParamsT
 
 from .. import ops
 from ..ops import Choice, Scalars, Side
+from ..ops.contract import rank_axis
 from ..ops.dispatch import ENVIRONMENT_VARIABLE
 from ..ops.tensors import READER
 from ..subspace import Readback, Subspace, next_look, refresh_bases
@@ -68,7 +69,7 @@ from .groups import (
 )
 from .outside import LIMITED, Outside, Per, ResidualForm
 from .parts import Method, Rounding
-from .placement import check_spread, facts_here, is_sharded, local
+from .placement import check_spread, divides, facts_here, is_sharded, local
 from .projected_gradient import Projector, held, is_projected_gradient
 from .state import (
     State,
@@ -672,7 +673,7 @@ class LowRankAdamW(Optimizer):
         self._sharded = any(is_sharded(member.param) for _, own in members for member in own)
         # Other ranks may have gradients of them, and are not to wait.
         idle = [
-            (group, name, param)
+            (group, name, param, self.side_of(param))
             for _, group, named in self._named_groups()
             for name, param, _ in named
             if is_projected(group) and is_sharded(param) and _is_idle(param)
@@ -759,6 +760,9 @@ class LowRankAdamW(Optimizer):
         """Who computes a projected parameter's step, and why; ValueError if nobody can."""
         size, capturable = size_of(group, param), self.capturable
         form = format_for(param, True, self.state_format)
+        if divides(param, rank_axis(size.side)):
+            reason = "R is a sum over ranks, after a product of its own"
+            return Choice("reference" if request == "reference" else "foreach", reason)
         choice = ops.choose(
             request,
             local(param),

@@ -1,8 +1,8 @@
-"""New bases of matrices whose rows are on several ranks: each is computed by one rank, its owner.
+"""New bases of matrices that are spread over ranks: each is computed by one rank, its owner.
 
     owners     the largest matrix first, to the rank that has the least to do
-    gather     one all-to-all a round: to each owner the rows of all of its matrices; with an
-               interpolation another one, of the first moments
+    gather     an all-to-all a round and axis: to each owner the parts of all of its matrices; with
+               an interpolation as many again, of the first moments
     compute    on the whole gradient, as one process does
     send       what became of all matrices, in one sum; then from each owner its bases
     take       every rank: moments of its rows follow the new basis
@@ -16,9 +16,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..ops import Side
+from ..ops.contract import basis_shape, projected_shape, rank_axis
 from ..subspace import Due, Result, Subspace, found_bases, take, tell
 from .collectives import Ranks, owners_of
+from .exchange import to_owners
 
 # Of gradients that an owner gathers at a time, unless one alone is larger: 256 MiB in float32.
 ROUND_ELEMENTS = 2**26
@@ -32,13 +33,13 @@ PROBLEM = "its owner found none, and says why"
 
 
 def refresh_shared(
-    due: Sequence[Due], rows: Sequence[int], ranks: Ranks, subspace: Subspace
+    due: Sequence[Due], shapes: Sequence[tuple[int, int]], ranks: Ranks, subspace: Subspace
 ) -> None:
     """Gives each matrix a new basis, or counts why it keeps the old one, the same on every rank.
 
     Args:
         due: the same matrices on all ranks; of gradients and moments what is here.
-        rows: of each whole matrix.
+        shapes: of the whole matrices.
         ranks: among whom they are spread.
         subspace: where bases come from.
 
@@ -46,12 +47,12 @@ def refresh_shared(
         RuntimeError: an owner failed in an unforeseen way; no state was changed since the last
             round.
     """
-    sizes = [count * item.grad.shape[1] for count, item in zip(rows, due, strict=True)]
+    sizes = [rows * columns for rows, columns in shapes]
     owners = owners_of(sizes, ranks.count)
     for places in _rounds(sizes, owners):
         _refresh_round(
             [due[place] for place in places],
-            [rows[place] for place in places],
+            [shapes[place] for place in places],
             [owners[place] for place in places],
             ranks,
             subspace,
@@ -76,17 +77,22 @@ def _rounds(sizes: Sequence[int], owners: Sequence[int]) -> list[list[int]]:
 
 def _refresh_round(
     due: Sequence[Due],
-    rows: Sequence[int],
+    shapes: Sequence[tuple[int, int]],
     owners: Sequence[int],
     ranks: Ranks,
     subspace: Subspace,
 ) -> None:
-    grads = ranks.to_owners([item.grad for item in due], rows, owners)
+    grads = to_owners(ranks, [item.grad for item in due], shapes, owners)
     found: dict[int, Result] = {}
     error: Exception | None = None
     means: dict[int, Tensor] = {}
     if subspace.interpolation:
-        means = ranks.to_owners([item.state["exp_avg"] for item in due], rows, owners)
+        own_means = [item.state["exp_avg"] for item in due]
+        wholes = [
+            projected_shape(shape, ranks.side, mean.shape[rank_axis(ranks.side)])
+            for shape, mean in zip(shapes, own_means, strict=True)
+        ]
+        means = to_owners(ranks.of_moments, own_means, wholes, owners)
     try:
         own = [_whole(due[place], grad, means.get(place)) for place, grad in grads.items()]
         found = dict(zip(grads, found_bases(own, subspace), strict=True))
@@ -107,9 +113,9 @@ def _refresh_round(
     bases: dict[int, Tensor] = {}
     for owner in range(ranks.count):
         theirs = [i for i, header in enumerate(every) if owners[i] == owner and header[0] != NONE]
-        shapes = [(_rows_of_basis(due[place]), int(every[place][1])) for place in theirs]
+        sizes = [basis_shape(shapes[place], ranks.side, int(every[place][1])) for place in theirs]
         own_bases = [result.basis for place in theirs if (result := found.get(place))]
-        sent = _sent([b for b in own_bases if b is not None], shapes, due, owner, ranks)
+        sent = _sent([b for b in own_bases if b is not None], sizes, due, owner, ranks)
         bases |= dict(zip(theirs, sent, strict=True))
     problems: dict[str, list[str]] = {}
     for place, item in enumerate(due):
@@ -135,11 +141,6 @@ def _header(result: Result) -> list[float]:
         return [NONE] * HEADER
     rank = float(result.basis.shape[1])
     return [1.0, rank, result.captured, result.slow, result.deficient, result.share]
-
-
-def _rows_of_basis(item: Due) -> int:
-    """Of G, of which the right side has all columns here, and the left all rows."""
-    return item.grad.shape[1 if item.state["side"] == Side.RIGHT else 0]
 
 
 def _sent(

@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from ..ops.bases import decode_basis
-from ..ops.contract import Side, basis_shape
 from ..ops.products import matrices_in_workspace
 from ..ops.weights24 import joined, split
 
@@ -90,9 +89,9 @@ def _decoded(param: Tensor, state: State) -> list[Tensor]:
     """Tensors without memory like those that a matrix has in a room."""
     found = []
     if "basis_scale" in state:
-        shape = (param.shape[0], param.shape[1])
-        rows, _ = basis_shape(shape, Side(state["side"]), 1)
-        size = (rows, state["basis"].shape[1])
+        basis = state["basis"]
+        # Two codes of int4 lie in a byte.
+        size = len(basis) * (2 if basis.dtype is torch.uint8 else 1), basis.shape[1]
         found.append(torch.empty(size, dtype=param.dtype, device="meta"))
     if "low_bits" in state:
         found.append(torch.empty_like(param, dtype=torch.float32, device="meta"))

@@ -20,18 +20,27 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from ..ops import Matrices, Projection, Scalars
-from ..ops.contract import moment_dtype
+from ..ops import Matrices, Projection, Scalars, Side
+from ..ops.contract import moment_dtype, rank_axis
 from ..ops.tensors import READER
 from ..subspace import Due, Readback, Subspace, measure, measures_at
 from .batches import Batch, Member, MemoryOf, batches_of, due_of_member, scalars_of
 from .collectives import NUMBERS, Claim, Ranks, Wait
-from .gathered import Wholes, needs_wholes, rows_dtype
+from .contracted import projections
+from .gathered import Wholes, needs_wholes, parts_dtype
 from .groups import Group
 from .outside import TRANSFORMED_BYTES
 from .owners import refresh_shared
 from .parts import Method
-from .placement import Placement, local, local_grad, local_state, put_back, spread_of
+from .placement import (
+    Placement,
+    depth_here,
+    local,
+    local_grad,
+    local_state,
+    put_back,
+    spread_of,
+)
 from .state import State
 
 if TYPE_CHECKING:
@@ -40,7 +49,7 @@ if TYPE_CHECKING:
 # Of N and R of a bucket, in float32, on the rank that has most.
 BUCKET_BYTES = 2**26
 
-Idle = tuple[Group, str, Tensor]
+Idle = tuple[Group, str, Tensor, Side]
 
 # Of a group, what ranks compare; the rate changes at each step, and nobody waits for it.
 AGREED = (
@@ -75,8 +84,9 @@ class Matrix(NamedTuple):
     @classmethod
     def of(cls, group: Group, member: Member) -> Matrix:
         twin = local(member.param).detach()
-        whole = tuple(member.param.shape)
-        own = Member(member.name, twin, {}, member.place, member.backend, whole)
+        whole, side = tuple(member.param.shape), Side(member.state["side"])
+        depth = depth_here(member.param, side)
+        own = Member(member.name, twin, {}, member.place, member.backend, whole, depth)
         return cls(group, member.name, member.param, member.state, own)
 
     def load(self) -> None:
@@ -92,6 +102,11 @@ class Matrix(NamedTuple):
     def store(self) -> None:
         """Puts back what has become of the state."""
         put_back(self.whole, self.here.state, self.param)
+
+    @property
+    def side(self) -> Side:
+        """Of its basis."""
+        return Side(self.whole["side"])
 
     @property
     def described(self) -> str:
@@ -130,6 +145,7 @@ class Team:
 
     Args:
         like: a weight of one placement and dtype.
+        side: of their bases.
         matrices: like it, with gradients, loaded.
         idle: what is said of those without a gradient.
         method: the optimizer's parts.
@@ -139,6 +155,7 @@ class Team:
     def __init__(
         self,
         like: Tensor,
+        side: Side,
         matrices: list[Matrix],
         idle: list[str],
         method: Method,
@@ -146,11 +163,11 @@ class Team:
     ) -> None:
         self.matrices, self.method = matrices, method
         place = Placement.of(like)
-        self.ranks = Ranks(place, torch.device(place.mesh.device_type))
+        self.ranks = Ranks(place, torch.device(place.mesh.device_type), side)
         self.gathers = needs_wholes(method.outside, place)
         lines = sorted([matrix.described for matrix in matrices] + idle)
         if self.gathers:
-            lines.append(f"residuals in {rows_dtype(like.dtype, self.ranks.device)}")
+            lines.append(f"residuals in {parts_dtype(like.dtype, self.ranks.device)}")
         order = "the order " + ", ".join(matrix.name for matrix in matrices)
         self.claim = Claim([*lines, method.described(), order])
         most = NUMBERS // (method.outside.shared + 1)
@@ -160,10 +177,11 @@ class Team:
 
     def _size(self, matrix: Matrix) -> int:
         """Bytes that a matrix takes between operations on the rank that has most of it."""
-        rows, cols = matrix.param.shape
-        most = max(self.ranks.place.rows(rows))
-        rank = min(matrix.group["rank"], rows, cols)
-        return bytes_between(most, cols, rank, gathered=self.gathers)
+        place, shape = self.ranks.place, matrix.param.shape
+        most = [place.most(shape[dim], place.axes(dim)) for dim in (0, 1)]
+        depth = rank_axis(self.ranks.side)
+        rank = min(matrix.group["rank"], *shape)
+        return bytes_between(most[1 - depth], most[depth], rank, gathered=self.gathers)
 
     def agree(self) -> None:
         """Raises RuntimeError on every rank if these are not the same matrices on all."""
@@ -172,7 +190,7 @@ class Team:
     def refresh(self, subspace: Subspace, readback: Readback) -> bool:
         """Gives new bases to all that are due; whether there were any."""
         due: list[Due] = []
-        rows: list[int] = []
+        shapes: list[tuple[int, int]] = []
         for matrix in self.matrices:
             if not matrix.param.numel():
                 continue
@@ -180,18 +198,22 @@ class Team:
             found = due_of_member(matrix.group, matrix.here, steps, subspace, readback)
             if found is not None:
                 due.append(found)
-                rows.append(matrix.param.shape[0])
+                shapes.append((matrix.param.shape[0], matrix.param.shape[1]))
         if not due:
             return False
         lines = [f"{item.name}, due for a basis after {item.completed} steps" for item in due]
         self.ranks.agree(Claim(self.claim.lines + lines))
-        refresh_shared(due, rows, self.ranks, subspace)
+        refresh_shared(due, shapes, self.ranks, subspace)
         return True
 
     def step(self, optimizer: LowRankAdamW) -> None:
         """Project, scale, update, a bucket while the numbers of the one before travel."""
+        contracts = bool(self.ranks.depth_axes)
+        if contracts and self.ranks.device.type == "cpu":
+            # Messages of R are of unlike sizes: ranks that differ would wait for ever.
+            self.ranks.agree(Claim([*self.claim.lines, "a step"]))
         told = self.method.outside.is_limited or self.method.subspace.criterion is not None
-        if not told and not self.gathers:
+        if not told and not self.gathers and not contracts:
             for bucket in self.buckets:
                 for batch, scalars in bucket.scalars():
                     optimizer._step_batch(batch, scalars)
@@ -272,9 +294,8 @@ class Bucket:
         like = self.matrices[0].here.param
         numbers = like.new_zeros((len(self.matrices), shared + 1), dtype=torch.float64)
         outsides: dict[int, Tensor] = {}
-        for batch, scalars in self.scalars():
+        for (batch, scalars), projection in self._projections():
             matrices, factors = batch.matrices(), None
-            projection = batch.operations.project_moments(matrices, scalars.adam, scalars.step)
             places = self._places[id(batch)]
             if shared:
                 assert projection.sums is not None
@@ -299,6 +320,17 @@ class Bucket:
             totals = waits().view(len(self.matrices), -1)
             self._wait = (lambda: totals) if measured else None
             self._wholes.gather(outsides, like)
+
+    def _projections(self) -> Iterator[tuple[tuple[Batch, Scalars], Projection]]:
+        """Operation 1 of each batch."""
+        works = list(self.scalars())
+        if self.ranks.depth_axes:
+            yield from zip(works, projections(works, self.ranks.add_low), strict=True)
+            return
+        for batch, scalars in works:
+            matrices = batch.matrices()
+            found = batch.operations.project_moments(matrices, scalars.adam, scalars.step)
+            yield (batch, scalars), found
 
     def end(self, readback: Readback) -> None:
         """Operations 2 and 3, with the numbers of all ranks."""
@@ -359,7 +391,7 @@ class Sharded:
 
     Args:
         members: of each group, those that are spread and have a gradient.
-        idle: group, name and parameter of those that have none: other ranks may have one.
+        idle: group, name, parameter and side of those that have none: other ranks may have one.
         method: the optimizer's parts.
         memory_of: see `batches_of`.
     """
@@ -373,17 +405,17 @@ class Sharded:
     ) -> None:
         self.matrices = [Matrix.of(group, member) for group, own in members for member in own]
         self.load()
-        alike: dict[Any, tuple[Tensor, list[Matrix], list[str]]] = {}
+        alike: dict[Any, tuple[Tensor, Side, list[Matrix], list[str]]] = {}
         # Teams go by all parameters, in an order that does not depend on gradients.
-        for param in sorted(
-            [matrix.param for matrix in self.matrices] + [param for *_, param in idle], key=_kind
-        ):
-            alike.setdefault(_team(param), (param, [], []))
+        spread = [(matrix.param, matrix.side) for matrix in self.matrices]
+        spread += [(param, side) for *_, param, side in idle]
+        for param, side in sorted(spread, key=_kind):
+            alike.setdefault(_team(param, side), (param, side, [], []))
         for matrix in self.matrices:
-            alike[_team(matrix.param)][1].append(matrix)
-        for group, name, param in idle:
+            alike[_team(matrix.param, matrix.side)][2].append(matrix)
+        for group, name, param, side in idle:
             line = f"{_described(group, name, param)}, without a gradient"
-            alike[_team(param)][2].append(line)
+            alike[_team(param, side)][3].append(line)
         self.teams = [Team(*team, method, memory_of) for team in alike.values()]
         self.batches = [
             batch
@@ -436,13 +468,15 @@ def _described(group: Group, name: str, param: Tensor) -> str:
     return f"{name} {tuple(param.shape)}, {param.dtype}, {placements}, {told}"
 
 
-def _team(param: Tensor) -> Any:
+def _team(param: Tensor, side: Side) -> Any:
     """Equal for weights of one team."""
     mesh, placements = spread_of(param)
-    return mesh, placements, param.dtype, local(param).device
+    return mesh, placements, side, param.dtype, local(param).device
 
 
-def _kind(param: Tensor) -> str:
+def _kind(weight: tuple[Tensor, Side]) -> str:
     """What a team goes by, in words that are the same on every rank."""
+    param, side = weight
     mesh, placements = spread_of(param)
-    return f"{mesh.mesh.shape} {placements} {param.dtype} {mesh.mesh_dim_names}"
+    names = mesh.mesh_dim_names
+    return f"{mesh.mesh.shape} {placements} {side.name} {param.dtype} {names}"

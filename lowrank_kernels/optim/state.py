@@ -56,7 +56,7 @@ from .formats import (
 )
 from .groups import Group, cut_rank, is_projected, side_for, side_of, size_of
 from .parts import Method
-from .placement import is_sharded, local, local_state, put_back
+from .placement import channels_here, is_sharded, local, local_state, put_back
 from .transformed import MOMENTUM, new_momentum
 
 State = dict[str, Any]
@@ -83,14 +83,15 @@ def new_state(param: Tensor, group: Group, salt: int, method: Method) -> State:
     if is_projected(group):
         rank, side = cut_rank(group["rank"], *param.shape), side_for(group, param)
         own = method._replace(state=format_for(param, True, method.state))
-        state = new_projected_state(local(param), rank, side, salt, own)
+        like = channels_here(param, side) if is_sharded(param) else param
+        state = new_projected_state(like, rank, side, salt, own)
         if is_sharded(param):
             put_back(state, dict(state), param)
             if side != side_of(group["proj_type"], *param.shape):
-                text = (
-                    f"the basis of {tuple(param.shape)} matrices is on the right, since ranks have"
-                )
-                notice_once(logging.INFO, f"{text} different rows of them")
+                where = ("left", "right")[side]
+                text = f"the basis of {tuple(param.shape)} matrices is on the {where}, since ranks"
+                what = ("columns", "rows")[side]
+                notice_once(logging.INFO, f"{text} have different {what} of them")
     else:
         state = new_plain_state(param, salt, method.state)
     if has_low_bits(param, method.master):
@@ -109,6 +110,7 @@ def planned_state(param: Tensor, group: Group, method: Method) -> State:
     )
     if is_projected(group) and is_sharded(param):
         _, _, rank, side = size_of(group, param)
+        twin = torch.empty(channels_here(param, side).shape, dtype=param.dtype, device="meta")
         return new_projected_state(twin, rank, side, 0, forms)
     return new_state(twin, group, 0, forms)
 
@@ -173,7 +175,7 @@ def keep_up(state: State, param: Tensor, group: Group, salt: int, method: Method
     if projected and is_sharded(param):
         here = local_state(state)
         own = method._replace(state=format_for(param, True, method.state), master=None)
-        keep_up(here, local(param), group, salt, own)
+        keep_up(here, channels_here(param, Side(state["side"])), group, salt, own)
         put_back(state, here, param)
         return
     form = format_for(param, projected, method.state)

@@ -4,6 +4,7 @@ import torch
 from integration.ranks import counted_collectives, mesh_of
 from torch import nn
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.placement_types import _StridedShard
 
 from lowrank_kernels import LowRankAdamW, Subspace
 from lowrank_kernels.optim.placement import SPREAD
@@ -49,6 +50,24 @@ def spreads(world):
         del ways["copies"]
     return {
         name: lambda value, way=way: distribute_tensor(value, *way) for name, way in ways.items()
+    }
+
+
+def ways(world):
+    """Meshes and placements over so many ranks, for tensor parallelism."""
+    one, two = mesh_of(world), mesh_of(2, world // 2)
+    if world == 2:
+        return {
+            "columnwise": (one, [Shard(0)]),
+            "rowwise": (one, [Shard(1)]),
+            "summed": (one, [Shard(1)]),
+        }
+    under_fsdp = [_StridedShard(0, split_factor=2), Shard(0)]
+    return {
+        "columnwise and fsdp": (two, under_fsdp),
+        "rows twice": (two, [Shard(0), Shard(0)]),
+        "rowwise copies": (two, [Replicate(), Shard(1)]),
+        "summed over fsdp": (two, [Shard(0), Shard(1)]),
     }
 
 

@@ -4,65 +4,22 @@ from functools import partial
 
 import pytest
 import torch
-from integration.ranks import mesh_of, on_ranks, whole
-from integration.spread_runs import METHODS, STEPS, plain, setup, spreads, take
-from torch import nn
+from integration.ranks import mesh_of, on_ranks
+from integration.saved_runs import OPTIONS, dicts_of, fresh, go_on, loaded, result_of
+from integration.spread_runs import STEPS, spreads
 from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
-    get_model_state_dict,
-    get_optimizer_state_dict,
     set_model_state_dict,
     set_optimizer_state_dict,
 )
 from torch.distributed.tensor import Shard, distribute_tensor
-
-from lowrank_kernels.optim.placement import SPREAD
 
 # The first test of each world size waits for all that its ranks do.
 pytestmark = pytest.mark.timeout(900)
 
 STOP = 5
 SAVED = ("fira", "adaptive", "displacement", "sign, averaged", "orthogonal, averaged")
-OPTIONS = {
-    "nested": StateDictOptions(),
-    "flat": StateDictOptions(flatten_optimizer_state_dict=True),
-}
-
-
-def fresh(spread, method):
-    """A model of the weights, and its optimizer."""
-    weights, optimizer = setup(spread, **METHODS[method])
-    model = nn.ParameterDict({f"w{place}": weight for place, weight in enumerate(weights)})
-    return model, optimizer
-
-
-def result_of(model, optimizer):
-    weights = list(model.values())
-    states = [optimizer.state[weight] for weight in weights]
-    kept = [key for key in SPREAD if key in states[0]]
-    moments = [whole(state[key]) for state in states for key in kept]
-    return [whole(weight) for weight in weights] + moments, [plain(state) for state in states]
-
-
-def go_on(model, optimizer, spread, seeds):
-    take(list(model.values()), optimizer, spread, seeds)
-
-
-def dicts_of(model, optimizer, options):
-    return {
-        "model": get_model_state_dict(model, options=options),
-        "optimizer": get_optimizer_state_dict(model, optimizer, options=options),
-    }
-
-
-def loaded(spread, method, form, folder):
-    model, optimizer = fresh(spread, method)
-    found = dicts_of(model, optimizer, OPTIONS[form])
-    dcp.load(found, checkpoint_id=folder)
-    set_model_state_dict(model, found["model"], options=OPTIONS[form])
-    set_optimizer_state_dict(model, optimizer, found["optimizer"], options=OPTIONS[form])
-    return model, optimizer
 
 
 def saving(rank, world, folder):
