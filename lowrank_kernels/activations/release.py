@@ -237,8 +237,8 @@ def release_gradients(
             the model is none.
         ValueError: a parameter is released already, by this or another optimizer, or shares its
             memory with another; none is of the model; `clip` is no positive number.
-        NotImplementedError: the model is wrapped in DistributedDataParallel or FSDP1, or `clip` is
-            given and a parameter is sharded.
+        NotImplementedError: the model is wrapped in DistributedDataParallel or FSDP1, the optimizer
+            has a `process_group`, or `clip` is given and a parameter is sharded.
 
     Source: LOMO (arXiv 2306.09782); GaLore (arXiv 2403.03507), section 4.4, per-layer weight
     updates.
@@ -257,6 +257,11 @@ def release_gradients(
     for module in () if model is None else model.modules():
         if reason := WRAPPERS.get(type(module).__name__):
             raise NotImplementedError(f"{reason}: {WAY_OUT}")
+    if optimizer.process_group is not None:
+        raise NotImplementedError(
+            "the optimizer has a process_group, whose ranks would wait for each other in the middle"
+            " of their backward passes: leave process_group out"
+        )
     own = set() if model is None else set(model.parameters())
     if model is not None and own.isdisjoint(param for _, param, _ in _named_params(optimizer)):
         raise ValueError("the optimizer trains no parameter of this model")

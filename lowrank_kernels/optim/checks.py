@@ -59,7 +59,9 @@ def check_matrix(name: str, param: Tensor) -> None:
         )
 
 
-def check_sharded(name: str, param: Tensor, group: Group, method: Method) -> None:
+def check_sharded(
+    name: str, param: Tensor, group: Group, method: Method, process_group: object
+) -> None:
     """Raises NotImplementedError or ValueError if a step cannot be taken with a parameter that is
     spread over processes.
 
@@ -68,9 +70,16 @@ def check_sharded(name: str, param: Tensor, group: Group, method: Method) -> Non
         param: of whatever kind.
         group: its options.
         method: the optimizer's parts.
+        process_group: of an optimizer of copies, or None.
     """
     if not is_sharded(param):
         return
+    if process_group is not None:
+        raise NotImplementedError(
+            f"{name} {tuple(param.shape)}, {param.dtype}, is a DTensor, whose mesh says who shares"
+            " it, and process_group is for whole weights of which every rank has a copy: leave"
+            " process_group out"
+        )
     if method.capturable:
         raise NotImplementedError(
             f"{name} is a DTensor, whose gradients are new tensors at each step, and what is"

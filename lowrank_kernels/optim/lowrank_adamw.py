@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from inspect import Signature, signature
 from operator import attrgetter
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from ..ops import Choice, Scalars, Side
 from ..ops.contract import rank_axis
 from ..ops.dispatch import ENVIRONMENT_VARIABLE
 from ..ops.tensors import READER
-from ..subspace import Readback, Subspace, next_look, refresh_bases
+from ..subspace import Due, Readback, Subspace, next_look, refresh_bases
 from . import monitor, report
 from .batches import (
     STEP,
@@ -79,6 +79,9 @@ from .state import (
     keep_up,
     new_state,
 )
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 # What every step goes by beside the groups.
 PART_NAMES = (
@@ -206,6 +209,11 @@ class LowRankAdamW(Optimizer):
         monitor: counts non-finite gradients and steps held back by Fira's limiter for `stats`, and
             lets it tell the gradient's noise, at the cost of a few small launches a matrix. Steps
             without it forget what was counted.
+        process_group: of torch.distributed, whose ranks have equal weights and gradients, as under
+            DistributedDataParallel: each basis that is due is then computed by one of them and sent
+            to the others, n r elements, so that ranks share that work and have the same bits on
+            unlike devices too. None: every rank computes all. Not for DTensors, whose mesh says who
+            shares them; copies of an optimizer, and what is unpickled, have none.
 
     Attributes:
         state_format, basis_format, master: the arguments `state`, `basis` and `master`. They may be
@@ -224,6 +232,7 @@ class LowRankAdamW(Optimizer):
     __signature__ = _OfInit()
     # On the rates of steps that are taken outside of `step`, in the backward pass.
     lr_factor = 1.0
+    process_group: "ProcessGroup | None" = None
     # Whether some of what is stepped are DTensors.
     _sharded = False
     # What all ranks were found to agree on, of those.
@@ -268,7 +277,14 @@ class LowRankAdamW(Optimizer):
         basis: BasisFormat = "weight",
         master: MasterBits = None,
         monitor: bool = False,
+        process_group: "ProcessGroup | None" = None,
     ) -> None:
+        if process_group is not None:
+            # Imported for those who have a group.
+            from .replicas import check_process_group
+
+            check_process_group(process_group)
+        self.process_group = process_group
         self.subspace = Subspace.named(subspace, stagger=not capturable)
         self.residual, self.backend = residual, backend
         self.residual_scale, self.residual_momentum = residual_scale, residual_momentum
@@ -304,7 +320,7 @@ class LowRankAdamW(Optimizer):
             # What is not trained needs no format.
             if isinstance(param, Tensor) and param.requires_grad:
                 check_format(name, param, self.state_format)
-                check_sharded(name, param, group, self.method)
+                check_sharded(name, param, group, self.method, self.process_group)
         super().add_param_group(group)
 
     @not_compiled
@@ -335,11 +351,7 @@ class LowRankAdamW(Optimizer):
             for device_type in filter(torch.is_autocast_enabled, AUTOCAST_DEVICES):
                 stack.enter_context(torch.autocast(device_type, enabled=False))
             prepared = self._prepared()
-            refreshed = False
-            for batches in prepared.by_group:
-                if due := due_of(batches, self.subspace, self._readback):
-                    refresh_bases(due, self.subspace)
-                    refreshed = True
+            refreshed = self._refresh(prepared)
             if prepared.sharded is not None:
                 claims = prepared.sharded.claims
                 if claims != self._agreed:
@@ -359,6 +371,24 @@ class LowRankAdamW(Optimizer):
                 prepared.sharded.step(self)
             for plain in prepared.plain:
                 plain.step()
+
+    def _refresh(self, prepared: Prepared) -> bool:
+        """Gives new bases to all whole weights that are due; whether there were any."""
+        shared: list[Due] = []
+        refreshed = False
+        for batches in prepared.by_group:
+            due = due_of(batches, self.subspace, self._readback)
+            refreshed |= bool(due)
+            if self.process_group is not None:
+                shared += due
+            elif due:
+                refresh_bases(due, self.subspace)
+        if self.process_group is not None and shared:
+            from .replicas import lines_of, refresh_replicas
+
+            lines = lines_of(self._named_groups(), self.method)
+            refresh_replicas(shared, lines, self.process_group, self.subspace)
+        return refreshed
 
     def _step_batch(self, batch: Batch, scalars: Scalars) -> None:
         """Project, scale, update."""
@@ -704,7 +734,7 @@ class LowRankAdamW(Optimizer):
         """Who computes a parameter's step, once it is known that one can be taken."""
         assert param.grad is not None
         check_grad(name, param, param.grad)
-        check_sharded(name, param, group, self.method)
+        check_sharded(name, param, group, self.method, self.process_group)
         serves = is_projected(group) and self.residual is None
         check_projected_gradient(name, param, serves)
         check_format(name, param, self.state_format)

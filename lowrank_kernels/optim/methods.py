@@ -1,6 +1,6 @@
 """GaLore, Fira, APOLLO, AdaRankGrad and OrthoFira: choices of parts over one low-rank AdamW."""
 
-from typing import Literal, TypedDict
+from typing import TYPE_CHECKING, Literal, TypedDict
 
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
@@ -11,6 +11,9 @@ from .formats import BasisFormat, MasterBits, StateFormat
 from .lowrank_adamw import LowRankAdamW
 from .outside import Per
 from .parts import Rounding
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 class Options(TypedDict, total=False):
@@ -23,6 +26,7 @@ class Options(TypedDict, total=False):
     state: StateFormat
     basis: BasisFormat
     master: MasterBits
+    process_group: "ProcessGroup | None"
 
 
 class SubspaceOptions(Options, total=False):

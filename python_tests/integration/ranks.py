@@ -18,9 +18,12 @@ PRELOADED = ("torch.distributed.tensor", "torch.distributed.fsdp", "torch.distri
 DEADLINE = 600
 
 
-def on_ranks(world, functions, folder):
-    """What each of some functions of (rank, world) returns, by its name, a list over the ranks."""
-    multiprocessing.set_forkserver_preload([*PRELOADED, "lowrank_kernels"])
+def on_ranks(world, functions, folder, preloaded=()):
+    """What each of some functions of (rank, world) returns, by its name, a list over the ranks.
+
+    The server knows other modules at once only if this is what starts it.
+    """
+    multiprocessing.set_forkserver_preload([*PRELOADED, "lowrank_kernels", *preloaded])
     torch.multiprocessing.start_processes(
         _worker, (world, functions, folder), nprocs=world, start_method="forkserver"
     )
