@@ -448,7 +448,8 @@ def options_of(groups: list[Group]) -> list[object]:
 
 def phase_of(state: State, gap: int, subspace: Subspace) -> int:
     """By how many steps the refreshes of a matrix come early, so that matrices take turns."""
-    return state["salt"] * gap >> 32 if subspace.stagger else 0
+    wave = int(subspace.stagger)
+    return (state["salt"] * gap >> 32) // wave * wave if wave else 0
 
 
 def due_of_member(

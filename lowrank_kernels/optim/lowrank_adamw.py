@@ -438,7 +438,9 @@ class LowRankAdamW(Optimizer):
             A row for every parameter: name, shape, dtype, projected, side, rank, backend, reason,
             lr, how fast it moves (lr * scale of a group with a scale), state, basis and master, in
             which formats its moments, its basis (None without one) and its weight (24 or None) are
-            held, and state_bytes, what its state holds now (0 before its first step).
+            held, placement, of a DTensor over its mesh, and collectives, what ranks do together
+            for it (None: nothing), and state_bytes, what its state holds now (0 before its first
+            step). Owners are dealt by size among the matrices that are due in a step.
         """
         return report.explain(self)
 

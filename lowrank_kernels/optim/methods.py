@@ -228,7 +228,7 @@ class AdaRankGradAdamW(LowRankAdamW):
         threshold: float = 0.1,
         moments: str = "carry",
         power_iterations: int = 1,
-        stagger: bool = True,
+        stagger: bool | int = True,
         min_rank: int = 1,
         rank_multiple: int = 1,
         check_gap: int = 50,

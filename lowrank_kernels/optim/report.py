@@ -15,7 +15,7 @@ from ..ops.dispatch import Kind
 from .formats import basis_format, format_for, has_low_bits, is_whole, moments_dtype
 from .groups import Group, is_projected, learning_rate, named_params, size_of
 from .monitor import noise_and_signal
-from .placement import is_sharded, local
+from .placement import is_sharded, local, spread_of
 from .state import planned_state, state_bytes, subspace_stats
 
 if TYPE_CHECKING:
@@ -34,6 +34,7 @@ def explain(optimizer: LowRankAdamW) -> list[Row]:
             **_who(optimizer, name, group, param),
             "lr": learning_rate(group),
             **_formats(optimizer, group, param),
+            **_spread(optimizer, group, param),
             "state_bytes": state_bytes(optimizer.state.get(param, {})),
         }
         for name, group, param in _parameters(optimizer)
@@ -130,6 +131,24 @@ def _formats(optimizer: LowRankAdamW, group: Group, param: Tensor) -> Row:
         "basis": basis,
         "master": 24 if has_low_bits(param, optimizer.master) else None,
     }
+
+
+def _spread(optimizer: LowRankAdamW, group: Group, param: Tensor) -> Row:
+    """Over whom a parameter is spread, and what they do together in its steps."""
+    placement, told = None, ""
+    if is_sharded(param):
+        mesh, placements = spread_of(param)
+        names = mesh.mesh_dim_names or range(mesh.ndim)
+        axes = zip(placements, names, mesh.mesh.shape, strict=True)
+        placement = ", ".join(f"{place!r} over {name} of {size}" for place, name, size in axes)
+        if is_projected(group):
+            # Imported for those who have DTensors.
+            from .sharded import collectives_of
+
+            told = collectives_of(param, size_of(group, param).side, optimizer.method)
+    elif optimizer.process_group is not None and is_projected(group):
+        told = "at a refresh broadcast of P"
+    return {"placement": placement, "collectives": told or None}
 
 
 def _kept(optimizer: LowRankAdamW, param: Tensor) -> str:

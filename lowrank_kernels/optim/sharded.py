@@ -64,6 +64,24 @@ AGREED = (
 )
 
 
+def collectives_of(param: Tensor, side: Side, method: Method) -> str:
+    """What ranks do together for a projected DTensor, in words."""
+    place = Placement.of(param)
+    if place.mesh.size() == 1:
+        return ""
+    ranks = Ranks(place, torch.device(place.mesh.device_type), side)
+    gather = "all-to-all of G to an owner and " if place.parts > 1 else ""
+    every: list[str] = []
+    if ranks.depth_axes:
+        every.append("all-reduce of R")
+    if needs_wholes(method.outside, place):
+        every.append("two all-to-alls of what is outside")
+    elif ranks.channel_axes and (method.outside.is_limited or method.subspace.criterion):
+        every.append("all-reduce of norms")
+    steps = f"; in every step {' and '.join(every)}" if every else ""
+    return f"at a refresh {gather}broadcast of P{steps}"
+
+
 class Matrix(NamedTuple):
     """A weight that is spread, and what is here of it.
 

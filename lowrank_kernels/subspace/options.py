@@ -30,7 +30,9 @@ class Subspace:
             without a residual only.
         power_iterations: of "randomized" and "power".
         stagger: spreads the matrices' refreshes evenly over `update_proj_gap` steps, instead of all
-            at once. The first step computes all bases in either case.
+            at once. An int k, of at least 2, puts them into every k-th step, so that on many GPUs
+            several matrices are due together and their owners work side by side; k has to be the
+            same after a resume. The first step computes all bases in any case.
         moments: "keep" (GaLore), "reset", "carry", "carry_ldadam" or "carry_absolute": see
             `lowrank_kernels.subspace.moments`.
         residual_energy: eta: each refresh takes the smallest rank that leaves at most this share of
@@ -62,7 +64,7 @@ class Subspace:
 
     range_finder: str = "randomized"
     power_iterations: int = 1
-    stagger: bool = True
+    stagger: bool | int = True
     moments: str = "keep"
     residual_energy: float | None = None
     min_rank: int = 1
@@ -86,6 +88,10 @@ class Subspace:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"subspace: {name} must be an int of at least 1, got {value!r}")
+        if not isinstance(self.stagger, int) or self.stagger < 0:
+            raise ValueError(
+                f"subspace: stagger must be True, False or an int of steps, got {self.stagger!r}"
+            )
         for name in ("residual_energy", "lazy"):
             value = getattr(self, name)
             if value is not None and not 0 <= value <= 1:
@@ -138,7 +144,7 @@ class Subspace:
             )
 
     @classmethod
-    def named(cls, choice: "str | Subspace", *, stagger: bool = True) -> "Subspace":
+    def named(cls, choice: "str | Subspace", *, stagger: bool | int = True) -> "Subspace":
         """The subspace of a range finder's name; "svd" is the official one, never staggered."""
         if isinstance(choice, cls):
             return choice

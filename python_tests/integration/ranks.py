@@ -58,6 +58,9 @@ def whole(tensor):
     return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
 
 
+SENDING = ("all_reduce", "broadcast", "all_to_all_single")
+
+
 @contextmanager
 def counted_collectives():
     """A list that ends up with the names of the collectives that were called."""
@@ -72,6 +75,41 @@ def counted_collectives():
         setattr(dist, name, counting)
     try:
         yield names
+    finally:
+        for name, function in patched.items():
+            setattr(dist, name, function)
+
+
+@contextmanager
+def sent_bytes():
+    """A dict that ends up with what this rank has sent, by the collectives' names, in bytes.
+
+    Of X bytes an all-reduce over w ranks sends 2 (w - 1) / w X, as a ring does, and a broadcast X
+    from each; an all-to-all sends what is not for this rank.
+    """
+    sent, patched = {}, {name: getattr(dist, name) for name in SENDING}
+
+    def note(name, size):
+        sent[name] = sent.get(name, 0) + size
+
+    def all_reduce(tensor, group=None, **options):
+        world = dist.get_world_size(group)
+        note("all_reduce", 2 * (world - 1) / world * tensor.nbytes)
+        return patched["all_reduce"](tensor, group=group, **options)
+
+    def broadcast(tensor, *args, **options):
+        note("broadcast", tensor.nbytes)
+        return patched["broadcast"](tensor, *args, **options)
+
+    def all_to_all_single(received, outgoing, in_splits, out_splits, group=None):
+        others = sum(out_splits) - out_splits[dist.get_rank(group)]
+        note("all_to_all_single", others * outgoing.itemsize)
+        patched["all_to_all_single"](received, outgoing, in_splits, out_splits, group=group)
+
+    for function in (all_reduce, broadcast, all_to_all_single):
+        setattr(dist, function.__name__, function)
+    try:
+        yield sent
     finally:
         for name, function in patched.items():
             setattr(dist, name, function)

@@ -17,6 +17,11 @@ from lowrank_kernels.optim import owners, sharded
 pytestmark = pytest.mark.timeout(900)
 
 GAP = 3
+BACKENDS = [
+    (backend, dtype)
+    for backend in ("reference", "foreach", "native")
+    for dtype in (torch.float32, torch.bfloat16)
+]
 
 
 def trajectories(rank, world):
@@ -33,6 +38,28 @@ def trajectories(rank, world):
             assert all(weight.grad is not None for weight in weights)
             result = [whole(weight) for weight in weights], [plain(state) for state in states]
             found[where, method] = *result, names, rows
+    return found
+
+
+def told(rank, world):
+    """What `explain` says of a weight's ranks, and of the same in a group without a rank."""
+    spread, found = next(iter(spreads(world).values())), {}
+    for method in ("galore", "fira", "orthogonal"):
+        weights, optimizer = setup(spread, **METHODS[method])
+        row = optimizer.explain()[0]
+        found[method] = row["placement"], row["collectives"]
+    (row,) = LowRankAdamW([weights[0]]).explain()
+    return {**found, "plain": (row["placement"], row["collectives"])}
+
+
+def backends(rank, world):
+    """Of each backend and dtype: weights and bases."""
+    spread, found = next(iter(spreads(world).values())), {}
+    for backend, dtype in BACKENDS:
+        weights, optimizer = setup(spread, dtype, residual="official", backend=backend)
+        take(weights, optimizer, spread, range(STEPS))
+        bases = [optimizer.state[weight]["basis"] for weight in weights]
+        found[backend, dtype] = [whole(weight) for weight in weights], bases
     return found
 
 
@@ -165,6 +192,8 @@ def refusals(rank, world):
 FUNCTIONS = (
     *(
         trajectories,
+        told,
+        backends,
         small_messages,
         left_copies,
         half_precision,
@@ -257,6 +286,38 @@ def test_buckets_and_rounds_change_nothing(results, one_process):
         shards = {2: 2, 3: 3, 4: 2}[len(results["small_messages"])]
         names = found["orthogonal, averaged"][1]
         assert min(step.count("all_reduce") for step in names) == -(-4 // shards)
+
+
+def test_every_backend_steps_shards_as_wholes(results):
+    """Of given gradients: bases in every bit, since an owner computes as one process does."""
+    for backend, dtype in BACKENDS:
+        weights, optimizer = setup(torch.clone, dtype, residual="official", backend=backend)
+        take(weights, optimizer, torch.clone, range(STEPS))
+        for found in results["backends"]:
+            shards, bases = found[backend, dtype]
+            for weight, basis in zip(weights, bases, strict=True):
+                assert torch.equal(optimizer.state[weight]["basis"], basis), (backend, dtype)
+            for weight, shard in zip(weights, shards, strict=True):
+                # Norms are summed in another order.
+                error = (shard - weight).norm() / weight.norm()
+                assert error < 4 * torch.finfo(dtype).eps, (backend, dtype)
+
+
+def test_explain_says_how_weights_are_spread_and_what_ranks_do(results):
+    world = len(results["told"])
+    copies = "Replicate() over replicas of 2, " if world == 4 else ""
+    placement = f"{copies}Shard(dim=0) over shards of {2 if world == 4 else world}"
+    refresh = "at a refresh all-to-all of G to an owner and broadcast of P"
+    for found in results["told"]:
+        assert found == {
+            "galore": (placement, refresh),
+            "fira": (placement, f"{refresh}; in every step all-reduce of norms"),
+            "orthogonal": (
+                placement,
+                f"{refresh}; in every step two all-to-alls of what is outside",
+            ),
+            "plain": (placement, None),
+        }
 
 
 def test_copies_go_by_their_shape_and_shards_are_right(results):

@@ -5,6 +5,7 @@ import itertools
 import pytest
 import torch
 
+from lowrank_kernels.optim.batches import phase_of
 from lowrank_kernels.subspace import Subspace, is_due, is_measured, measure
 from lowrank_kernels.subspace.when import LAZY_REFRESHES, Readback, note_overlap
 
@@ -32,6 +33,16 @@ def test_a_phase_moves_all_but_the_first_and_keeps_the_interval(gap):
         assert first == 0
         assert later[0] == gap - phase
         assert all(b - a == gap for a, b in itertools.pairwise(later))
+
+
+def test_waves_are_multiples_of_their_steps_and_keep_the_interval():
+    salts = [int(place * 2**32 / 50) for place in range(50)]
+    phases = {phase_of({"salt": salt}, 20, Subspace(stagger=8)) for salt in salts}
+    assert phases == {0, 8, 16}
+    assert {phase_of({"salt": salt}, 20, Subspace()) for salt in salts} == set(range(20))
+    assert {phase_of({"salt": salt}, 20, Subspace(stagger=False)) for salt in salts} == {0}
+    with pytest.raises(ValueError, match="stagger must be True, False or an int"):
+        Subspace(stagger=-1)
 
 
 def stepped(state, norms, subspace):
