@@ -48,7 +48,8 @@ def table(headings: Iterable[str], rows: Iterable[Iterable[object]], record: str
 def source(records: Records, name: str) -> str:
     """Device, date, command and the record itself."""
     record = records[name]
-    place, commit = record["environment"], (record["environment"]["commit"] or "")[:7]
+    place, known = record["environment"], record["environment"]["commit"] or ""
+    commit = known[:7] + (" with changes" if known.endswith("-dirty") else "")
     command, torch = record["command"], place["versions"]["torch"]
     threads = f"{place['threads']} thread{'s' * (place['threads'] > 1)}"
     return (

@@ -219,6 +219,8 @@ class LowRankAdamW(Optimizer):
         state_format, basis_format, master: the arguments `state`, `basis` and `master`. They may be
             written to between steps; the next step converts what it finds, each value to the
             nearest, begins low bits at zero, and drops those that are no longer asked for.
+        residual, residual_scale, residual_momentum: the arguments; may be written to as well. They
+            are of all groups, and a resumed run has those that its constructor is given.
 
     Raises:
         ValueError, TypeError: an option or a parameter does not fit; the text names it.

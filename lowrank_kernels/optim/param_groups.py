@@ -64,8 +64,9 @@ def param_groups(
     a plain `nn.Sequential` is a block like the others.
 
     Weights of the blocks that are not projected, for whatever reason, move at lr * scale like the
-    projected ones: at the full rate of those, which is meant for embeddings and norms, they would
-    take steps several times as large as their neighbours'. A warning says which they are and why.
+    projected ones (at lr, where a scale is above 1, as APOLLO-Mini's is): at the full rate of those,
+    which is meant for embeddings and norms, they would take steps several times as large as their
+    neighbours'. A warning says which they are and why.
 
     A `Conv1D` weight is the transpose of a linear weight, so its `proj_type` is turned around where
     the shape alone would choose another side than for the linear layer (square matrices).
@@ -107,7 +108,7 @@ def param_groups(
         targets = list(targets)
     decisions = decide(model, rank, targets)
     _check_something_is_projected(model, decisions, targets)
-    _tell_what_is_left_out(decisions, scale)
+    _tell_what_is_left_out(decisions, min(scale, 1.0))
 
     groups: dict[tuple[Any, ...], Group] = {}
     for each in decisions:
@@ -116,7 +117,8 @@ def param_groups(
             options = {"rank": each.rank, "update_proj_gap": update_proj_gap, "scale": scale}
             options["proj_type"] = _stored_proj_type(each, proj_type)
         elif each.hidden:
-            options = {"scale": scale}
+            # APOLLO's factors on whole gradients may be above 1.
+            options = {"scale": min(scale, 1.0)}
         if weight_decay is not None:
             options["weight_decay"] = weight_decay if each.param.dim() > 1 else 0.0
         key = tuple(options.items())

@@ -615,3 +615,13 @@ def test_a_users_convolution_called_conv1d_is_not_a_linear_layer() -> None:
     groups = param_groups(model, rank=2)
     assert set(split(groups)[0]) == {"1.weight"}
     assert_complete(groups, model)
+
+
+def test_what_is_left_to_adamw_moves_at_most_at_lr():
+    """APOLLO's scales are of whole gradients, and may be above 1."""
+    model = nn.Sequential(*(nn.Linear(64, 64) for _ in range(3)))
+    ranks = {"0.weight": None, "*": 2}
+    for scale, expected in ((0.25, 0.25), (1.0, 1.0), (11.3, 1.0)):
+        groups = param_groups(model, ranks, scale=scale)
+        found = {group["scale"] for group in groups if "scale" in group and "rank" not in group}
+        assert found == {expected}
