@@ -112,7 +112,7 @@ class FiraAdamW(LowRankAdamW):
 class ApolloAdamW(LowRankAdamW):
     """APOLLO: the gradient itself, each channel scaled as Adam would scale its random projection.
 
-        phi_j = |N_j| / |R_j|;   W <- (1 - lr wd) (W - lr alpha phi (x) G), limited in growth as Fira's
+        phi_j = |N_j| / |R_j|;   W <- (1 - lr wd) (W - lr alpha phi (x) G), limited as Fira's
 
     N are Adam's directions of R, which is G multiplied by Gaussian numbers; nothing is projected
     back, and the update has the rank of G. alpha is a group's `scale`, for which the paper has 1:

@@ -64,8 +64,8 @@ def param_groups(
     a plain `nn.Sequential` is a block like the others.
 
     Weights of the blocks that are not projected, for whatever reason, move at lr * scale like the
-    projected ones (at lr, where a scale is above 1, as APOLLO-Mini's is): at the full rate of those,
-    which is meant for embeddings and norms, they would take steps several times as large as their
+    projected ones, and at lr where a scale is above 1, as APOLLO-Mini's is: at the full rate, which
+    is meant for embeddings and norms, they would take steps several times as large as their
     neighbours'. A warning says which they are and why.
 
     A `Conv1D` weight is the transpose of a linear weight, so its `proj_type` is turned around where
