@@ -7,6 +7,7 @@ from .activations import (
     project_linears,
     recompute_activations,
     release_gradients,
+    sample_linears,
     saved_bytes,
 )
 from .ops import BackendUnavailable, backends
@@ -42,5 +43,6 @@ __all__ = [
     "project_linears",
     "recompute_activations",
     "release_gradients",
+    "sample_linears",
     "saved_bytes",
 ]

@@ -5,12 +5,15 @@ from .projected_gradients import ProjectedGradients
 from .recompute import recompute_activations
 from .release import release_gradients
 from .report import saved_bytes
+from .sample import SampledLinears, sample_linears
 
 __all__ = [
     "ProjectedGradients",
     "ProjectedLinears",
+    "SampledLinears",
     "project_linears",
     "recompute_activations",
     "release_gradients",
+    "sample_linears",
     "saved_bytes",
 ]

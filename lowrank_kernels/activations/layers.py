@@ -20,7 +20,7 @@ from ..optim.first_bases import begin, can_begin, share_first
 from ..optim.lowrank_adamw import LowRankAdamW, not_compiled
 from ..optim.projected_gradient import ProjectedGradient, Projector
 from .linear import Products, ProjectedLinear, Use
-from .recompute import TAKERS, is_output_of_attention, is_recomputed
+from .recompute import TAKERS, is_recomputed, is_saved_anyway
 from .reduction import Reduction
 
 # What is patched, so that a copy of a model, which is not, computes as before.
@@ -140,10 +140,10 @@ class Layer:
         use = self._projecting(x, given, weight, optimizer, distributed)
         if use is None:
             # A whole gradient, of an input that need not be saved.
-            return Use(None, dtype=_autocast_dtype(x)) if is_recomputed(x) else None
-        keeps = self._keeps_input(optimizer, weight) or is_output_of_attention(x)
+            return Use(None, dtype=autocast_dtype(x)) if is_recomputed(x) else None
+        keeps = self._keeps_input(optimizer, weight) or is_saved_anyway(x)
         products = given.products if self._shares else None
-        return replace(use, keeps_input=keeps, dtype=_autocast_dtype(x), products=products)
+        return replace(use, keeps_input=keeps, dtype=autocast_dtype(x), products=products)
 
     def _projecting(
         self, x: Tensor, given: _Input, weight: Tensor, optimizer: LowRankAdamW, distributed: bool
@@ -169,14 +169,7 @@ class Layer:
 
     def _is_served(self, x: Tensor, weight: Tensor) -> bool:
         """Not under transforms, which hand over other weights, nor where nothing is trained."""
-        return (
-            weight is self._weight()
-            and weight.requires_grad
-            and torch.is_grad_enabled()
-            and not x.is_inference()
-            and not torch.jit.is_tracing()  # type: ignore[no-untyped-call]
-            and not torch._C._functorch.is_functorch_wrapped_tensor(x)
-        )
+        return weight is self._weight() and is_plain_pass(x, weight)
 
     def _may_begin(self, optimizer: LowRankAdamW, weight: Tensor) -> bool:
         return self._start != "dense" and not _LOOKING_ON.get() and can_begin(optimizer, weight)
@@ -255,6 +248,17 @@ def _holds_a_first_whole_gradient(optimizer: LowRankAdamW, weight: Tensor) -> bo
     return not state or int(state["step"]) == 0
 
 
+def is_plain_pass(x: Tensor, weight: Tensor) -> bool:
+    """Whether autograd records a gradient of the weight, outside of transforms."""
+    return (
+        weight.requires_grad
+        and torch.is_grad_enabled()
+        and not x.is_inference()
+        and not torch.jit.is_tracing()  # type: ignore[no-untyped-call]
+        and not torch._C._functorch.is_functorch_wrapped_tensor(x)
+    )
+
+
 @not_compiled
 def _forward(module: nn.Linear, input: Tensor) -> Tensor:
     """In the place of `nn.Linear.forward`."""
@@ -266,7 +270,7 @@ def _forward(module: nn.Linear, input: Tensor) -> Tensor:
     return projected
 
 
-def _autocast_dtype(x: Tensor) -> torch.dtype | None:
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
     """In which autocast would compute a linear layer; None without it."""
     kind = x.device.type
     if x.dtype is torch.float64 or not torch.amp.is_autocast_available(kind):

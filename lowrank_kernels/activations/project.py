@@ -197,23 +197,32 @@ def check_unwrapped(model: nn.Module, caller: str) -> None:
             raise ValueError(f"call {caller} before DistributedDataParallel wraps the model")
 
 
-def _obstacle(module: nn.Linear, projected: set[Tensor]) -> str | None:
-    """Why a layer cannot be taken."""
+def obstacle(module: nn.Linear) -> str | None:
+    """Why a layer's forward cannot be patched."""
     weight = module._parameters.get("weight")
     if type(module) is not nn.Linear and type(module).forward is not nn.Linear.forward:
         return f"{type(module).__name__} has a forward of its own"
     if weight is None:
         return "its weight is computed from others"
-    if weight not in projected:
-        return "its weight is not projected by the optimizer"
     if not weight.requires_grad:
         return "its weight is frozen"
-    if type(weight) is not nn.Parameter:
-        return f"its weight is a {type(weight).__name__}"
-    if not weight.is_contiguous():
-        return "the elements of its rows are not adjacent"
     if "forward" in vars(module) and not is_recomputing(module):
         return PATCHED_ALREADY
+    return None
+
+
+def _obstacle(module: nn.Linear, projected: set[Tensor]) -> str | None:
+    """Why a layer cannot be taken."""
+    weight = module._parameters.get("weight")
+    if weight is not None and weight not in projected:
+        return "its weight is not projected by the optimizer"
+    if reason := obstacle(module):
+        return reason
+    assert weight is not None
+    if not weight.is_contiguous():
+        return "the elements of its rows are not adjacent"
+    if type(weight) is not nn.Parameter:
+        return f"its weight is a {type(weight).__name__}"
     if is_reduced(weight):
         return "another call averages its gradient: call project_linears before ProjectedGradients"
     return None

@@ -85,7 +85,15 @@ _sources = WeakTensorKeyDictionary()
 # Modules whose replaced forward asks `input_of`, too.
 TAKERS: WeakSet[nn.Module] = WeakSet()
 # What a tensor goes through that stays where it is.
-_VIEWS = ("ViewBackward0", "UnsafeViewBackward0", "TransposeBackward0", "PermuteBackward0")
+_VIEWS = (
+    "ViewBackward0",
+    "UnsafeViewBackward0",
+    "ReshapeAliasBackward0",
+    "TransposeBackward0",
+    "PermuteBackward0",
+)
+# What keeps its output for its own backward.
+_KEEPERS = ("ScaledDotProduct", "ReluBackward", "TanhBackward", "SigmoidBackward")
 
 
 class Input(NamedTuple):
@@ -117,12 +125,12 @@ def is_recomputed(x: Tensor) -> bool:
     return _source_of(x) is not None
 
 
-def is_output_of_attention(x: Tensor) -> bool:
-    """Whether torch's attention has made x and saves it for its own backward."""
+def is_saved_anyway(x: Tensor) -> bool:
+    """Whether what has made x, as torch's attention, saves it for its own backward."""
     node = x.grad_fn
     while node is not None and node.name() in _VIEWS:
         node = node.next_functions[0][0]
-    return node is not None and node.name().startswith("ScaledDotProduct")
+    return node is not None and node.name().startswith(_KEEPERS)
 
 
 def _itself(tensors: Sequence[Tensor]) -> Tensor:

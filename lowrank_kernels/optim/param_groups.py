@@ -130,11 +130,11 @@ def decide(
     model: nn.Module, rank: Ranks, targets: str | Iterable[str] | None = None
 ) -> list[Decision]:
     """What `param_groups` does with each parameter, in the order of the model."""
-    candidates = {id(candidate.param): candidate for candidate in _linear_weights(model)}
+    candidates = {id(candidate.param): candidate for candidate in linear_weights(model)}
     matched = {
         name: param
         for name, param in model.named_parameters()
-        if id(param) in candidates and _matches(candidates[id(param)].name, targets)
+        if id(param) in candidates and matches(candidates[id(param)].name, targets)
     }
     ranks = ranks_of(rank, matched)
     outside = _embeddings_and_heads(model)
@@ -182,7 +182,7 @@ def _check_something_is_projected(
     trained = [each for each in decisions if each.param.requires_grad] or decisions
     if any(each.projected for each in trained):
         return
-    candidates = [c for c in _linear_weights(model) if any(c.param is d.param for d in trained)]
+    candidates = [c for c in linear_weights(model) if any(c.param is d.param for d in trained)]
     ranks = sorted({each.rank for each in trained if each.rank is not None})
     if ranks:
         shapes = sorted({tuple(each.param.shape) for each in trained if each.rank is not None})
@@ -190,7 +190,7 @@ def _check_something_is_projected(
             f"rank {', '.join(map(str, ranks))} saves no memory on any of the matched trained"
             f" shapes {shapes}"
         )
-    matched = [candidate.name for candidate in candidates if _matches(candidate.name, targets)]
+    matched = [candidate.name for candidate in candidates if matches(candidate.name, targets)]
     if matched:
         raise ValueError(f"rank gives none to any matched trained module, as {matched[0]}")
     names = "\n  ".join(dict.fromkeys(collapsed(c.name) for c in candidates)) or "none"
@@ -225,7 +225,7 @@ def _embeddings_and_heads(model: nn.Module) -> set[int]:
     return found
 
 
-def _linear_weights(model: nn.Module) -> list[Candidate]:
+def linear_weights(model: nn.Module) -> list[Candidate]:
     """Linear weights by module name, without the output head and without tied embeddings."""
     excluded = _embeddings_and_heads(model)
     found: dict[int, Candidate] = {}
@@ -259,7 +259,7 @@ def _is_transformers_conv1d(module: nn.Module) -> bool:
     )
 
 
-def _matches(name: str, targets: str | Iterable[str] | None) -> bool:
+def matches(name: str, targets: str | Iterable[str] | None) -> bool:
     if targets is None:
         return bool(IN_A_BLOCK.search(name)) and not ROUTER.search(name)
     if targets == "all-linear":

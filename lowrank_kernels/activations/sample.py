@@ -1,0 +1,332 @@
+"""Linear layers that keep a sample of their inputs for the gradients of their weights."""
+
+from __future__ import annotations
+
+import functools
+import weakref
+from collections import Counter
+from collections.abc import Iterable
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..ops.contract import Side
+from ..optim.lowrank_adamw import LowRankAdamW, not_compiled
+from ..optim.param_groups import linear_weights, matches
+from ..optim.projected_gradient import Projector
+from .layers import autocast_dtype, is_plain_pass
+from .norms import GradientNorms
+from .project import Row, obstacle
+from .recompute import is_recomputed, is_saved_anyway
+from .sampled_linear import (
+    SampledLinear,
+    Sketch,
+    kept_columns,
+    kept_in_subspace,
+    kept_rows,
+    norms_of,
+)
+from .sketches import ROW_METHODS
+
+Method = Literal["pps", "wta", "crs", "uniform", "rademacher"]
+METHODS = (*ROW_METHODS, "rademacher")
+
+# What is patched, so that a copy of a model, which is not, computes as before.
+_PATCHED: weakref.WeakKeyDictionary[nn.Module, _Layer] = weakref.WeakKeyDictionary()
+
+
+class SampledLinears:
+    """What `sample_linears` has done, what it goes by, and the way back.
+
+    Attributes:
+        rows: a `Row` for every linear layer of the model.
+        keep: share of tokens, or of features with "rademacher"; may be written to.
+    """
+
+    def __init__(
+        self, keep: float, method: Method, optimizer: LowRankAdamW | None, norms: int | None
+    ) -> None:
+        self.keep, self.rows = keep, list[Row]()
+        self.method, self._optimizer = method, optimizer and weakref.ref(optimizer)
+        self._norms, self._norms_of = norms, dict[str, GradientNorms]()
+        self._mask: Tensor | None = None
+        self._index: Tensor | None = None
+        self._last: _Input | None = None
+        self._siblings: dict[str, int] = {}
+        self._layers: list[_Layer] = []
+
+    def of_batch(self, mask: Tensor | None = None, index: Tensor | None = None) -> None:
+        """Says what the next forward passes are about, until it is said anew.
+
+        Args:
+            mask: batch x length, 0 where a token's gradients are zero, as padding's that attention
+                and loss leave out: such tokens are not drawn. None: all may be drawn. It is for
+                inputs of its own shape, batch x length x n, and for no others.
+            index: batch, int64: which samples of the data set these are, for `norms`.
+        """
+        self._mask, self._index = mask, index
+
+    def undo(self) -> None:
+        """Gives every layer its own forward again."""
+        for layer in self._layers:
+            layer.restore()
+        self._layers, self._last = [], None
+
+    def __str__(self) -> str:
+        taken = sum(row.taken for row in self.rows)
+        reasons = Counter(row.reason for row in self.rows if not row.taken)
+        others = "".join(f"\n  {count} not: {reason}" for reason, count in reasons.items())
+        kept = f"keep {self.keep:g} of their inputs, by {self.method!r}"
+        return f"{taken} of {len(self.rows)} linear layers {kept}{others}"
+
+    def _sketch(self, x: Tensor, name: str, weight: Tensor) -> Sketch | None:
+        """What a layer keeps of an input; None for all of it."""
+        projector, last = self._projector(weight), self._users_of(x, name)
+        count = self._count(x, name, projector)
+        if count is None:
+            return None
+        dtype, whose = autocast_dtype(x), None if projector is None else name
+        key = count, dtype, whose if self._index is None else name
+        if key not in last.sketches:
+            with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+                rows = x.detach().reshape(-1, x.shape[-1])
+                rows = rows if dtype is None else rows.to(dtype)
+                made = self._made(rows, x.shape, name, count, projector)
+            last.sketches[key] = made._replace(dtype=dtype)
+        return last.sketches[key]
+
+    def _count(self, x: Tensor, name: str, projector: Projector | None) -> int | None:
+        """Of rows, or of columns, to keep; None if all of x is less, or costs nothing."""
+        # Of what attention or a norm keeps anyway a sample would be kept beside it.
+        if is_saved_anyway(x) or is_recomputed(x):
+            return None
+        features = x.shape[-1]
+        of = features if self.method == "rademacher" else x.numel() // max(1, features)
+        count = max(1, round(self.keep * of))
+        share = count / max(1, of)
+        if projector is not None:
+            # Each layer of an input keeps x P, and rows, of its own.
+            share = (share + projector.rank / features) * self._siblings.get(name, 1)
+        return count if share < 1 and x.numel() else None
+
+    def _users_of(self, x: Tensor, name: str) -> _Input:
+        """What is known of an input; called in the order of the forward pass."""
+        last = self._last
+        if last is None or not last.is_of(x) or name in last.users:
+            if last is not None:
+                self._siblings |= dict.fromkeys(last.users, len(last.users))
+            last = self._last = _Input(weakref.ref(x), x._version, [], {})
+        last.users.append(name)
+        return last
+
+    def _made(
+        self, rows: Tensor, shape: torch.Size, name: str, count: int, projector: Projector | None
+    ) -> Sketch:
+        if self.method == "rademacher":
+            return kept_columns(rows, count)
+        norms = self._known_norms(name, shape)
+        weight = norms.weights(rows.device) if norms is not None else None
+        mask = self._mask
+        if mask is not None and mask.shape == shape[:-1]:
+            flat = (mask != 0).reshape(-1).to(rows.device)
+            weight = flat if weight is None else weight * flat
+
+        def score(rows: Tensor) -> Tensor:
+            return norms_of(rows) if weight is None else norms_of(rows) * weight
+
+        if projector is None:
+            sketch = kept_rows(rows, score(rows), count, self.method)
+        else:
+            sketch = kept_in_subspace(rows, projector, score, count, self.method)
+        return sketch if norms is None else sketch._replace(seen=norms.note)
+
+    def _projector(self, weight: Tensor) -> Projector | None:
+        """Of the optimizer, on the right side, where x P tells R exactly."""
+        optimizer = self._optimizer and self._optimizer()
+        state = optimizer.state.get(weight) if optimizer else None
+        if not state or "basis" not in state or state["side"] != Side.RIGHT:
+            return None
+        if state["basis"].shape[1] >= weight.shape[1]:
+            return None
+        return Projector.of(state)
+
+    def _known_norms(self, name: str, shape: torch.Size) -> _Noted | None:
+        """Of this batch's tokens in this layer, if they are kept."""
+        if self._norms is None or self._index is None or len(shape) != 3:
+            return None
+        if len(self._index) != shape[0]:
+            raise ValueError(
+                f"{name} has an input of {tuple(shape)}, and of_batch was told"
+                f" {len(self._index)} samples: batches come first"
+            )
+        if name not in self._norms_of:
+            self._norms_of[name] = GradientNorms(self._norms, shape[1])
+        cache = self._norms_of[name]
+        if cache.values.shape[1] != shape[1]:
+            raise ValueError(
+                f"{name} has an input of {tuple(shape)}, and norms of {cache.values.shape[1]}"
+                " tokens a sample: pad all batches to one length"
+            )
+        return _Noted(cache, self._index)
+
+
+class _Noted(NamedTuple):
+    """The norms of some samples."""
+
+    cache: GradientNorms
+    samples: Tensor
+
+    def weights(self, device: torch.device) -> Tensor:
+        return self.cache.of(self.samples).reshape(-1).to(device)
+
+    def note(self, heads: Tensor) -> None:
+        self.cache.note(self.samples, norms_of(heads).view(len(self.samples), -1))
+
+
+class _Input(NamedTuple):
+    """An input that layers multiply: those of one input, as q, k and v, share what is kept of it.
+
+    Attributes:
+        x: itself, which may be gone.
+        version: of it.
+        users: names of its layers so far.
+        sketches: what was kept.
+    """
+
+    x: weakref.ref[Tensor]
+    version: int
+    users: list[str]
+    sketches: dict[object, Sketch]
+
+    def is_of(self, x: Tensor) -> bool:
+        return self.x() is x and self.version == x._version
+
+
+class _Layer:
+    """A linear layer that is patched."""
+
+    def __init__(self, name: str, module: nn.Linear, sampled: SampledLinears) -> None:
+        self.name, self._sampled = name, sampled
+        self._module = weakref.ref(module)
+        self._forward_before = vars(module).get("forward")
+
+    def patch(self) -> None:
+        module = self._module()
+        assert module is not None
+        _PATCHED[module] = self
+        # A copied or pickled module takes the partial along, and finds no layer.
+        module.forward = functools.partial(_forward, module)  # type: ignore[method-assign]
+
+    def restore(self) -> None:
+        module = self._module()
+        if module is None or _PATCHED.pop(module, None) is not self:
+            return
+        del module.forward
+        if self._forward_before is not None:
+            module.forward = self._forward_before  # type: ignore[method-assign]
+
+    def __call__(self, x: Tensor, module: nn.Linear) -> Tensor:
+        sketch = None
+        # Evaluation is exact.
+        if module.training and is_plain_pass(x, module.weight):
+            sketch = self._sampled._sketch(x, self.name, module.weight)
+        if sketch is not None:
+            result: Tensor = SampledLinear.apply(x, module.weight, module.bias, sketch)  # type: ignore[no-untyped-call]
+            return result
+        if self._forward_before is not None:
+            exact: Tensor = self._forward_before(x)
+            return exact
+        return F.linear(x, module.weight, module.bias)
+
+
+@not_compiled
+def _forward(module: nn.Linear, input: Tensor) -> Tensor:
+    """In the place of `nn.Linear.forward`."""
+    layer = _PATCHED.get(module)
+    return F.linear(input, module.weight, module.bias) if layer is None else layer(input, module)
+
+
+def sample_linears(
+    model: nn.Module,
+    keep: float = 0.3,
+    method: Method = "pps",
+    *,
+    targets: str | Iterable[str] | None = None,
+    optimizer: LowRankAdamW | None = None,
+    norms: int | None = None,
+) -> SampledLinears:
+    """Lets linear layers keep a sample of their input, for an unbiased gradient of their weight.
+
+    Outputs, and the gradients of inputs and biases, are what they are without; the gradient of a
+    weight, m x n, is an estimate of H^T x from round(keep t) of the t tokens (with "rademacher":
+    from round(keep n) products of each token with random signs), whose mean is the gradient. Layers
+    of one input, as q, k and v, share one sample. Evaluation (`model.eval()`) is exact, and so is a
+    layer whose input attention keeps anyway. For any optimizer.
+
+    Draws are torch's own random numbers of the device, which checkpointing, of both kinds, and a
+    resume restore. Works with autocast, accumulation, DistributedDataParallel and FSDP2; in a
+    compiled model each layer is a graph break. No host waits for a device, but for `norms`.
+
+    Args:
+        model: with the layers.
+        keep: share of the input that is kept, above 0, and at most 1, which is all of it.
+        method: "pps": different tokens, with probability proportional to their score, the largest
+            for certain; "wta": as published, the largest for certain and others drawn with
+            replacement; "crs": all drawn with replacement; "uniform": different tokens, all as
+            likely; "rademacher": RAD. A score is a token's norm, times what `norms` knows.
+        targets: which layers, as of `param_groups`: the linear layers of numbered blocks by
+            default, and never the output head.
+        optimizer: over the model's weights; then what its bases span is kept whole, x P, t x r, on
+            the right side, and the sample is of the rest: R = G P is exact, and Fira's residual
+            unbiased. Layers of one input then keep theirs each, or x itself if that is less.
+        norms: samples in the data set, for fine-tuning over several epochs: of each token of each
+            sample the norm of its last gradient is then kept, in bfloat16 on the CPU, samples x
+            length a layer, and multiplies its score. Needs `of_batch(index=...)` before each
+            batch, inputs of batch x length x n, and one length. Layers then draw apart.
+
+    Returns:
+        What was taken and why not; `of_batch` says what is padding, `undo` restores the layers.
+
+    Raises:
+        ValueError: `keep` or `method` does not fit, `norms` is below 1 or goes with "rademacher" or
+            "uniform", `optimizer` goes with "rademacher" or with bases that are not orthonormal, or
+            no layer can be taken.
+    """
+    _check(keep, method, optimizer, norms)
+    if targets is not None and not isinstance(targets, str):
+        targets = list(targets)
+    weights = {c.name: c.param for c in linear_weights(model) if matches(c.name, targets)}
+    sampled, taken = SampledLinears(keep, method, optimizer, norms), []
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.Linear):
+            continue
+        reason = None if name in weights else "its name is not among the targets"
+        reason = reason or obstacle(module)
+        if reason is None:
+            taken.append(_Layer(name, module, sampled))
+        sampled.rows.append(Row(name, reason is None, reason or method))
+    if not taken:
+        raise ValueError(f"no linear layer can be sampled: {sampled}")
+    for layer in taken:
+        layer.patch()
+    sampled._layers = taken
+    return sampled
+
+
+def _check(keep: float, method: str, optimizer: LowRankAdamW | None, norms: int | None) -> None:
+    if isinstance(keep, bool) or not isinstance(keep, (int, float)) or not 0 < keep <= 1:
+        raise ValueError(f"keep must be above 0 and at most 1, got {keep!r}")
+    if method not in METHODS:
+        raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
+    if norms is not None and (not isinstance(norms, int) or norms < 1):
+        raise ValueError(f"norms must be how many samples there are, at least 1, got {norms!r}")
+    if norms is not None and method in ("rademacher", "uniform"):
+        raise ValueError(f"norms do nothing with method={method!r}, which goes by no scores")
+    if optimizer is None:
+        return
+    if method == "rademacher":
+        raise ValueError("optimizer goes with methods that draw tokens, and not with 'rademacher'")
+    if not optimizer.subspace.orthonormal:
+        raise ValueError("optimizer has bases that are not orthonormal: G P is no part of G there")

@@ -1,0 +1,387 @@
+"""Linear layers that keep a sample of their inputs."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+import transformers
+from activations.llama import (
+    HIDDEN,
+    INTERMEDIATE,
+    LAYERS,
+    TOKENS,
+    language_model,
+    token_ids,
+)
+from activations.nets import Net, batch, groups_of, loss_of
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from lowrank_kernels import (
+    FiraAdamW,
+    GaLoreAdamW,
+    Subspace,
+    recompute_activations,
+    sample_linears,
+    saved_bytes,
+)
+from lowrank_kernels.activations.norms import GradientNorms
+from lowrank_kernels.activations.sample import METHODS
+
+SAMPLED = ("q", "k", "up", "down")
+DRAWS = 600
+
+
+def gradients(model, seed=0, ids=None):
+    torch.manual_seed(seed)
+    model.zero_grad()
+    loss = loss_of(model, batch(0) if ids is None else ids)
+    loss.backward()
+    return loss.detach(), {name: p.grad.clone() for name, p in model.named_parameters()}
+
+
+def is_sampled(name):
+    """The input of down is the output of a ReLU, which keeps it."""
+    return name in ("q.weight", "k.weight", "up.weight")
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_all_but_the_weights_gradients_is_exact(method):
+    loss, exact = gradients(Net())
+    model = Net()
+    sampled = sample_linears(model, 0.3, method, targets=SAMPLED)
+    assert [row.taken for row in sampled.rows] == [True, True, True, True, False]
+    found_loss, found = gradients(model)
+    assert torch.equal(found_loss, loss)
+    for name, grad in exact.items():
+        if is_sampled(name):
+            assert not torch.allclose(found[name], grad), name
+        else:
+            torch.testing.assert_close(found[name], grad, rtol=1e-12, atol=1e-15)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("keep", [0.3, 0.7])
+def test_the_mean_of_the_weights_gradients_is_exact(method, keep):
+    _, exact = gradients(Net())
+    model = Net()
+    sample_linears(model, keep, method, targets=SAMPLED)
+    total, squares = dict.fromkeys(exact, 0), dict.fromkeys(exact, 0.0)
+    for seed in range(DRAWS):
+        for name, grad in gradients(model, seed)[1].items():
+            total[name] = total[name] + grad
+            squares[name] += float((grad - exact[name]).square().sum())
+    for name in filter(is_sampled, exact):
+        bias = (total[name] / DRAWS - exact[name]).norm()
+        assert bias < 4 * squares[name] ** 0.5 / DRAWS, name
+
+
+def test_all_of_an_input_is_exact():
+    model = Net()
+    sample_linears(model, 1.0, targets=SAMPLED)
+    found, exact = gradients(model)[1], gradients(Net())[1]
+    assert all(torch.equal(found[name], exact[name]) for name in exact)
+
+
+def test_evaluation_is_exact():
+    model = Net()
+    sample_linears(model, 0.3, targets=SAMPLED)
+    found = gradients(model.eval())[1]
+    exact = gradients(Net())[1]
+    assert all(torch.equal(found[name], exact[name]) for name in exact)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("method", ["pps", "rademacher"])
+def test_checkpoints_draw_again_what_was_drawn(method, reentrant):
+    def model_of(checkpointed):
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Linear(12, 20), nn.GELU(), nn.Linear(20, 12)).double()
+        sample_linears(net, 0.4, method)
+        x = torch.randn(9, 12, dtype=torch.float64, requires_grad=True)
+        torch.manual_seed(5)
+        y = checkpoint(net, x, use_reentrant=reentrant) if checkpointed else net(x)
+        # What comes between changes the state of random numbers.
+        torch.rand(3)
+        y.square().sum().backward()
+        return [param.grad for param in net.parameters()]
+
+    for one, other in zip(model_of(True), model_of(False), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_layers_of_one_input_share_a_sample():
+    ids = token_ids()
+    model = language_model()
+    sample_linears(model, 0.3)
+    rows = {row.module: row for row in saved_bytes(model, ids, labels=ids).rows}
+    kept = round(0.3 * TOKENS)
+    q = rows["model.layers.1.self_attn.q_proj"]
+    assert q.bytes == kept * (2 * HIDDEN + 8)
+    assert "model.layers.1.self_attn.k_proj" not in rows
+    assert "model.layers.1.self_attn.v_proj" not in rows
+    # Its input is attention's output, which attention keeps.
+    assert "model.layers.1.self_attn.o_proj" not in rows
+
+
+@pytest.mark.parametrize("keep", [0.3, 0.1])
+def test_a_llama_saves_what_the_formula_says(keep):
+    ids = token_ids()
+    before = saved_bytes(language_model(), ids, labels=ids).by_kind()
+    model = language_model()
+    sample_linears(model, keep)
+    after = saved_bytes(model, ids, labels=ids).by_kind()
+    kept = round(keep * TOKENS)
+    head = TOKENS * 2 * HIDDEN
+    rows = 2 * (2 * HIDDEN + 8) + 2 * INTERMEDIATE + 8
+    assert after.pop("linear") == LAYERS * kept * rows + head
+    assert before.pop("linear") == LAYERS * TOKENS * (4 * HIDDEN + 2 * INTERMEDIATE) + head
+    assert after == before
+
+
+def encoder(kind):
+    """A BERT or T5 encoder of two layers, in bfloat16 without dropout."""
+    torch.manual_seed(0)
+    if kind == "bert":
+        config = transformers.BertConfig(
+            vocab_size=61,
+            hidden_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            intermediate_size=104,
+            hidden_dropout_prob=0.0,
+            attention_probs_dropout_prob=0.0,
+        )
+        return transformers.BertModel(config, add_pooling_layer=False).bfloat16()
+    config = transformers.T5Config(
+        vocab_size=61, d_model=48, d_kv=12, d_ff=104, num_layers=2, num_heads=4, dropout_rate=0.0
+    )
+    return transformers.T5EncoderModel(config).bfloat16()
+
+
+@pytest.mark.parametrize("kind", ["bert", "t5"])
+@pytest.mark.parametrize("keep", [0.3, 0.1])
+def test_encoders_save_what_the_formula_says(kind, keep):
+    """Of each linear layer whose input nothing else keeps."""
+    ids, model = token_ids(), encoder(kind)
+    rows = {row.module: row.bytes for row in saved_bytes(model, ids).rows if row.kind == "linear"}
+    sample_linears(model, keep)
+    found = {row.module: row.bytes for row in saved_bytes(model, ids).rows if row.kind == "linear"}
+    kept = round(keep * TOKENS)
+    features = {name: size // (2 * TOKENS) for name, size in rows.items()}
+    assert found == {name: kept * (2 * features[name] + 8) for name in rows}
+    assert rows
+
+
+def test_padding_is_not_drawn():
+    model = Net()
+    sampled = sample_linears(model, 0.3, targets=SAMPLED)
+    mask = torch.ones(3, 7, dtype=torch.long)
+    mask[0, 2:] = mask[1] = 0
+    ids = batch(0)
+
+    def losses():
+        found = model(ids[:, :-1]).float()
+        each = torch.nn.functional.cross_entropy(
+            found.flatten(0, 1), ids[:, 1:].flatten(), reduction="none"
+        )
+        return (each * mask.flatten()).sum()
+
+    # Nine tokens count: 6 of 21 rows are kept, and so 6 of those 9.
+    exact = torch.autograd.grad(losses(), model.up.weight)
+    sampled.of_batch(mask)
+    found, spread = 0, []
+    for seed in range(DRAWS):
+        torch.manual_seed(seed)
+        (grad,) = torch.autograd.grad(losses(), model.up.weight)
+        found = found + grad / DRAWS
+        spread.append(float((grad - exact[0]).square().sum()))
+    sampled.undo()
+    (exact,) = torch.autograd.grad(losses(), model.up.weight)
+    error = (sum(spread) / DRAWS / DRAWS) ** 0.5
+    assert (found - exact).norm() < 4 * max(error, 1e-12)
+
+
+def test_norms_of_an_epoch_draw_for_the_next():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 5)).double()
+    sampled = sample_linears(model, 0.3, norms=4)
+    x = torch.ones(2, 10, 6, dtype=torch.float64)
+    factor = torch.ones(2, 10, 1, dtype=torch.float64)
+    # Almost all that counts is in two tokens of a sample.
+    factor[:, :2] = 1e4
+    index = torch.tensor([3, 1])
+
+    def error():
+        sampled.of_batch(index=index)
+        model.zero_grad()
+        (model(x).tanh() * factor).sum().backward()
+        found = model[0].weight.grad.clone()
+        model.zero_grad()
+        (model.eval()(x).tanh() * factor).sum().backward()
+        model.train()
+        return float((found - model[0].weight.grad).norm() / found.norm())
+
+    first = [error()]
+    assert sampled._norms_of["0"].values[index].min() > 0
+    assert (sampled._norms_of["0"].values[[0, 2]] == 0).all()
+    later = [error() for _ in range(20)]
+    assert first[0] > 0.1
+    assert max(later) < 0.01
+    sampled.of_batch(index=torch.arange(3))
+    with pytest.raises(ValueError, match="told 3 samples"):
+        model(x)
+    sampled.of_batch(index=index)
+    with pytest.raises(ValueError, match="pad all batches to one length"):
+        model(x[:, :7])
+
+
+def test_norms_of_new_samples_are_usual_ones():
+    norms = GradientNorms(4, 3)
+    assert torch.equal(norms.of(torch.tensor([0, 1])), torch.ones(2, 3))
+    norms.note(torch.tensor([1]), torch.tensor([[2.0, 4.0, 0.0]]))
+    found = norms.of(torch.tensor([0, 1]))
+    torch.testing.assert_close(found[0], torch.full((3,), 2.0))
+    torch.testing.assert_close(found[1], torch.tensor([2.0, 4.0, 0.2]))
+    norms.note(torch.tensor([1]), torch.tensor([[float("nan"), 1.0, float("inf")]]))
+    assert norms.values[1].tolist() == [2.0, 1.0, 0.0]
+
+
+@pytest.mark.parametrize("kind", [GaLoreAdamW, FiraAdamW])
+def test_what_a_basis_spans_is_exact(kind):
+    model = Net()
+    optimizer = kind(groups_of(model, proj_type="right"), lr=0.01)
+    gradients(model)
+    optimizer.step()
+    exact = gradients(model)[1]
+    sample_linears(model, 0.3, targets=SAMPLED, optimizer=optimizer)
+    gradients(model)  # which layers share an input is known then
+    total, squares = dict.fromkeys(exact, 0), dict.fromkeys(exact, 0.0)
+    for seed in range(DRAWS):
+        found = gradients(model, seed)[1]
+        for name in ("up.weight",):
+            basis = optimizer.state[model.get_parameter(name)]["basis"]
+            inside, expected = found[name] @ basis, exact[name] @ basis
+            torch.testing.assert_close(inside, expected, rtol=1e-10, atol=1e-14)
+            total[name] = total[name] + found[name]
+            squares[name] += float((found[name] - exact[name]).square().sum())
+    for name in ("up.weight",):
+        assert squares[name] > 0
+        bias = (total[name] / DRAWS - exact[name]).norm()
+        assert bias < 4 * squares[name] ** 0.5 / DRAWS, name
+
+
+def test_a_sample_beside_a_basis_is_kept_where_it_is_less():
+    """q and k would keep two products and two samples of one input."""
+    model = Net()
+    optimizer = GaLoreAdamW(groups_of(model, proj_type="right"), lr=0.01)
+    sample_linears(model, 0.4, targets=SAMPLED, optimizer=optimizer)
+    for _ in range(2):
+        exact, found = gradients(Net())[1], gradients(model)[1]
+        optimizer.step()
+    model.load_state_dict(Net().state_dict())
+    found = gradients(model)[1]
+    torch.testing.assert_close(found["q.weight"], exact["q.weight"])
+    assert not torch.allclose(found["up.weight"], exact["up.weight"])
+
+
+def test_names_copies_and_the_way_back():
+    model = Net()
+    names = list(model.state_dict())
+    sampled = sample_linears(model, 0.3, targets=SAMPLED)
+    assert list(model.state_dict()) == names
+    twins = copy.deepcopy(model), pickle.loads(pickle.dumps(model))
+    exact = gradients(Net())[1]
+    for twin in twins:
+        assert all(torch.equal(g, exact[name]) for name, g in gradients(twin)[1].items())
+    with pytest.raises(ValueError, match="its forward is patched already"):
+        sample_linears(model, 0.3, targets=SAMPLED)
+    sampled.undo()
+    assert all(torch.equal(g, exact[name]) for name, g in gradients(model)[1].items())
+    sample_linears(model, 0.3, targets=SAMPLED)
+
+
+def test_recomputed_inputs_are_not_sampled():
+    """They cost nothing; and the way back is to recomputing."""
+    ids, model = token_ids(), language_model()
+    recompute_activations(model)
+    before = saved_bytes(model, ids, labels=ids)
+    sampled = sample_linears(model, 0.3)
+    assert saved_bytes(model, ids, labels=ids).total == before.total
+    sampled.undo()
+    assert saved_bytes(model, ids, labels=ids).total == before.total
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_autocast_and_half_precision(method):
+    for dtype, autocast in ((torch.bfloat16, False), (torch.float32, True)):
+        model = Net(dtype)
+        sample_linears(model, 0.5, method, targets=SAMPLED)
+        with torch.autocast("cpu", enabled=autocast):
+            loss = loss_of(model, batch(0))
+        loss.backward()
+        exact = Net(dtype)
+        with torch.autocast("cpu", enabled=autocast):
+            other = loss_of(exact, batch(0))
+        other.backward()
+        assert torch.equal(loss, other)
+        for (name, one), two in zip(model.named_parameters(), exact.parameters(), strict=True):
+            assert one.grad.dtype is dtype
+            assert one.grad.isfinite().all(), name
+            if not is_sampled(name):
+                difference = (one.grad - two.grad).float().norm() / two.grad.float().norm()
+                assert difference < 0.02, name
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_odd_inputs(method):
+    """No rows, one row, one vector, strides, zeros."""
+    for x in (
+        torch.zeros(0, 8),
+        torch.randn(1, 8),
+        torch.randn(8),
+        torch.randn(8, 5).T,
+        torch.zeros(5, 8),
+        torch.randn(1, 8).expand(5, 8),
+        torch.randn(2, 1, 3, 8),
+    ):
+        model = nn.Sequential(nn.Linear(8, 4))
+        sample_linears(model, 0.4, method)
+        exact = nn.Sequential(nn.Linear(8, 4))
+        exact.load_state_dict(model.state_dict())
+        inputs = [x.clone().requires_grad_() for _ in range(2)]
+        for net, own in zip((model, exact), inputs, strict=True):
+            net(own).square().sum().backward()
+        torch.testing.assert_close(inputs[0].grad, inputs[1].grad)
+        assert model[0].weight.grad.isfinite().all()
+        torch.testing.assert_close(model[0].bias.grad, exact[0].bias.grad)
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"keep": 0}, "keep must be above 0 and at most 1, got 0"),
+        ({"keep": 1.5}, "keep must be above 0"),
+        ({"keep": True}, "keep must be above 0"),
+        ({"method": "best"}, "method must be one of uniform, crs, wta, pps, rademacher"),
+        ({"norms": 0}, "norms must be how many samples"),
+        ({"norms": 3, "method": "uniform"}, "norms do nothing"),
+        ({"targets": ["nothing"]}, "no linear layer can be sampled"),
+    ],
+)
+def test_what_does_not_fit_is_refused(options, text):
+    model = Net()
+    with pytest.raises(ValueError, match=text):
+        sample_linears(model, **{"targets": SAMPLED} | options)
+    assert all("forward" not in vars(module) for module in model.modules())
+
+
+def test_bases_that_do_not_fit_are_refused():
+    model = Net()
+    optimizer = GaLoreAdamW(groups_of(model), subspace=Subspace("gaussian"))
+    with pytest.raises(ValueError, match="not orthonormal"):
+        sample_linears(model, optimizer=optimizer, targets=SAMPLED)
+    optimizer = GaLoreAdamW(groups_of(model))
+    with pytest.raises(ValueError, match="draw tokens"):
+        sample_linears(model, method="rademacher", optimizer=optimizer, targets=SAMPLED)
