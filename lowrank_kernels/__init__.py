@@ -4,6 +4,7 @@ from importlib.metadata import version
 
 from .activations import (
     ProjectedGradients,
+    offload_activations,
     project_linears,
     recompute_activations,
     release_gradients,
@@ -39,6 +40,7 @@ __all__ = [
     "Restarts",
     "Subspace",
     "backends",
+    "offload_activations",
     "param_groups",
     "project_linears",
     "recompute_activations",

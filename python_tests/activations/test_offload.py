@@ -1,0 +1,403 @@
+"""Saved tensors on a disk: gradients in every bit, and nothing left behind."""
+
+import errno
+import gc
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+from contextlib import contextmanager
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from lowrank_kernels import offload_activations
+from lowrank_kernels.activations.offload.slots import BLOCK, BOUNCE, Slots
+
+ROWS, WIDTH, BLOCKS = 64, 48, 5
+
+
+class Block(nn.Module):
+    """Views of one storage, a shared input, a mask, a tensor in another dtype."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.LayerNorm(WIDTH)
+        self.qkv = nn.Linear(WIDTH, 3 * WIDTH)
+        self.out = nn.Linear(WIDTH, WIDTH)
+        self.drop = nn.Dropout(0.2)
+
+    def forward(self, x):
+        q, k, v = self.qkv(self.norm(x)).chunk(3, -1)
+        mixed = torch.softmax(q @ k.T, -1) @ v
+        return x + self.drop(torch.tanh(self.out(mixed))).double().float()
+
+
+def net():
+    torch.manual_seed(0)
+    return nn.Sequential(*(Block() for _ in range(BLOCKS)))
+
+
+def inputs(seed=1):
+    rng = torch.Generator().manual_seed(seed)
+    return torch.randn(ROWS, WIDTH, generator=rng)
+
+
+@pytest.fixture
+def offload(tmp_path):
+    found = offload_activations(tmp_path, least=1, in_flight=1 << 16, ahead=1 << 16)
+    yield found
+    assert found.slots_in_use == 0
+    assert list(tmp_path.iterdir()) == []
+    assert not any("_write_all" in t.name or "_read_all" in t.name for t in threading.enumerate())
+
+
+def gradients(model):
+    return [param.grad for param in model.parameters()]
+
+
+def plain(run):
+    """Of a function of a model and a context, without offloading."""
+    model = net()
+    run(model, torch.enable_grad)
+    return gradients(model)
+
+
+def passes(model, context):
+    torch.manual_seed(3)
+    with context():
+        loss = model(inputs()).square().sum()
+    loss.backward()
+
+
+def several_micro_batches(model, context):
+    torch.manual_seed(3)
+    for seed in range(3):
+        with context():
+            loss = model(inputs(seed)).square().sum()
+        loss.backward()
+
+
+def two_graphs_at_once(model, context):
+    torch.manual_seed(3)
+    with context():
+        losses = [model(inputs(seed)).square().sum() for seed in range(2)]
+    for loss in losses:
+        loss.backward()
+
+
+def retained(model, context):
+    torch.manual_seed(3)
+    with context():
+        loss = model(inputs()).square().sum()
+    for last in (False, False, True):
+        loss.backward(retain_graph=not last)
+
+
+def double_backward(model, context):
+    torch.manual_seed(3)
+    x = inputs().requires_grad_()
+    with context():
+        loss = model(x).square().sum()
+        (grad,) = torch.autograd.grad(loss, x, create_graph=True)
+        penalty = grad.square().sum()
+    penalty.backward()
+
+
+def backward_inside(model, context):
+    torch.manual_seed(3)
+    with context():
+        for seed in range(2):
+            model(inputs(seed)).square().sum().backward()
+
+
+def checkpointed(model, context, reentrant):
+    torch.manual_seed(3)
+    x = inputs().requires_grad_()
+    with context():
+        for block in model:
+            x = checkpoint(block, x, use_reentrant=reentrant)
+    x.square().sum().backward()
+
+
+def reentrant(model, context):
+    checkpointed(model, context, True)
+
+
+def not_reentrant(model, context):
+    checkpointed(model, context, False)
+
+
+def in_half(model, context):
+    torch.manual_seed(3)
+    with context(), torch.autocast("cpu"):
+        loss = model(inputs()).square().sum()
+    loss.backward()
+
+
+RUNS = (
+    passes,
+    several_micro_batches,
+    two_graphs_at_once,
+    retained,
+    double_backward,
+    backward_inside,
+    reentrant,
+    not_reentrant,
+    in_half,
+)
+
+
+@contextmanager
+def settled(offload):
+    """All that is saved is on the disk when it ends."""
+    with offload:
+        yield
+    offload._engine.finish()
+
+
+@pytest.mark.parametrize("settles", [True, False])
+@pytest.mark.parametrize("run", RUNS, ids=lambda run: run.__name__)
+def test_gradients_are_the_same_in_every_bit(run, settles, offload):
+    model = net()
+    run(model, (lambda: settled(offload)) if settles else (lambda: offload))
+    assert all(map(torch.equal, gradients(model), plain(run)))
+    if settles and run not in (double_backward, backward_inside):
+        assert offload.counts.written > 0
+        assert offload.counts.read > 0
+    assert offload.counts.packed >= offload.counts.written + offload.counts.kept
+
+
+def test_an_installed_model(offload):
+    model = net()
+    handle = offload.install(model)
+    passes(model, torch.enable_grad)
+    assert all(map(torch.equal, gradients(model), plain(passes)))
+    packed = offload.counts.packed
+    assert packed > 0
+    model.eval()(inputs()).sum().backward()
+    with torch.no_grad():
+        model.train()(inputs())
+    assert offload.counts.packed == packed
+    handle.remove()
+    passes(model, torch.enable_grad)
+    assert offload.counts.packed == packed
+
+
+def test_a_storage_is_written_once_and_parameters_never(offload):
+    """x for three layers, and three parts of one storage."""
+    layers = [nn.Linear(WIDTH, WIDTH) for _ in range(3)]
+    x = inputs().requires_grad_() * 1
+    with offload:
+        total = sum(layer(x).sum() for layer in layers)
+    assert offload.counts.packed == x.nbytes
+    total.backward()
+    wide = (inputs().requires_grad_() * 1).repeat(1, 3)
+    with offload:
+        one, two, three = wide.chunk(3, -1)
+        total = (one * two * three).sum()
+    # wide, and one * two.
+    assert offload.counts.packed == x.nbytes + wide.nbytes + one.numel() * 4
+    total.backward()
+
+
+def test_a_part_of_something_large_stays_where_it_is(offload):
+    large = torch.randn(1000, WIDTH)
+    weight = torch.randn(WIDTH, requires_grad=True)
+    with offload:
+        total = (large[:10] * weight).sum()
+    assert offload.counts.packed == 0
+    total.backward()
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda x: x.expand(3, *x.shape),
+        lambda x: x.t(),
+        lambda x: x[:, ::2],
+        lambda x: torch._neg_view(x),
+        lambda x: x.to_sparse(),
+        lambda x: x.double(),
+        lambda x: x > 0,
+        lambda x: x[:0],
+        lambda x: x.as_strided((3, 4), (1, 1), 5),
+    ],
+)
+def test_whatever_is_saved_comes_back(make, offload):
+    saved = make(inputs())
+
+    class Keeps(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, y):
+            ctx.save_for_backward(saved)
+            return y.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            (found,) = ctx.saved_tensors
+            assert found.dtype is saved.dtype
+            assert found.layout is saved.layout
+            if saved.layout is torch.strided:
+                assert found.stride() == saved.stride()
+                assert torch.equal(found, saved)
+            return grad
+
+    y = torch.zeros(2, requires_grad=True)
+    with offload:
+        total = Keeps.apply(y).sum()
+    total.backward()
+
+
+@pytest.mark.parametrize("written", [True, False])
+def test_a_change_in_place_is_an_error(written, offload):
+    x = inputs().requires_grad_() * 1
+    with offload:
+        total = x.square().sum()
+    if written:
+        offload._engine.finish()
+    with torch.no_grad():
+        x.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        total.backward()
+    del total
+
+
+def test_what_is_changed_after_backward_is_none(offload):
+    x = inputs().requires_grad_() * 1
+    with offload:
+        total = x.square().sum()
+    total.backward()
+    with torch.no_grad():
+        x.mul_(2)
+
+
+def test_exceptions_and_graphs_that_are_dropped_leave_nothing(offload):
+    model = net()
+    with pytest.raises(RuntimeError, match="normalized_shape"), offload:
+        model[1](model[0](inputs()).T)
+    with offload:
+        model(inputs())
+
+    def fail(grad):
+        raise ValueError("in backward")
+
+    with offload:
+        hidden = model[0](inputs())
+        hidden.register_hook(fail)
+        loss = model[1](hidden).sum()
+    with pytest.raises(ValueError, match="in backward"):
+        loss.backward()
+    del loss, hidden
+    gc.collect()
+    assert offload.slots_in_use == 0
+    passes(model, lambda: offload)
+
+
+def test_a_full_disk_keeps_the_rest_in_memory(offload, caplog):
+    take, left = offload._engine.slots.take, [4]
+
+    def full(size):
+        left[0] -= 1
+        if left[0] < 0:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return take(size)
+
+    offload._engine.slots.take = full
+    model = net()
+    passes(model, lambda: offload)
+    passes(model, lambda: offload)
+    assert sum("No space left on device" in record.message for record in caplog.records) == 1
+    model.zero_grad()
+    passes(model, lambda: offload)
+    assert all(map(torch.equal, gradients(model), plain(passes)))
+    assert offload.counts.kept > 0
+
+
+def test_what_cannot_be_read_is_an_error_with_its_folder(offload, tmp_path):
+    model = net()
+    with offload:
+        loss = model(inputs()).sum()
+    offload._engine.finish()
+
+    def broken(place, memory):
+        raise OSError(errno.EIO, "Input/output error")
+
+    offload._engine.slots.read = broken
+    with pytest.raises(OSError, match="of activations cannot be read: Input/output error") as found:
+        loss.backward()
+    assert found.value.errno == errno.EIO
+    assert found.value.filename == str(tmp_path)
+    offload._engine.finish()
+    del loss, found
+    gc.collect()
+
+
+def test_a_forked_process_is_refused(offload):
+    with offload:
+        loss = net()(inputs()).sum()
+    child = os.fork()
+    if child == 0:
+        try:
+            loss.backward()
+        except RuntimeError as error:
+            os._exit(7 if "do not survive a fork" in str(error) else 1)
+        os._exit(2)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+    loss.backward()
+
+
+def test_a_killed_process_leaves_no_file(tmp_path):
+    text = f"""
+        import os, signal, torch
+        from lowrank_kernels import offload_activations
+        offload = offload_activations({str(tmp_path)!r}, least=1)
+        with offload:
+            loss = (torch.randn(512, 512, requires_grad=True) * 1).square().sum()
+        offload._engine.finish()
+        assert offload.counts.written
+        os.kill(os.getpid(), signal.SIGKILL)
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(text)])
+    assert done.returncode == -signal.SIGKILL
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_file_is_the_owners_alone(tmp_path):
+    slots = Slots(tmp_path)
+    assert os.fstat(slots._file).st_mode & 0o777 == 0o600
+    assert os.fstat(slots._file).st_nlink == 0
+
+
+@pytest.mark.parametrize("size", [1, BLOCK - 1, BLOCK, BOUNCE, BOUNCE + 1, 3 * BOUNCE + 5])
+def test_slots_hold_bytes_of_any_number_and_are_used_again(size, tmp_path):
+    slots, rng = Slots(tmp_path), torch.Generator().manual_seed(0)
+    places = []
+    for _ in range(3):
+        memory = torch.randint(256, (2, size), generator=rng).to(torch.uint8)
+        own = [slots.take(size) for _ in range(2)]
+        for place, each in zip(own, memory, strict=True):
+            slots.write(place, each)
+        for place, each in zip(own, memory, strict=True):
+            found = torch.zeros_like(each)
+            slots.read(place, found)
+            assert torch.equal(found, each)
+            slots.give(place, size)
+        places.append(sorted(own))
+    assert places[0] == places[1] == places[2]
+    assert slots.in_use == 0
+
+
+def test_what_does_not_fit_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="is no folder"):
+        offload_activations(tmp_path / "none")
+    for name in ("least", "in_flight", "ahead"):
+        with pytest.raises(ValueError, match=f"{name} must be an int of at least 1 byte, got 0"):
+            offload_activations(tmp_path, **{name: 0})
+    if os.path.ismount("/dev/shm"):
+        with pytest.raises(ValueError, match="is a tmpfs, which is memory"):
+            offload_activations("/dev/shm")
