@@ -8,6 +8,7 @@ import subprocess
 import sys
 import textwrap
 import threading
+import time
 from contextlib import contextmanager
 
 import pytest
@@ -337,6 +338,52 @@ def test_what_cannot_be_read_is_an_error_with_its_folder(offload, tmp_path):
     gc.collect()
 
 
+def test_the_last_part_of_a_step_may_stay_in_memory(tmp_path):
+    x = inputs().requires_grad_()
+    for keep, written in ((0.0, 4), (0.5, 2), (0.75, 1), (1.0, 0)):
+        offload = offload_activations(tmp_path, keep=keep, least=1)
+        for _ in range(3):
+            before = offload.counts.written
+            with settled(offload):
+                hidden = x * 1
+                for _ in range(4):
+                    hidden = hidden.sin() * 1
+            hidden.sum().backward()
+            del hidden
+        assert (offload.counts.written - before) / x.nbytes == written, keep
+
+
+def test_what_the_disk_cannot_write_in_time_stays_in_memory(tmp_path):
+    offload = offload_activations(tmp_path, keep=None, least=1)
+    write = offload._engine.slots.write
+
+    def slow(place, memory):
+        time.sleep(0.02)
+        write(place, memory)
+
+    offload._engine.slots.write = slow
+    x = inputs().requires_grad_()
+
+    def passes():
+        before = offload.counts.written
+        with settled(offload):
+            hidden = x * 1
+            for _ in range(10):
+                time.sleep(0.01)
+                hidden = hidden.sin() * 1
+        hidden.sum().backward()
+        return (offload.counts.written - before) // x.nbytes
+
+    assert passes() == 10
+    # The forward of the first step waited until all was written; that of the second will not.
+    offload._engine.finish = lambda: None
+    assert 1 <= passes() <= 10
+    offload._engine._step.forward, offload._engine._step.writing = 0.1, 0.2
+    offload._engine._step.written = 10 * x.nbytes
+    passes()
+    assert offload._engine.budget == pytest.approx(5 * x.nbytes)
+
+
 def test_a_forked_process_is_refused(offload):
     with offload:
         loss = net()(inputs()).sum()
@@ -398,6 +445,8 @@ def test_what_does_not_fit_is_refused(tmp_path):
     for name in ("least", "in_flight", "ahead"):
         with pytest.raises(ValueError, match=f"{name} must be an int of at least 1 byte, got 0"):
             offload_activations(tmp_path, **{name: 0})
+    with pytest.raises(ValueError, match="keep must be between 0 and 1, or None, got 2"):
+        offload_activations(tmp_path, keep=2)
     if os.path.ismount("/dev/shm"):
         with pytest.raises(ValueError, match="is a tmpfs, which is memory"):
             offload_activations("/dev/shm")

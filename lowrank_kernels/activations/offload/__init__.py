@@ -37,8 +37,8 @@ class OffloadActivations:
         counts: bytes and seconds since the start, see `Counts`.
     """
 
-    def __init__(self, slots: Slots, least: int, in_flight: int, ahead: int) -> None:
-        self._engine, self._least = Engine(slots, in_flight, ahead), least
+    def __init__(self, engine: Engine, least: int) -> None:
+        self._engine, self._least = engine, least
         self._others: set[int] = set()
         self._stack = ExitStack()
 
@@ -128,6 +128,7 @@ class _Both(RemovableHandle):
 def offload_activations(
     path: str | os.PathLike[str],
     *,
+    keep: float | None = 0.0,
     least: int = 1 << 20,
     in_flight: int = 1 << 28,
     ahead: int = 1 << 28,
@@ -151,12 +152,16 @@ def offload_activations(
 
     Args:
         path: a folder on a disk.
+        keep: share of what a step saves that stays in memory, the last part of it, which backward
+            needs first; from the second step on. None measures in each step how much the disk can
+            write while the forward runs, and keeps the rest: then nothing waits for it.
         least: bytes of a tensor below which it stays in memory.
         in_flight: bytes that may wait to be written; the forward waits beyond that.
         ahead: bytes that may be read before backward asks for them.
 
     Raises:
-        ValueError: the folder is none, or lies in memory, or a number of bytes is below 1.
+        ValueError: the folder is none, or lies in memory, a number of bytes is below 1, or `keep`
+            is not between 0 and 1.
         OSError: no file can be made there.
 
     Source: SSDTrain (arXiv 2408.10013).
@@ -164,4 +169,6 @@ def offload_activations(
     for name, value in (("least", least), ("in_flight", in_flight), ("ahead", ahead)):
         if not isinstance(value, int) or value < 1:
             raise ValueError(f"{name} must be an int of at least 1 byte, got {value!r}")
-    return OffloadActivations(Slots(path), least, in_flight, ahead)
+    if keep is not None and not 0 <= keep <= 1:
+        raise ValueError(f"keep must be between 0 and 1, or None, got {keep!r}")
+    return OffloadActivations(Engine(Slots(path), in_flight, ahead, keep), least)

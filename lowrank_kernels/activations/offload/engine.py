@@ -14,6 +14,7 @@ read is an error where it is needed.
 from __future__ import annotations
 
 import logging
+import math
 import os
 import threading
 import time
@@ -48,6 +49,32 @@ class Counts:
     missed: int = 0
     waited: float = 0.0
     stalled: float = 0.0
+
+
+@dataclass
+class _Step:
+    """Of a forward and its backward.
+
+    Attributes:
+        start: when something was saved first.
+        forward: seconds until something was asked for.
+        saved, written: bytes.
+        writing: seconds that the disk took for these.
+    """
+
+    start: float
+    forward: float = 0.0
+    saved: int = 0
+    written: int = 0
+    writing: float = 0.0
+
+    def budget(self, keep: float | None) -> float:
+        """Bytes of the next one that are to be written; see `Engine` for `keep`."""
+        if keep is not None:
+            return (1 - keep) * self.saved
+        if not self.writing:
+            return math.inf
+        return self.written / self.writing * self.forward
 
 
 class Waiting:
@@ -97,13 +124,15 @@ class Engine:
         slots: where they wait.
         in_flight: bytes that may wait to be written.
         ahead: bytes that may be read before they are needed.
+        keep: share of what a step saves, its last part, that stays in memory; None for what the
+            disk could not have written during the forward before.
     """
 
-    def __init__(self, slots: Slots, in_flight: int, ahead: int) -> None:
-        self.slots, self._in_flight, self._ahead = slots, in_flight, ahead
+    def __init__(self, slots: Slots, in_flight: int, ahead: int, keep: float | None) -> None:
+        self.slots, self._in_flight, self._ahead, self._keep = slots, in_flight, ahead, keep
         self.counts = Counts()
-        self.budget: float = float("inf")
-        self.step_bytes = 0
+        self.budget = math.inf
+        self._step = _Step(0.0)
         self._process = os.getpid()
         self._changed = threading.Condition()
         self._known: dict[tuple[int, int], weakref.ref[Waiting]] = {}
@@ -132,9 +161,11 @@ class Engine:
             reference = weakref.ref(waiting)
             self._known[key] = reference
             self._order.append(reference)
+            if not self._step.saved:
+                self._step.start = time.monotonic()
             self.counts.packed += waiting.size
-            self.step_bytes += waiting.size
-            if self.step_bytes > self.budget:
+            self._step.saved += waiting.size
+            if self._step.saved > self.budget:
                 self.counts.kept += waiting.size
                 return waiting
             self._wait_for_room(waiting.size)
@@ -156,7 +187,9 @@ class Engine:
         self._check_process()
         with self._changed:
             self._tidy()
-            self._is_backward = True
+            if not self._is_backward:
+                self._is_backward = True
+                self._step.forward = time.monotonic() - self._step.start
             self._stop_writing()
             waiting.check()
             self._prefetch(waiting.order)
@@ -193,7 +226,8 @@ class Engine:
 
     def _begin(self) -> None:
         """A forward after a backward."""
-        self._is_backward, self.step_bytes = False, 0
+        self.budget = self._step.budget(self._keep)
+        self._is_backward, self._step = False, _Step(time.monotonic())
         self._order = [each for each in self._order if each() is not None]
         for place, reference in enumerate(self._order):
             if (waiting := reference()) is not None:
@@ -247,6 +281,7 @@ class Engine:
         memory, slot = waiting.memory, None
         if memory is None:
             return
+        start = time.monotonic()
         try:
             slot = self.slots.take(waiting.size)
             self.slots.write(slot, _bytes_of(memory))
@@ -263,6 +298,8 @@ class Engine:
             return
         with self._changed:
             self.counts.written += waiting.size
+            self._step.written += waiting.size
+            self._step.writing += time.monotonic() - start
             waiting.slot = slot
             # What has changed is an error, also when the change came while it was written.
             if not self._is_backward:
