@@ -50,6 +50,8 @@ def orthogonalized(matrices: Tensor, steps: int = STEPS) -> Tensor:
     (arXiv 2409.20325).
     """
     dtype = torch.promote_types(matrices.dtype, torch.float32)
+    if not matrices.numel():
+        return torch.zeros_like(matrices, dtype=factor_dtype(dtype, device_type(matrices)))
     tall = matrices.shape[1] > matrices.shape[2]
     x = (matrices.mT if tall else matrices).to(dtype)
     tiny = torch.finfo(dtype).tiny

@@ -111,7 +111,7 @@ class Ranks:
                 dist.all_reduce(message, group=group)
             ranks = math.prod(group.size() for group in (first, *others))
             if self.device.type == "cpu" and any(_differ(m, ranks) for m in messages):
-                self._tell_difference(claim)
+                self._tell_difference(claim, self.channel_axes)
             parts = torch.split(numbers, NUMBERS)
             found = [message[2 : 2 + len(p)] for message, p in zip(messages, parts, strict=True)]
             return torch.cat(found).to(numbers.device)
@@ -140,17 +140,18 @@ class Ranks:
             dist.all_reduce(message, group=group)
             differ = float(message[2]) + _differ(message, group.size())
         if differ:
-            self._tell_difference(claim)
+            self._tell_difference(claim, self.axes)
 
-    def _tell_difference(self, claim: Claim) -> NoReturn:
+    def _tell_difference(self, claim: Claim, axes: Sequence[int]) -> NoReturn:
+        """Among the ranks along some axes, which all have seen that they differ."""
         known = [(dist.get_rank(), claim.lines)]
         # All axes before anybody raises.
-        for axis in self.axes:
+        for axis in axes:
             group = self.place.mesh.get_group(axis)
             every: list[Any] = [None] * group.size()
             dist.all_gather_object(every, known, group=group)
             known = sorted(each for some in every for each in some)
-        raise RuntimeError(f"the ranks do not take the same step: {_first_difference(known)}")
+        raise RuntimeError(f"the ranks do not take the same step: {first_difference(known)}")
 
     def broadcast(self, tensor: Tensor, owner: int) -> None:
         """Gives every rank what the owner has, in place.
@@ -220,7 +221,7 @@ def _differ(message: Tensor, ranks: int) -> bool:
     return ranks * squares != total**2
 
 
-def _first_difference(every: Sequence[tuple[int, Sequence[str]]]) -> str:
+def first_difference(every: Sequence[tuple[int, Sequence[str]]]) -> str:
     """What two ranks have in the first place where not all have the same.
 
     Args:

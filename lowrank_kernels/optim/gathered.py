@@ -9,6 +9,7 @@ Parts travel in the dtype in which the iterations multiply, which rounds them on
 process does where that is bfloat16. Of HSDP each replica serves itself.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -67,10 +68,32 @@ class Wholes:
         self._gathered = to_owners(self._ranks, every, self._shapes, self._owners)
 
     def factors(self) -> list[Tensor]:
-        """Of each matrix what belongs here of its factor; what was gathered is freed."""
+        """Of each matrix what belongs here of its factor; what was gathered is freed.
+
+        Raises:
+            RuntimeError: an owner could not compute one. On GPUs, where the others would have to
+                wait for the device to know, on that owner alone.
+        """
         found: dict[int, Tensor] = {}
+        error: Exception | None = None
         for place in list(self._gathered):
             whole = self._gathered.pop(place)
-            found[place] = self._transformation.factor(whole.unsqueeze(0))[0].to(self._dtype)
+            try:
+                found[place] = self._transformation.factor(whole.unsqueeze(0))[0].to(self._dtype)
+            except Exception as failure:  # whatever it is, the others wait
+                error, found[place] = failure, torch.full_like(whole, self._failed)
         empty = torch.empty(0, dtype=self._dtype, device=self._ranks.device)
-        return from_owners(self._ranks, found, self._shapes, self._owners, empty)
+        parts = from_owners(self._ranks, found, self._shapes, self._owners, empty)
+        on_host = self._ranks.device.type == "cpu"
+        if error is not None or (on_host and any(map(_is_failed, parts))):
+            raise RuntimeError("the orthogonal factor of a matrix could not be computed") from error
+        return parts
+
+    @property
+    def _failed(self) -> float:
+        """What an owner sends that has no factor."""
+        return math.nan if self._ranks.device.type == "cpu" else 0.0
+
+
+def _is_failed(part: Tensor) -> bool:
+    return bool(part.numel()) and bool(part.isnan().all())

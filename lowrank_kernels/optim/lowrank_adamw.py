@@ -239,6 +239,9 @@ class LowRankAdamW(Optimizer):
     _sharded = False
     # What all ranks were found to agree on, of those.
     _agreed: list[list[str]] | None = None
+    # The same of copies in a process group, and for what it was looked at.
+    _lines: list[str] | None = None
+    _compared: Prepared | None = None
 
     def __new__(cls, *args: Any, **options: Any) -> "LowRankAdamW":
         """Says where the options of groups belong, which many try here first, and which arguments
@@ -353,11 +356,12 @@ class LowRankAdamW(Optimizer):
             for device_type in filter(torch.is_autocast_enabled, AUTOCAST_DEVICES):
                 stack.enter_context(torch.autocast(device_type, enabled=False))
             prepared = self._prepared()
+            self._agree_with_copies(prepared)
             refreshed = self._refresh(prepared)
             if prepared.sharded is not None:
                 claims = prepared.sharded.claims
                 if claims != self._agreed:
-                    prepared.sharded.agree()
+                    prepared.sharded.agree(self._agreed)
                     self._agreed = claims
                 refreshed |= prepared.sharded.refresh(self.subspace, self._readback)
             if refreshed:
@@ -374,6 +378,17 @@ class LowRankAdamW(Optimizer):
             for plain in prepared.plain:
                 plain.step()
 
+    def _agree_with_copies(self, prepared: Prepared) -> None:
+        """Of a process group; what changes nothing needs no word."""
+        if self.process_group is None or prepared is self._compared:
+            return
+        from .replicas import agree_on_change, lines_of
+
+        lines = lines_of(self._named_groups(), self.method)
+        if self._lines is not None and lines != self._lines:
+            agree_on_change(lines, self._lines, self.process_group)
+        self._compared, self._lines = prepared, lines
+
     def _refresh(self, prepared: Prepared) -> bool:
         """Gives new bases to all whole weights that are due; whether there were any."""
         shared: list[Due] = []
@@ -386,10 +401,10 @@ class LowRankAdamW(Optimizer):
             elif due:
                 refresh_bases(due, self.subspace)
         if self.process_group is not None and shared:
-            from .replicas import lines_of, refresh_replicas
+            from .replicas import refresh_replicas
 
-            lines = lines_of(self._named_groups(), self.method)
-            refresh_replicas(shared, lines, self.process_group, self.subspace)
+            assert self._lines is not None
+            refresh_replicas(shared, self._lines, self.process_group, self.subspace)
         return refreshed
 
     def _step_batch(self, batch: Batch, scalars: Scalars) -> None:
@@ -622,7 +637,7 @@ class LowRankAdamW(Optimizer):
         self._counted: dict[Tensor, int] = {}
         self._readback = Readback()
         self._grouped = [], {}
-        self._sharded, self._agreed = False, None
+        self._sharded, self._compared = False, None
 
     @property
     def corrected(self) -> bool:

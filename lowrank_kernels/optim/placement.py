@@ -199,8 +199,13 @@ def check_placement(name: str, param: Tensor, proj_type: str) -> None:
         param: a DTensor with two dimensions.
         proj_type: of its group.
     """
-    _, placements = spread_of(param)
+    mesh, placements = spread_of(param)
     told = f"{name} {tuple(param.shape)}, {param.dtype}, is a DTensor with placements {placements}"
+    if mesh.get_coordinate() is None:
+        raise NotImplementedError(
+            f"{told} on a mesh that this rank is not in: leave it out of the groups here, or put it"
+            " in a group without rank"
+        )
     if any(place.is_partial() for place in placements):
         raise NotImplementedError(
             f"{told}: partial sums are no weight: redistribute it to Replicate() or Shard(0)"

@@ -12,6 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from ..ops import Side
 from ..subspace import Due, Subspace
+from .agreement import agree_by_store
 from .collectives import Claim, Ranks
 from .groups import Group, NamedGroups, is_projected
 from .owners import refresh_shared
@@ -39,6 +40,17 @@ def lines_of(groups: NamedGroups, method: Method) -> list[str]:
         if param.requires_grad
     ]
     return [*told, method.described()]
+
+
+def agree_on_change(lines: Sequence[str], before: Sequence[str], group: dist.ProcessGroup) -> None:
+    """Raises RuntimeError if not all ranks have made the same change between two steps.
+
+    Args:
+        lines: see `lines_of`, now.
+        before: at an earlier step.
+        group: the ranks that have copies.
+    """
+    agree_by_store(lines, before, dist.get_process_group_ranks(group), "copies")
 
 
 def refresh_replicas(

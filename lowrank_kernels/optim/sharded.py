@@ -24,6 +24,7 @@ from ..ops import Matrices, Projection, Scalars, Side
 from ..ops.contract import moment_dtype, rank_axis
 from ..ops.tensors import READER
 from ..subspace import Due, Readback, Subspace, measure, measures_at
+from .agreement import agree_by_store
 from .batches import Batch, Member, MemoryOf, batches_of, due_of_member, scalars_of
 from .collectives import NUMBERS, Claim, Ranks, Wait
 from .contracted import projections
@@ -70,12 +71,13 @@ def collectives_of(param: Tensor, side: Side, method: Method) -> str:
     if place.mesh.size() == 1:
         return ""
     ranks = Ranks(place, torch.device(place.mesh.device_type), side)
-    gather = "all-to-all of G to an owner and " if place.parts > 1 else ""
+    both = "G and M" if method.subspace.interpolation else "G"
+    gather = f"all-to-all of {both} to an owner and " if place.parts > 1 else ""
     every: list[str] = []
     if ranks.depth_axes:
         every.append("all-reduce of R")
     if needs_wholes(method.outside, place):
-        every.append("two all-to-alls of what is outside")
+        every.append("all-reduce of a claim and two all-to-alls of what is outside")
     elif ranks.channel_axes and (method.outside.is_limited or method.subspace.criterion):
         every.append("all-reduce of norms")
     steps = f"; in every step {' and '.join(every)}" if every else ""
@@ -179,7 +181,7 @@ class Team:
         method: Method,
         memory_of: MemoryOf,
     ) -> None:
-        self.matrices, self.method = matrices, method
+        self.matrices, self.method, self._kind = matrices, method, _kind((like, side))
         place = Placement.of(like)
         self.ranks = Ranks(place, torch.device(place.mesh.device_type), side)
         self.gathers = needs_wholes(method.outside, place)
@@ -187,7 +189,7 @@ class Team:
         if self.gathers:
             lines.append(f"residuals in {parts_dtype(like.dtype, self.ranks.device)}")
         order = "the order " + ", ".join(matrix.name for matrix in matrices)
-        self.claim = Claim([*lines, method.described(), order])
+        self.claim = Claim([*lines, method.described(), f"bases in {method.basis}", order])
         most = NUMBERS // (method.outside.shared + 1)
         sizes = [self._size(matrix) for matrix in matrices]
         parts = bucketed(sizes, place.parts if self.gathers else 1, most)
@@ -201,9 +203,26 @@ class Team:
         rank = min(matrix.group["rank"], *shape)
         return bytes_between(most[1 - depth], most[depth], rank, gathered=self.gathers)
 
-    def agree(self) -> None:
-        """Raises RuntimeError on every rank if these are not the same matrices on all."""
-        self.ranks.agree(self.claim)
+    def agree(self, before: Sequence[str] | None) -> None:
+        """Raises RuntimeError if these are not the same matrices on all ranks.
+
+        Args:
+            before: the lines that all had agreed on, at an earlier step; None if there are none.
+        """
+        if before is None:
+            rates = [f"{matrix.name} at lr {matrix.group['lr']}" for matrix in self.matrices]
+            self.ranks.agree(Claim([*self.claim.lines, *rates]))
+        elif before != self.claim.lines:
+            if self._speaks_in_every_step():
+                self.ranks.agree(self.claim)
+            else:
+                mesh = self.ranks.place.mesh
+                agree_by_store(self.claim.lines, before, mesh.mesh.flatten().tolist(), self._kind)
+
+    def _speaks_in_every_step(self) -> bool:
+        """Whether ranks that see no change send a message like that of `Ranks.agree`, and look."""
+        told = self.method.outside.is_limited or self.gathers or bool(self.ranks.depth_axes)
+        return told and self.ranks.device.type == "cpu" and not self.ranks.copies
 
     def refresh(self, subspace: Subspace, readback: Readback) -> bool:
         """Gives new bases to all that are due; whether there were any."""
@@ -448,10 +467,15 @@ class Sharded:
         """Of each team, what has to be the same on all of its ranks."""
         return [team.claim.lines for team in self.teams]
 
-    def agree(self) -> None:
-        """Raises RuntimeError on every rank if these are not the same matrices on all."""
-        for team in self.teams:
-            team.agree()
+    def agree(self, before: list[list[str]] | None) -> None:
+        """Raises RuntimeError if these are not the same matrices on all ranks.
+
+        Args:
+            before: earlier `claims`, on which all had agreed; None if there are none.
+        """
+        for place, team in enumerate(self.teams):
+            known = before is not None and len(before) == len(self.teams)
+            team.agree(before[place] if known and before is not None else None)
 
     def load(self) -> None:
         """Before a step: gradients, and states as they are now."""
@@ -497,4 +521,5 @@ def _kind(weight: tuple[Tensor, Side]) -> str:
     param, side = weight
     mesh, placements = spread_of(param)
     names = mesh.mesh_dim_names
-    return f"{mesh.mesh.shape} {placements} {side.name} {param.dtype} {names}"
+    # Its ranks, too: a total order of groups, in which none waits for another one in a circle.
+    return f"{mesh.mesh.shape} {placements} {side.name} {param.dtype} {names} {mesh.mesh.tolist()}"

@@ -10,8 +10,9 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
-from lowrank_kernels import FiraAdamW, LowRankAdamW, Subspace, param_groups
+from lowrank_kernels import FiraAdamW, LowRankAdamW, OrthoFiraAdamW, Subspace, param_groups
 from lowrank_kernels.optim import owners, sharded
+from lowrank_kernels.optim.transformed import Transformation
 
 # The first test of each world size waits for all that its ranks do.
 pytestmark = pytest.mark.timeout(900)
@@ -172,6 +173,42 @@ def failing_owner(rank, world):
     return kept, str(error.value)
 
 
+def failing_factor(rank, world):
+    """An orthogonal factor that its owner cannot compute."""
+    spread = next(iter(spreads(world).values()))
+    weights, optimizer = setup(spread, residual="orthogonal")
+    factor = Transformation.factor
+
+    def fails(self, values):
+        if values.shape[-2:] == (21, 12):
+            raise MemoryError("none left")
+        return factor(self, values)
+
+    Transformation.factor = fails
+    with pytest.raises(RuntimeError, match="could not be computed") as error:
+        take(weights, optimizer, spread, range(1))
+    Transformation.factor = factor
+    return type(error.value.__cause__).__name__
+
+
+def nothing_outside(rank, world):
+    """A weight without rows beside others."""
+    mesh, rng = mesh_of(world), torch.Generator().manual_seed(0)
+    shapes, found = ((0, 8), (9, 8)), []
+    weights = [
+        nn.Parameter(distribute_tensor(torch.randn(shape, generator=rng), mesh, [Shard(0)]))
+        for shape in shapes
+    ]
+    optimizer = OrthoFiraAdamW([{"params": weights, "rank": 2, "proj_type": "right"}])
+    for _ in range(2):
+        for weight in weights:
+            value = torch.randn(weight.shape, generator=rng)
+            weight.grad = distribute_tensor(value, mesh, [Shard(0)])
+        optimizer.step()
+        found = [whole(weight).isfinite().all() for weight in weights]
+    return found
+
+
 def refusals(rank, world):
     mesh, told = mesh_of(world), {}
 
@@ -200,6 +237,8 @@ FUNCTIONS = (
         fsdp2,
         hostile_gradients,
         failing_owner,
+        failing_factor,
+        nothing_outside,
     ),
     refusals,
 )
@@ -314,7 +353,8 @@ def test_explain_says_how_weights_are_spread_and_what_ranks_do(results):
             "fira": (placement, f"{refresh}; in every step all-reduce of norms"),
             "orthogonal": (
                 placement,
-                f"{refresh}; in every step two all-to-alls of what is outside",
+                f"{refresh}; in every step all-reduce of a claim and two all-to-alls of what is"
+                " outside",
             ),
             "plain": (placement, None),
         }
@@ -360,6 +400,17 @@ def test_hostile_gradients_do_what_they_do_in_one_process(results):
         assert_near(found, weights)
         for state, weight in zip(states, weights, strict=True):
             assert state["kept"] == optimizer.state[weight]["kept"]
+
+
+def test_a_factor_that_fails_is_known_to_all(results):
+    causes = results["failing_factor"]
+    owners = 2 if len(causes) == 4 else 1  # of HSDP's replicas, each
+    assert sorted(causes) == ["MemoryError"] * owners + ["NoneType"] * (len(causes) - owners)
+
+
+def test_a_weight_without_rows_changes_nothing(results):
+    for found in results["nothing_outside"]:
+        assert all(found)
 
 
 def test_a_failure_of_an_owner_is_known_to_all(results):
