@@ -233,4 +233,5 @@ def family_sizes(records: Records) -> str:
 
 
 def _loss_and_marks(row: dict) -> str:
-    return ", ".join(filter(None, [loss_text(row), family_marks(row)]))
+    at = f"{row['lr']:g}" + ("" if row["scale"] is None else f", {row['scale']:g}")
+    return ", ".join(filter(None, [f"{loss_text(row)} ({at})", family_marks(row)]))
