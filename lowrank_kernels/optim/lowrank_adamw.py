@@ -17,7 +17,7 @@ from ..ops import Choice, Scalars, Side
 from ..ops.contract import rank_axis
 from ..ops.dispatch import ENVIRONMENT_VARIABLE
 from ..ops.tensors import READER
-from ..subspace import Due, Readback, Subspace, next_look, refresh_bases
+from ..subspace import Readback, Subspace, next_look, refresh_bases
 from . import monitor, report
 from .batches import (
     STEP,
@@ -289,7 +289,7 @@ class LowRankAdamW(Optimizer):
             from .replicas import check_process_group
 
             check_process_group(process_group)
-        self.process_group = process_group
+            self.process_group = process_group
         self.subspace = Subspace.named(subspace, stagger=not capturable)
         self.residual, self.backend = residual, backend
         self.residual_scale, self.residual_momentum = residual_scale, residual_momentum
@@ -356,8 +356,14 @@ class LowRankAdamW(Optimizer):
             for device_type in filter(torch.is_autocast_enabled, AUTOCAST_DEVICES):
                 stack.enter_context(torch.autocast(device_type, enabled=False))
             prepared = self._prepared()
-            self._agree_with_copies(prepared)
-            refreshed = self._refresh(prepared)
+            refreshed = False
+            if self.process_group is not None:
+                refreshed = self._refresh_copies(prepared)
+            else:
+                for batches in prepared.by_group:
+                    if due := due_of(batches, self.subspace, self._readback):
+                        refresh_bases(due, self.subspace)
+                        refreshed = True
             if prepared.sharded is not None:
                 claims = prepared.sharded.claims
                 if claims != self._agreed:
@@ -378,34 +384,25 @@ class LowRankAdamW(Optimizer):
             for plain in prepared.plain:
                 plain.step()
 
-    def _agree_with_copies(self, prepared: Prepared) -> None:
-        """Of a process group; what changes nothing needs no word."""
-        if self.process_group is None or prepared is self._compared:
-            return
-        from .replicas import agree_on_change, lines_of
+    def _refresh_copies(self, prepared: Prepared) -> bool:
+        """Gives new bases to those of ranks' copies that are due; whether there were any."""
+        assert self.process_group is not None
+        from .replicas import agree_on_change, lines_of, refresh_replicas
 
-        lines = lines_of(self._named_groups(), self.method)
-        if self._lines is not None and lines != self._lines:
-            agree_on_change(lines, self._lines, self.process_group)
-        self._compared, self._lines = prepared, lines
-
-    def _refresh(self, prepared: Prepared) -> bool:
-        """Gives new bases to all whole weights that are due; whether there were any."""
-        shared: list[Due] = []
-        refreshed = False
-        for batches in prepared.by_group:
-            due = due_of(batches, self.subspace, self._readback)
-            refreshed |= bool(due)
-            if self.process_group is not None:
-                shared += due
-            elif due:
-                refresh_bases(due, self.subspace)
-        if self.process_group is not None and shared:
-            from .replicas import refresh_replicas
-
-            assert self._lines is not None
-            refresh_replicas(shared, self._lines, self.process_group, self.subspace)
-        return refreshed
+        # What changes nothing needs no word.
+        if self._lines is None or prepared is not self._compared:
+            lines = lines_of(self._named_groups(), self.method)
+            if self._lines is not None and lines != self._lines:
+                agree_on_change(lines, self._lines, self.process_group)
+            self._compared, self._lines = prepared, lines
+        due = [
+            item
+            for batches in prepared.by_group
+            for item in due_of(batches, self.subspace, self._readback)
+        ]
+        if due:
+            refresh_replicas(due, self._lines, self.process_group, self.subspace)
+        return bool(due)
 
     def _step_batch(self, batch: Batch, scalars: Scalars) -> None:
         """Project, scale, update."""
