@@ -160,6 +160,8 @@ def _nothing_taken(model: nn.Module, rows: list[Row], projected: set[Tensor]) ->
     if others:
         kinds = ", ".join(f"{count} x {kind}" for kind, count in others.items())
         return f"{text}; the optimizer projects weights of {kinds}, which are no nn.Linear"
+    if any("DTensor" in reason for reason in reasons):
+        return f"{text}; gradients of shards stay whole: leave this call out, or use DDP"
     if PATCHED_ALREADY in reasons:
         return f"{text}; call undo() of what the first call returned, or take a new model"
     return (

@@ -144,7 +144,8 @@ def decide(
         in_a_block = bool(IN_A_BLOCK.search(name.rpartition(".")[0]))
         if candidate and name in ranks:
             own = ranks[name]
-            saves = own is not None and _saves_memory(param, own)
+            # FSDP1 makes vectors of matrices.
+            saves = own is not None and param.dim() == 2 and _saves_memory(param, own)
             reason = "a linear weight" if saves else f"rank {own} saves no memory"
             if own is None:
                 reason = "given no rank"
