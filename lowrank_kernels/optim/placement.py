@@ -311,7 +311,7 @@ def _moment_placements(param: Tensor, side: Side) -> tuple[Any, ...]:
 
 def _dividing(param: Tensor) -> list[tuple[int, Any]]:
     """Axes of the mesh on which ranks have different parts of a DTensor, and their placements."""
-    mesh, placements = param.device_mesh, param.placements  # type: ignore[attr-defined]
+    mesh, placements = spread_of(param)
     return [
         (axis, place)
         for axis, place in enumerate(placements)
@@ -326,7 +326,7 @@ def _nested(param: Tensor, dim: int) -> tuple[int, ...] | None:
     FSDP2 divides what tensor parallelism has left, of which the axis comes later in the mesh: its
     placement is a _StridedShard that says into how many shards those later axes divide.
     """
-    mesh = param.device_mesh  # type: ignore[attr-defined]
+    mesh, placements = spread_of(param)
     axes = [(axis, place) for axis, place in _dividing(param) if place.dim == dim]
     strided = [axis for axis, place in axes if type(place).__name__ == "_StridedShard"]
     plain = [axis for axis, place in axes if type(place).__name__ == "Shard"]
@@ -334,6 +334,6 @@ def _nested(param: Tensor, dim: int) -> tuple[int, ...] | None:
         return None
     for axis in strided:
         later = math.prod(int(mesh.size(other)) for other in plain if other > axis)
-        if int(param.placements[axis].split_factor) != later:  # type: ignore[attr-defined]
+        if int(placements[axis].split_factor) != later:
             return None
     return *plain, *strided

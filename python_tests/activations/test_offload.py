@@ -376,12 +376,34 @@ def test_what_the_disk_cannot_write_in_time_stays_in_memory(tmp_path):
 
     assert passes() == 10
     # The forward of the first step waited until all was written; that of the second will not.
-    offload._engine.finish = lambda: None
+    finish, offload._engine.finish = offload._engine.finish, lambda: None
     assert 1 <= passes() <= 10
+    finish()
     offload._engine._step.forward, offload._engine._step.writing = 0.1, 0.2
     offload._engine._step.written = 10 * x.nbytes
     passes()
     assert offload._engine.budget == pytest.approx(5 * x.nbytes)
+
+
+@pytest.mark.parametrize("name", ["write", "read"])
+def test_other_errors_of_a_thread_leave_nobody_waiting(name, offload):
+    """What cannot be written stays; what cannot be read is an error."""
+    model, slots = net(), offload._engine.slots
+
+    def fails(place, memory):
+        raise MemoryError("none left")
+
+    setattr(slots, name, fails)
+    with settled(offload):
+        loss = model(inputs()).sum()
+    if name == "write":
+        loss.backward()
+        assert offload.counts.written == 0
+    else:
+        with pytest.raises(MemoryError, match="none left"):
+            loss.backward()
+    del loss
+    gc.collect()
 
 
 def test_a_forked_process_is_refused(offload):

@@ -96,8 +96,8 @@ class Waiting:
         self._counter = tensor.detach()
         self.slot: int | None = None
         self.uses = 0
-        self.is_queued = self.is_loading = self.is_ahead = False
-        self.error: OSError | None = None
+        self.is_loading = self.is_ahead = False
+        self.error: Exception | None = None
 
     def check(self) -> None:
         """RuntimeError if it was changed in place since it was saved."""
@@ -169,7 +169,6 @@ class Engine:
                 self.counts.kept += waiting.size
                 return waiting
             self._wait_for_room(waiting.size)
-            waiting.is_queued = True
             self._queued += waiting.size
             self._to_write.append((reference, waiting.size))
             if not self._writes:
@@ -196,13 +195,13 @@ class Engine:
             start = time.monotonic()
             while waiting.is_loading:
                 self._changed.wait()
+            if waiting.error is not None:
+                raise waiting.error
             memory = waiting.memory
             if memory is None:
                 self.counts.missed += 1
-                memory = self._load(waiting)
+                memory = self._read_storage(waiting)
             self.counts.stalled += time.monotonic() - start
-            if waiting.error is not None:
-                raise waiting.error
             waiting.uses -= 1
             if waiting.slot is not None:
                 self._used(waiting)
@@ -253,8 +252,7 @@ class Engine:
         """What backward needs next is never written."""
         for reference, size in self._to_write:
             self._queued -= size
-            if (waiting := reference()) is not None:
-                waiting.is_queued = False
+            if reference() is not None:
                 self.counts.kept += size
         self._to_write.clear()
 
@@ -267,8 +265,6 @@ class Engine:
                     return
                 reference, size = self._to_write.popleft()
                 waiting = reference()
-                if waiting is not None:
-                    waiting.is_queued = False
             if waiting is not None:
                 self._write(waiting)
             # Its finalizer may want the lock.
@@ -285,11 +281,11 @@ class Engine:
         try:
             slot = self.slots.take(waiting.size)
             self.slots.write(slot, _bytes_of(memory))
-        except OSError as error:
+        except Exception as error:  # whatever it is, the forward waits for this thread
             notice_once(
                 logging.WARNING,
                 f"activations stay in memory: {self.slots.folder} takes no more"
-                f" ({error.strerror or error})",
+                f" ({getattr(error, 'strerror', None) or error})",
             )
             if slot is not None:
                 self.slots.give(slot, waiting.size)
@@ -338,16 +334,11 @@ class Engine:
         memory, error = None, None
         try:
             memory = self._read_storage(waiting)
-        except OSError as failure:
+        except Exception as failure:  # whatever it is, the backward waits for this thread
             error = failure
         with self._changed:
             waiting.is_loading, waiting.memory, waiting.error = False, memory, error
             self._changed.notify_all()
-
-    def _load(self, waiting: Waiting) -> torch.UntypedStorage:
-        if waiting.error is not None:
-            raise waiting.error
-        return self._read_storage(waiting)
 
     def _read_storage(self, waiting: Waiting) -> torch.UntypedStorage:
         assert waiting.slot is not None
