@@ -73,7 +73,7 @@ def measured(options: argparse.Namespace) -> dict:
         digest.update(param.grad.numpy().tobytes())
     found |= {"seconds": statistics.median(times), "digest": digest.hexdigest()[:16]}
     if options.arm == "offload":
-        assert context.slots_in_use == 0
+        assert context.places_in_use == 0
         found["disk"] = {**vars(context.counts), "steps": STEPS}
     return found
 

@@ -1,8 +1,10 @@
 """What is printed: aligned columns and amounts of memory."""
 
+import re
 from collections.abc import Iterable, Sequence
 
 GB = 10**9
+UNITS = {"": GB, "GB": GB, "MB": 10**6, "GiB": 2**30, "MiB": 2**20, "G": 2**30, "M": 2**20}
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
@@ -26,6 +28,21 @@ def amount(size: int) -> str:
         if size >= unit:
             return f"{size / unit:.2f} {name}"
     return f"{size} B"
+
+
+def parse_bytes(text: str, name: str) -> int:
+    """Of an amount as 24, 24GB or 24GiB, of an argument of that name.
+
+    Raises:
+        ValueError: it is none, or not above 0.
+    """
+    found = re.fullmatch(r"(\d*\.?\d+) ?([A-Za-z]*)", text)
+    units = {name.lower(): size for name, size in UNITS.items()}
+    if found is None or found[2].lower() not in units or float(found[1]) == 0:
+        raise ValueError(
+            f"{name} must be an amount above 0 as 24, which are GB, 24GB or 24GiB, got {text}"
+        )
+    return round(float(found[1]) * units[found[2].lower()])
 
 
 def _words(cell: object) -> str:

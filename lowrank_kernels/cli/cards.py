@@ -1,8 +1,4 @@
-"""Memory of cards, and amounts of it as people write them."""
-
-import re
-
-from .text import UserError
+"""Memory of cards."""
 
 # GiB that torch can have of it, CUDA's own part included, as its messages tell when it runs out,
 # rounded down: less than data sheets have, whose GB are of either kind, and less than nvidia-smi
@@ -26,23 +22,7 @@ CARDS = {
     "mi250": 63.9,
     "mi300x": 191.6,
 }
-UNITS = {"": 10**9, "GB": 10**9, "MB": 10**6, "GiB": 2**30, "MiB": 2**20, "G": 2**30, "M": 2**20}
 
 
 def card_bytes(name: str) -> int:
     return round(CARDS[name] * 2**30)
-
-
-def bytes_of(text: str) -> int:
-    """Of an amount as 24, 24GB or 24GiB.
-
-    Raises:
-        UserError: it is none, or not above 0.
-    """
-    found = re.fullmatch(r"(\d*\.?\d+) ?([A-Za-z]*)", text)
-    units = {name.lower(): size for name, size in UNITS.items()}
-    if found is None or found[2].lower() not in units or float(found[1]) == 0:
-        raise UserError(
-            f"--memory must be an amount above 0 as 24, which are GB, 24GB or 24GiB, got {text}"
-        )
-    return round(float(found[1]) * units[found[2].lower()])

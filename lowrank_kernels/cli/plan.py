@@ -18,9 +18,9 @@ from ..activations.plan import (
 from ..ops import requested_backend
 from ..optim import LowRankAdamW
 from ..optim.param_groups import collapsed
-from ..text import amount, table
+from ..text import amount, parse_bytes, table
 from . import gpus
-from .cards import CARDS, bytes_of, card_bytes
+from .cards import CARDS, card_bytes
 from .models import (
     OPTIMIZERS,
     Model,
@@ -30,7 +30,7 @@ from .models import (
     model_of,
     rank_of,
 )
-from .text import UserError
+from .text import UserError, user_errors
 
 SUMMARY = "say what training takes, activations too, whether it fits, and with how many tokens"
 
@@ -244,7 +244,10 @@ def _is_predicted(args: argparse.Namespace) -> bool:
 def _memory(args: argparse.Namespace) -> int | None:
     if args.card is not None:
         return card_bytes(args.card)
-    return None if args.memory is None else bytes_of(args.memory)
+    if args.memory is None:
+        return None
+    with user_errors():
+        return parse_bytes(args.memory, "--memory")
 
 
 def _training(args: argparse.Namespace, memory: int | None) -> Training:

@@ -13,144 +13,34 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+from offload_runs import (
+    RUNS,
+    WIDTH,
+    backward_inside,
+    double_backward,
+    gradients,
+    inputs,
+    net,
+    passes,
+    plain,
+)
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 from lowrank_kernels import offload_activations
 from lowrank_kernels.activations.offload.slots import BLOCK, BOUNCE, Slots
-
-ROWS, WIDTH, BLOCKS = 64, 48, 5
-
-
-class Block(nn.Module):
-    """Views of one storage, a shared input, a mask, a tensor in another dtype."""
-
-    def __init__(self):
-        super().__init__()
-        self.norm = nn.LayerNorm(WIDTH)
-        self.qkv = nn.Linear(WIDTH, 3 * WIDTH)
-        self.out = nn.Linear(WIDTH, WIDTH)
-        self.drop = nn.Dropout(0.2)
-
-    def forward(self, x):
-        q, k, v = self.qkv(self.norm(x)).chunk(3, -1)
-        mixed = torch.softmax(q @ k.T, -1) @ v
-        return x + self.drop(torch.tanh(self.out(mixed))).double().float()
-
-
-def net():
-    torch.manual_seed(0)
-    return nn.Sequential(*(Block() for _ in range(BLOCKS)))
-
-
-def inputs(seed=1):
-    rng = torch.Generator().manual_seed(seed)
-    return torch.randn(ROWS, WIDTH, generator=rng)
 
 
 @pytest.fixture
 def offload(tmp_path):
     found = offload_activations(tmp_path, least=1, in_flight=1 << 16, ahead=1 << 16)
     yield found
-    assert found.slots_in_use == 0
+    assert found.places_in_use == 0
     assert list(tmp_path.iterdir()) == []
     assert not any("_write_all" in t.name or "_read_all" in t.name for t in threading.enumerate())
 
 
-def gradients(model):
-    return [param.grad for param in model.parameters()]
-
-
-def plain(run):
-    """Of a function of a model and a context, without offloading."""
-    model = net()
-    run(model, torch.enable_grad)
-    return gradients(model)
-
-
-def passes(model, context):
-    torch.manual_seed(3)
-    with context():
-        loss = model(inputs()).square().sum()
-    loss.backward()
-
-
-def several_micro_batches(model, context):
-    torch.manual_seed(3)
-    for seed in range(3):
-        with context():
-            loss = model(inputs(seed)).square().sum()
-        loss.backward()
-
-
-def two_graphs_at_once(model, context):
-    torch.manual_seed(3)
-    with context():
-        losses = [model(inputs(seed)).square().sum() for seed in range(2)]
-    for loss in losses:
-        loss.backward()
-
-
-def retained(model, context):
-    torch.manual_seed(3)
-    with context():
-        loss = model(inputs()).square().sum()
-    for last in (False, False, True):
-        loss.backward(retain_graph=not last)
-
-
-def double_backward(model, context):
-    torch.manual_seed(3)
-    x = inputs().requires_grad_()
-    with context():
-        loss = model(x).square().sum()
-        (grad,) = torch.autograd.grad(loss, x, create_graph=True)
-        penalty = grad.square().sum()
-    penalty.backward()
-
-
-def backward_inside(model, context):
-    torch.manual_seed(3)
-    with context():
-        for seed in range(2):
-            model(inputs(seed)).square().sum().backward()
-
-
-def checkpointed(model, context, reentrant):
-    torch.manual_seed(3)
-    x = inputs().requires_grad_()
-    with context():
-        for block in model:
-            x = checkpoint(block, x, use_reentrant=reentrant)
-    x.square().sum().backward()
-
-
-def reentrant(model, context):
-    checkpointed(model, context, True)
-
-
-def not_reentrant(model, context):
-    checkpointed(model, context, False)
-
-
-def in_half(model, context):
-    torch.manual_seed(3)
-    with context(), torch.autocast("cpu"):
-        loss = model(inputs()).square().sum()
-    loss.backward()
-
-
-RUNS = (
-    passes,
-    several_micro_batches,
-    two_graphs_at_once,
-    retained,
-    double_backward,
-    backward_inside,
-    reentrant,
-    not_reentrant,
-    in_half,
-)
+def disk_of(offload):
+    return offload._places.of(torch.device("cpu"))
 
 
 @contextmanager
@@ -158,7 +48,7 @@ def settled(offload):
     """All that is saved is on the disk when it ends."""
     with offload:
         yield
-    offload._engine.finish()
+    disk_of(offload).finish()
 
 
 @pytest.mark.parametrize("settles", [True, False])
@@ -260,7 +150,7 @@ def test_a_change_in_place_is_an_error(written, offload):
     with offload:
         total = x.square().sum()
     if written:
-        offload._engine.finish()
+        disk_of(offload).finish()
     with torch.no_grad():
         x.mul_(2)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
@@ -295,12 +185,12 @@ def test_exceptions_and_graphs_that_are_dropped_leave_nothing(offload):
         loss.backward()
     del loss, hidden
     gc.collect()
-    assert offload.slots_in_use == 0
+    assert offload.places_in_use == 0
     passes(model, lambda: offload)
 
 
 def test_a_full_disk_keeps_the_rest_in_memory(offload, caplog):
-    take, left = offload._engine.slots.take, [4]
+    take, left = offload._places.slots.take, [4]
 
     def full(size):
         left[0] -= 1
@@ -308,7 +198,7 @@ def test_a_full_disk_keeps_the_rest_in_memory(offload, caplog):
             raise OSError(errno.ENOSPC, "No space left on device")
         return take(size)
 
-    offload._engine.slots.take = full
+    offload._places.slots.take = full
     model = net()
     passes(model, lambda: offload)
     passes(model, lambda: offload)
@@ -323,17 +213,17 @@ def test_what_cannot_be_read_is_an_error_with_its_folder(offload, tmp_path):
     model = net()
     with offload:
         loss = model(inputs()).sum()
-    offload._engine.finish()
+    disk_of(offload).finish()
 
     def broken(place, memory):
         raise OSError(errno.EIO, "Input/output error")
 
-    offload._engine.slots.read = broken
+    offload._places.slots.read = broken
     with pytest.raises(OSError, match="of activations cannot be read: Input/output error") as found:
         loss.backward()
     assert found.value.errno == errno.EIO
     assert found.value.filename == str(tmp_path)
-    offload._engine.finish()
+    disk_of(offload).finish()
     del loss, found
     gc.collect()
 
@@ -355,13 +245,13 @@ def test_the_last_part_of_a_step_may_stay_in_memory(tmp_path):
 
 def test_what_the_disk_cannot_write_in_time_stays_in_memory(tmp_path):
     offload = offload_activations(tmp_path, keep=None, least=1)
-    write = offload._engine.slots.write
+    write = offload._places.slots.write
 
     def slow(place, memory):
         time.sleep(0.02)
         write(place, memory)
 
-    offload._engine.slots.write = slow
+    offload._places.slots.write = slow
     x = inputs().requires_grad_()
 
     def passes():
@@ -376,19 +266,19 @@ def test_what_the_disk_cannot_write_in_time_stays_in_memory(tmp_path):
 
     assert passes() == 10
     # The forward of the first step waited until all was written; that of the second will not.
-    finish, offload._engine.finish = offload._engine.finish, lambda: None
+    disk = disk_of(offload)
+    finish, disk.finish = disk.finish, lambda: None
     assert 1 <= passes() <= 10
     finish()
-    offload._engine._step.forward, offload._engine._step.writing = 0.1, 0.2
-    offload._engine._step.written = 10 * x.nbytes
+    disk._forward, disk._writing, disk._written = 0.1, 0.2, 10 * x.nbytes
     passes()
-    assert offload._engine.budget == pytest.approx(5 * x.nbytes)
+    assert disk.budget == pytest.approx(5 * x.nbytes)
 
 
 @pytest.mark.parametrize("name", ["write", "read"])
 def test_other_errors_of_a_thread_leave_nobody_waiting(name, offload):
     """What cannot be written stays; what cannot be read is an error."""
-    model, slots = net(), offload._engine.slots
+    model, slots = net(), offload._places.slots
 
     def fails(place, memory):
         raise MemoryError("none left")
@@ -427,8 +317,7 @@ def test_a_killed_process_leaves_no_file(tmp_path):
         offload = offload_activations({str(tmp_path)!r}, least=1)
         with offload:
             loss = (torch.randn(512, 512, requires_grad=True) * 1).square().sum()
-        offload._engine.finish()
-        assert offload.counts.written
+        assert offload.places_in_use
         os.kill(os.getpid(), signal.SIGKILL)
     """
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(text)])

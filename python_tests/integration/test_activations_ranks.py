@@ -71,7 +71,7 @@ def offloaded(rank, world, folder):
         model = wrapped(model, how, world)
         if handle is None:
             offload.install(model)
-        found[how] = plain, gradients(model, rank), offload.counts.packed, offload.slots_in_use
+        found[how] = plain, gradients(model, rank), offload.counts.packed, offload.places_in_use
     return found
 
 
