@@ -243,6 +243,18 @@ def test_the_last_part_of_a_step_may_stay_in_memory(tmp_path):
         assert (offload.counts.written - before) / x.nbytes == written, keep
 
 
+def test_a_step_that_saves_more_than_the_last_one_goes_away_wholly(offload):
+    x = inputs().requires_grad_()
+    for times in (1, 3):
+        before = offload.counts.written
+        with settled(offload):
+            hidden = x * 1
+            for _ in range(times):
+                hidden = hidden.sin() * 1
+        hidden.sum().backward()
+        assert offload.counts.written - before == times * x.nbytes
+
+
 def test_what_the_disk_cannot_write_in_time_stays_in_memory(tmp_path):
     offload = offload_activations(tmp_path, keep=None, least=1)
     write = offload._places.slots.write

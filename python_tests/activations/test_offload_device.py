@@ -197,8 +197,19 @@ def test_graphs_that_are_dropped_wait_for_their_copies():
     assert lane.copies
     del total
     gc.collect()
-    assert offload.places_in_use == 0
     passes(net(), lambda: offload)
+    assert offload.places_in_use == 0
+
+
+def test_a_graph_that_is_kept_outlives_the_next_forward():
+    """What it held while it was copied is no longer to be given up."""
+    offload = offload_on(LateLane(), 1 << 22)
+    losses = []
+    for _ in range(2):
+        with offload:
+            losses.append(net()(inputs()).square().sum())
+        losses[0].backward(retain_graph=True)
+    losses[1].backward()
 
 
 def test_a_change_in_place_is_an_error():
@@ -269,7 +280,7 @@ def test_a_block_larger_than_a_piece_does_not_lose_the_rest():
 
     host = HostMemory(4 * PIECE, allocate)
     host.take(PIECE // 2)
-    host.take(PIECE + 1)
+    host.take(2 * PIECE)
     host.take(PIECE // 2)
     assert taken == [PIECE, 2 * PIECE]
 
