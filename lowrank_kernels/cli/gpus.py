@@ -172,9 +172,10 @@ def _notes(facts: dict[str, Any]) -> Iterator[str]:
         yield f"The owner of a new basis holds a whole gradient, up to {amount(largest)}."
     more = [name for name, each in facts["optimizers"].items() if each["more_than_adamw"]]
     if more:
+        other = "" if facts["shard"] == "hsdp" or facts["gpus"] <= SHARD_SIZE else "hsdp, "
         yield (
             f"{', '.join(more)}: more state than adamw's, whose moments are in {facts['dtype']} and"
-            " split; hsdp, a lower rank, or --basis int8 keep what is whole small."
+            f" split; {other}a lower rank, or --basis int8 keep what is whole small."
         )
 
 

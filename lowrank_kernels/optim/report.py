@@ -138,7 +138,7 @@ def _spread(optimizer: LowRankAdamW, group: Group, param: Tensor) -> Row:
     placement, told = None, ""
     if is_sharded(param):
         mesh, placements = spread_of(param)
-        names = mesh.mesh_dim_names or range(mesh.ndim)
+        names = mesh.mesh_dim_names or [f"axis {axis}" for axis in range(mesh.ndim)]
         axes = zip(placements, names, mesh.mesh.shape, strict=True)
         placement = ", ".join(f"{place!r} over {name} of {size}" for place, name, size in axes)
         if is_projected(group):
