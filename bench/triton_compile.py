@@ -46,7 +46,7 @@ from lowrank_kernels.ops import AdamScalars, Matrices, Residual, Scalars, Side
 from lowrank_kernels.ops import triton as launchers
 from lowrank_kernels.ops.codes import FLAT_GROUPS, FORMATS, channel_groups, new_stored
 from lowrank_kernels.ops.contract import basis_shape, projected_shape
-from lowrank_kernels.ops.triton import addresses, config, launch, plain
+from lowrank_kernels.ops.triton import addresses, config, launch, plain, rows
 
 RESULT = Path(__file__).parent / "results" / "triton-compile.json"
 TOOLS = Path(nvidia.__file__).parent / "bin"
@@ -378,6 +378,9 @@ def launches(target: Target, case: Case) -> list[tuple[JITFunction, tuple, dict]
             whole = new_stored(case.shape, moments, meta, FLAT_GROUPS)
             grad = torch.empty_like(matrices.params[0], dtype=dtypes.grad)
             plain.adamw(matrices.params[0], grad, whole, scalars, salt=1)
+        if case.residual is Residual.NONE:
+            index = torch.empty(case.rank, dtype=torch.int32, device="meta")
+            rows.scaled_rows(matrices.grads[0], index, torch.empty(case.rank, device="meta"))
     return recorded
 
 

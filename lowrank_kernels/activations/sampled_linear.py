@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ..ops.rows import scaled_rows
 from ..optim.projected_gradient import Projector
 from .sketches import random_signs, sample_rows
 
@@ -58,8 +59,7 @@ def kept_rows(x: Tensor, scores: Tensor, count: int, method: str) -> Sketch:
 
 def _of_rows(heads: Tensor, rows: Tensor, index: Tensor, weights: Tensor) -> Tensor:
     # Weights may be large: they are not rounded with what is saved.
-    picked = heads.index_select(0, index).to(weights.dtype) * weights.unsqueeze(1)
-    return picked.to(heads.dtype).mT @ rows
+    return scaled_rows(heads, index, weights).mT @ rows
 
 
 def kept_columns(x: Tensor, count: int) -> Sketch:

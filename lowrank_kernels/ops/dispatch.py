@@ -188,6 +188,11 @@ def _in_words(kind: Kind, choice: Choice) -> str:
     return f"{name}: {choice.backend} backend ({choice.reason})"
 
 
+def triton_is_ready() -> bool:
+    """Whether it serves what is computed on a GPU beside steps."""
+    return requested_backend("auto") in ("auto", "triton") and _triton_status()[0]
+
+
 @functools.cache
 def load(backend: str) -> ModuleType:
     """The module of a backend, or one in it; triton is imported here."""

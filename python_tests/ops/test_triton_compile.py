@@ -40,6 +40,7 @@ KERNELS = (
     "combine_kernel",
     "moments_kernel",
     "adamw_kernel",
+    "scaled_rows_kernel",
 )
 NARROW = {"bf16": ("ld 2", "st 2", "cp.async 4", "cp.async 8"), "fp32": ("cp.async 4",)}
 HALF = ("bf16", "fp16")
