@@ -378,7 +378,7 @@ def launches(target: Target, case: Case) -> list[tuple[JITFunction, tuple, dict]
             whole = new_stored(case.shape, moments, meta, FLAT_GROUPS)
             grad = torch.empty_like(matrices.params[0], dtype=dtypes.grad)
             plain.adamw(matrices.params[0], grad, whole, scalars, salt=1)
-        if case.residual is Residual.NONE:
+        if case.residual is None:
             index = torch.empty(case.rank, dtype=torch.int32, device="meta")
             rows.scaled_rows(matrices.grads[0], index, torch.empty(case.rank, device="meta"))
     return recorded
