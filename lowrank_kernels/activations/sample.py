@@ -5,12 +5,13 @@ from __future__ import annotations
 import functools
 import weakref
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, MutableMapping
 from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
 
 from ..ops.contract import Side
 from ..optim.lowrank_adamw import LowRankAdamW, not_compiled
@@ -53,7 +54,8 @@ class SampledLinears:
         self._norms, self._norms_of = norms, dict[str, GradientNorms]()
         self._mask: Tensor | None = None
         self._index: Tensor | None = None
-        self._last: _Input | None = None
+        # An entry goes with its input.
+        self._inputs: MutableMapping[Tensor, _Input] = WeakIdKeyDictionary()
         self._siblings: dict[str, int] = {}
         self._layers: list[_Layer] = []
 
@@ -72,7 +74,8 @@ class SampledLinears:
         """Gives every layer its own forward again."""
         for layer in self._layers:
             layer.restore()
-        self._layers, self._last = [], None
+        self._layers = []
+        self._inputs.clear()
 
     def __str__(self) -> str:
         taken = sum(row.taken for row in self.rows)
@@ -83,19 +86,20 @@ class SampledLinears:
 
     def _sketch(self, x: Tensor, name: str, weight: Tensor) -> Sketch | None:
         """What a layer keeps of an input; None for all of it."""
-        projector, last = self._projector(weight), self._users_of(x, name)
+        projector, known = self._projector(weight), self._known(x, name)
         count = self._count(x, name, projector)
         if count is None:
             return None
-        dtype, whose = autocast_dtype(x), None if projector is None else name
-        key = count, dtype, whose if self._index is None else name
-        if key not in last.sketches:
+        dtype = autocast_dtype(x)
+        is_own = projector is not None or self._norms is not None
+        key = count, dtype, name if is_own else None
+        if key not in known.sketches:
             with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
                 rows = x.detach().reshape(-1, x.shape[-1])
                 rows = rows if dtype is None else rows.to(dtype)
                 made = self._made(rows, x.shape, name, count, projector)
-            last.sketches[key] = made._replace(dtype=dtype)
-        return last.sketches[key]
+            known.sketches[key] = made._replace(dtype=dtype)
+        return known.sketches[key]
 
     def _count(self, x: Tensor, name: str, projector: Projector | None) -> int | None:
         """Of rows, or of columns, to keep; None if all of x is less, or costs nothing."""
@@ -111,15 +115,15 @@ class SampledLinears:
             share = (share + projector.rank / features) * self._siblings.get(name, 1)
         return count if share < 1 and x.numel() else None
 
-    def _users_of(self, x: Tensor, name: str) -> _Input:
-        """What is known of an input; called in the order of the forward pass."""
-        last = self._last
-        if last is None or not last.is_of(x) or name in last.users:
-            if last is not None:
-                self._siblings |= dict.fromkeys(last.users, len(last.users))
-            last = self._last = _Input(weakref.ref(x), x._version, [], {})
-        last.users.append(name)
-        return last
+    def _known(self, x: Tensor, name: str) -> _Input:
+        """What is known of an input that one more layer multiplies."""
+        known = self._inputs.get(x)
+        if known is None or known.version != x._version or name in known.users:
+            known = self._inputs[x] = _Input(x._version, [], {})
+        known.users.append(name)
+        for user in known.users:
+            self._siblings[user] = max(len(known.users), self._siblings.get(user, 1))
+        return known
 
     def _made(
         self, rows: Tensor, shape: torch.Size, name: str, count: int, projector: Projector | None
@@ -189,19 +193,14 @@ class _Input(NamedTuple):
     """An input that layers multiply: those of one input, as q, k and v, share what is kept of it.
 
     Attributes:
-        x: itself, which may be gone.
         version: of it.
         users: names of its layers so far.
         sketches: what was kept.
     """
 
-    x: weakref.ref[Tensor]
     version: int
     users: list[str]
     sketches: dict[object, Sketch]
-
-    def is_of(self, x: Tensor) -> bool:
-        return self.x() is x and self.version == x._version
 
 
 class _Layer:

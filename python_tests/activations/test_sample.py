@@ -125,6 +125,29 @@ def test_layers_of_one_input_share_a_sample():
     assert "model.layers.1.self_attn.o_proj" not in rows
 
 
+class Adapters(nn.Module):
+    """Of one input, with other inputs in between, as LoRA's of q and k."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Linear(*sizes) for sizes in ((8, 2), (2, 8)) * 2)
+
+    def forward(self, x):
+        x = x * 1
+        down, up, other_down, other_up = self.blocks
+        return (up(down(x)) + other_up(other_down(x))).sum()
+
+
+@pytest.mark.parametrize("index", [None, torch.arange(2)])
+def test_layers_share_a_sample_whatever_comes_between(index):
+    x = torch.randn(2, 10, 8).requires_grad_()
+    model = Adapters()
+    sampled = sample_linears(model, 0.3)
+    sampled.of_batch(index=index)
+    # Six rows of x, and six of each factor's output, with their indices and weights.
+    assert saved_bytes(model, x).by_kind()["linear"] == 6 * (4 * (8 + 2 + 2) + 3 * 8)
+
+
 @pytest.mark.parametrize("keep", [0.3, 0.1])
 def test_a_llama_saves_what_the_formula_says(keep):
     ids = token_ids()
