@@ -3,7 +3,7 @@
     python -m bench.report            # writes both
     python -m bench.report --check    # exit status 1 if a document does not say what the records do
 
-In the README, in bench/RESULTS.md and in docs/many-gpus.md a figure stands between
+In the README, in bench/RESULTS.md and in the pages of docs (`PAGES`) a figure stands between
 `<!-- figure: NAME -->` and `<!-- end -->`; `bench.figures` has a function of that name.
 """
 
@@ -19,7 +19,8 @@ from bench.figures import FIGURES, RESULTS, Records
 README = Path(__file__).parents[1] / "README.md"
 # How a document names the folder of this file.
 HERE = {README: "bench/", README.parent / "bench" / "RESULTS.md": ""}
-HERE[README.parent / "docs" / "many-gpus.md"] = "../bench/"
+PAGES = ("many-gpus", "activations")
+HERE |= {README.parent / "docs" / f"{name}.md": "../bench/" for name in PAGES}
 DOCUMENTS = tuple(HERE)
 MARKED = re.compile(r"<!-- figure: (\w+) -->(.*?)<!-- end -->", re.DOTALL)
 # What a measurement has behind its number, and settings or published numbers hardly ever.

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ..optim.groups import is_projected
 from ..optim.lowrank_adamw import LowRankAdamW
 from ..optim.workspace import Workspace, planned_alone, planned_workspace
+from .dry_offload import AHEAD, IN_FLIGHT
 from .rehearsal import Conditions, Rehearsal, rehearse
 
 # Of a GPU: CUDA's context with the code of its kernels, workspaces of cuBLAS, and what torch's
@@ -34,6 +35,11 @@ class Training:
         project: gradients are R, by `project_linears`.
         release: each gradient is freed in the backward pass, by `release_gradients`.
         accumulate: several backward passes make a step.
+        offload: share of what a forward pass saves that `offload_activations` takes away, from 0 to
+            1, the first part of it: as with its `keep`, which is the rest.
+
+    Raises:
+        ValueError: release with accumulate, or an offload that is no share.
     """
 
     device_type: str = "cuda"
@@ -43,12 +49,15 @@ class Training:
     project: bool = False
     release: bool = False
     accumulate: bool = False
+    offload: float = 0.0
 
     def __post_init__(self) -> None:
         if self.release and self.accumulate:
             raise ValueError(
                 "release and accumulate exclude each other: what is released adds up to nothing"
             )
+        if not 0 <= self.offload <= 1:
+            raise ValueError(f"offload must be between 0 and 1, got {self.offload!r}")
 
     @property
     def allowance(self) -> int:
@@ -63,11 +72,17 @@ class Activations(NamedTuple):
         saved: bytes at the end of the forward pass.
         forward: the most that is held in it beside weights and state.
         backward: in the backward pass, gradients and, if they are released, steps included.
+        out: bytes that are taken away meanwhile. What waits for that, and what is read ahead, is in
+            the others, as much as `offload_activations` lets it be by default.
+        products: operations of the matrix products in the forward pass, where something is taken
+            away; attention's own are left out.
     """
 
     saved: int
     forward: int
     backward: int
+    out: int = 0
+    products: int = 0
 
 
 @dataclass(frozen=True)
@@ -118,7 +133,11 @@ class Planner:
     def __init__(self, model: nn.Module, training: Training) -> None:
         self._model, self.training = model, training
         self._conditions = Conditions(
-            training.device_type, training.memory, training.checkpointing, training.recompute
+            training.device_type,
+            training.memory,
+            training.checkpointing,
+            training.recompute,
+            offload=training.offload,
         )
         self._rehearsals: dict[tuple[int, int], list[Rehearsal]] = {}
         # Kept, since the keys above and below are their addresses.
@@ -286,5 +305,17 @@ def _activations(
             backward = each.backward_peak_of_more()
         elif alone is not None:
             backward = each.backward_peak_of_one(steps)
-        every.append(Activations(each.saved, before + each.forward_peak, backward))
-    return Activations(*map(max, zip(*every, strict=True)))
+        waiting = min(each.out, IN_FLIGHT)
+        coming = min(each.out - waiting, AHEAD)
+        every.append(
+            Activations(
+                each.saved,
+                before + each.forward_peak + waiting,
+                backward + waiting + coming,
+                each.out,
+                each.products,
+            )
+        )
+    # The fewest products leave the least time for what goes out.
+    products = min(each.products for each in every)
+    return Activations(*map(max, zip(*every, strict=True)))._replace(products=products)

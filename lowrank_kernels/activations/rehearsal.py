@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from ..ops.dry import meta_stands_for
 from ..optim import first_bases
@@ -26,6 +27,7 @@ from ..optim.groups import is_projected
 from ..optim.lowrank_adamw import LowRankAdamW
 from ..optim.projected_gradient import Projector, held
 from ..optim.state import planned_state
+from .dry_offload import DryOffload
 from .project import ProjectedLinears, project_linears
 from .recompute import recompute_activations
 
@@ -56,12 +58,18 @@ class Rehearsal:
         forward_peak: in it.
         moments: in the order of the backward pass.
         last_peak: after the last of them.
+        out: that `offload` takes away meanwhile; what waits for that, and what is read ahead, is
+            not in the others.
+        products: operations of the matrix products in the forward pass, where something is taken
+            away; attention's own are left out.
     """
 
     saved: int
     forward_peak: int
     moments: tuple[Moment, ...]
     last_peak: int
+    out: int = 0
+    products: int = 0
 
     @property
     def gradients(self) -> int:
@@ -100,6 +108,8 @@ class Rehearsal:
             line(self.forward_peak, other.forward_peak),
             tuple(moments),
             line(self.last_peak, other.last_peak),
+            line(self.out, other.out),
+            line(self.products, other.products),
         )
 
 
@@ -112,6 +122,7 @@ class Conditions(NamedTuple):
         checkpointing: of blocks, as transformers does it.
         recompute: by `recompute_activations`.
         project: by `project_linears` with this optimizer over the model's parameters.
+        offload: share of what is saved that `offload_activations` takes away, the first part of it.
     """
 
     device_type: str
@@ -119,6 +130,7 @@ class Conditions(NamedTuple):
     checkpointing: bool = False
     recompute: bool = False
     project: LowRankAdamW | None = None
+    offload: float = 0.0
 
 
 def rehearse(model: nn.Module, tokens: int, conditions: Conditions) -> list[Rehearsal]:
@@ -145,10 +157,10 @@ def rehearse(model: nn.Module, tokens: int, conditions: Conditions) -> list[Rehe
                 report = project_linears(model, optimizer)
                 undo.append(report.undo)
                 _begin_each_kind_once(report, optimizer)
-            passes = [_pass(model, ids, conditions.device_type)]
+            passes = [_pass(model, ids, conditions)]
             if optimizer is not None:
                 _to_a_later_step(optimizer)
-                passes.append(_pass(model, ids, conditions.device_type))
+                passes.append(_pass(model, ids, conditions))
             return passes
         finally:
             for each in reversed(undo):
@@ -210,13 +222,17 @@ def _begin_each_kind_once(report: ProjectedLinears, optimizer: LowRankAdamW) -> 
         layer.begin = begin
 
 
-def _pass(model: nn.Module, ids: Tensor, device_type: str) -> Rehearsal:
+def _pass(model: nn.Module, ids: Tensor, conditions: Conditions) -> Rehearsal:
     params = [param for param in model.parameters() if param.requires_grad]
     for param in params:
         param.grad = None
-    with _Allocations() as allocations, _Attention(device_type), torch.enable_grad():
+    away, products = None, 0
+    if conditions.offload:
+        away, products = _offloading(model, ids, conditions)
+    with _Allocations() as allocations, _Attention(conditions.device_type), torch.enable_grad():
         ids = ids.clone()
-        loss = model(input_ids=ids, labels=ids).loss
+        with away or nullcontext():
+            loss = model(input_ids=ids, labels=ids).loss
         saved, forward_peak = allocations.live_bytes, allocations.peak_bytes
         moments: list[Moment] = []
 
@@ -229,10 +245,27 @@ def _pass(model: nn.Module, ids: Tensor, device_type: str) -> Rehearsal:
         allocations.peak_bytes = saved
         with _called_at_gradients(params, whole):
             loss.backward()
-        found = Rehearsal(saved, forward_peak, tuple(moments), allocations.peak_bytes)
+        out = 0 if away is None else away.out
+        found = Rehearsal(
+            saved, forward_peak, tuple(moments), allocations.peak_bytes, out, products
+        )
         for param in params:
             param.grad = None
     return found
+
+
+def _offloading(model: nn.Module, ids: Tensor, conditions: Conditions) -> tuple[DryOffload, int]:
+    """For a pass of which a share goes out, found by a forward before it, and its products."""
+    everything, counted = DryOffload(model), FlopCounterMode(display=False)
+    # Values that the code asks for are known to the second of the modes.
+    modes = counted, _Allocations(), _Attention(conditions.device_type)
+    with ExitStack() as stack:
+        for each in (*modes, torch.enable_grad(), everything):
+            stack.enter_context(each)
+        model(input_ids=ids, labels=ids)
+    operations = counted.get_flop_counts()["Global"]
+    products = sum(n for name, n in operations.items() if "attention" not in str(name))
+    return DryOffload(model, conditions.offload * everything.packed), products
 
 
 @contextmanager

@@ -20,7 +20,7 @@ from .traffic import (
 )
 
 # Options of a plan for one GPU that one for many does not take.
-ALONE = ("recompute", "project", "release", "checkpointing", "accumulate")
+ALONE = ("recompute", "project", "release", "checkpointing", "accumulate", "offload")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -19,7 +19,7 @@ from ..ops import requested_backend
 from ..optim import LowRankAdamW
 from ..optim.param_groups import collapsed
 from ..text import amount, parse_bytes, table
-from . import gpus
+from . import gpus, offload
 from .cards import CARDS, card_bytes
 from .models import (
     OPTIMIZERS,
@@ -64,6 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--release", action="store_true", help="release_gradients: one gradient at a time")
     add("--checkpointing", action="store_true", help="of the blocks, as transformers does it")
     add("--accumulate", action="store_true", help="several backward passes a step")
+    offload.add_arguments(parser)
     memory = parser.add_mutually_exclusive_group()
     memory.add_argument("--memory", metavar="AMOUNT", help="to fit into: 24GiB, 24GB or 24, in GB")
     memory.add_argument(
@@ -88,6 +89,7 @@ def facts(args: argparse.Namespace) -> dict[str, Any]:
             raise UserError(f"--optimizers: {name!r} is not one of {', '.join(ALL_OPTIMIZERS)}")
     if args.tokens < 0:
         raise UserError(f"--tokens must be at least 0, got {args.tokens}")
+    offload.check(args)
     if args.release and args.accumulate:
         raise UserError("--release and --accumulate: what is released adds up to nothing")
     memory, usual = _memory(args), backend_of(args).backend
@@ -103,6 +105,9 @@ def facts(args: argparse.Namespace) -> dict[str, Any]:
         optimizer = None if name == "adamw" else build_optimizer(name, model, args)
         plan = planner.plan(optimizer, tokens)
         optimizers[name] = _needs(plan, planner, optimizer, memory)
+        if args.offload and plan.activations is not None:
+            out = plan.activations.out, plan.activations.products
+            optimizers[name] |= offload.facts_of(*out, args)
         optimizers[name]["rank"] = None if optimizer is None else rank_of(name, model, args)
         optimizers[name]["remark"] = None
         if optimizer is not None:
@@ -124,6 +129,7 @@ def facts(args: argparse.Namespace) -> dict[str, Any]:
         "device": args.device,
         "backend": " and ".join(sorted(backends)) or usual,
         "predicted": _is_predicted(args),
+        "offload_card": args.card if args.offload else None,
         "memory_bytes": memory,
         "allowance_bytes": planner.training.allowance,
         "tokens": tokens,
@@ -138,14 +144,17 @@ def facts(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-_HOW = ("recompute", "project", "release", "checkpointing", "accumulate")
+_HOW = ("recompute", "project", "release", "checkpointing", "accumulate", "offload")
 
 
 def as_text(facts: dict[str, Any]) -> str:
     """A row an optimizer, in decimal units, and remarks below."""
     if "gpus" in facts:
         return gpus.as_text(facts)
+    offloads = facts["offload"] and not facts["without_activations"]
     header = ["optimizer", "state", "gradients", "activations", "step", "refresh", "peak", "in the"]
+    if offloads:
+        header[4:4] = ["offloaded", "GB/s"]
     if facts["memory_bytes"] is not None:
         header.append(f"in {amount(facts['memory_bytes'])}")
     rows, about = [], defaultdict(list)
@@ -157,12 +166,14 @@ def as_text(facts: dict[str, Any]) -> str:
             *(amount(needs[f"{part}_workspace_bytes"]) for part in ("step", "refresh")),
             *(amount(needs["total_bytes"]), needs["peak_in"]),
         ]
+        if offloads:
+            row[4:4] = offload.cells_of(needs)
         if facts["memory_bytes"] is not None:
             row.append(_verdict(needs, facts["tokens"]))
         rows.append(row)
         for remark in _remarks(needs, facts):
             about[remark].append(name)
-    how = [f"--{name}" for name in _HOW if facts[name]]
+    how = _arguments({name: facts[name] for name in _HOW if facts[name]})
     tokens = f"{facts['tokens']:,} tokens" if facts["tokens"] else "without activations"
     lines = [
         f"{facts['model']}: {facts['architecture']}, {facts['parameters']:,} parameters,"
@@ -193,6 +204,8 @@ def _notes(facts: dict[str, Any], about: dict[str, list[str]]) -> Iterator[str]:
     )
     if facts["without_activations"]:
         yield f"Without activations: {facts['without_activations']}"
+    elif facts["offload"]:
+        yield from offload.notes(facts)
     yield "adamw is torch's, fused; adarankgrad's state is the most it can hold."
     if not (facts["release"] or facts["accumulate"]):
         yield (

@@ -135,7 +135,7 @@ def test_a_model_on_the_meta_device_is_looked_through_as_a_real_one():
     assert recompute_activations(on_meta()).rows == recompute_activations(language_model()).rows
 
 
-@pytest.mark.parametrize("how", ["plain", "release", "accumulate", "project"])
+@pytest.mark.parametrize("how", ["plain", "release", "accumulate", "project", "offload"])
 def test_the_most_tokens_fit_and_more_do_not(how):
     model = on_meta()
     optimizer = GaLoreAdamW(param_groups(model, 8))

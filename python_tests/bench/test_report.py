@@ -69,7 +69,7 @@ INLINE = ("rank_course", "captured", "cuda_compile", "published_bf16", "publishe
 INLINE += ("saved_to_8bit", "saved_to_bf16", "projected_speed", "family_losses")
 
 
-@pytest.mark.parametrize("name", ["gpus_steps", "gpus_refreshes"])
+@pytest.mark.parametrize("name", ["gpus_steps", "gpus_refreshes", "offload_speeds"])
 def test_what_is_computed_is_called_so(name):
     assert "**Computed, not measured.**" in FIGURES[name](Records())
 
@@ -95,7 +95,7 @@ def test_pictures_are_drawn_from_the_records(tmp_path):
         assert picture.stat().st_size > 20_000
 
 
-PICTURES_OF = {"README.md": 4, "RESULTS.md": 4, "many-gpus.md": 1}
+PICTURES_OF = {"README.md": 4, "RESULTS.md": 4, "many-gpus.md": 1, "activations.md": 0}
 
 
 @pytest.mark.parametrize("document", report.DOCUMENTS, ids=lambda path: path.name)

@@ -4,12 +4,21 @@ import functools
 
 import pytest
 import torch
+from integration.easy_tasks import repeated_pairs, tiny_llama
 from integration.ranks import mesh_of, on_ranks, whole
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from lowrank_kernels import offload_activations, sample_linears
+from lowrank_kernels import (
+    GaLoreAdamW,
+    offload_activations,
+    param_groups,
+    project_linears,
+    recompute_activations,
+    release_gradients,
+    sample_linears,
+)
 
 DRAWS = 200
 
@@ -75,10 +84,49 @@ def offloaded(rank, world, folder):
     return found
 
 
+def llama_of(how, world, recomputes):
+    torch.manual_seed(0)
+    # Whose norms compute in float32: elsewhere they are summed in another order.
+    model = tiny_llama().bfloat16()
+    if recomputes:
+        assert recompute_activations(model).rows
+    if how == "ddp":
+        return DistributedDataParallel(model)
+    for block in model.model.layers:
+        fully_shard(block, mesh=mesh_of(world))
+    return fully_shard(model, mesh=mesh_of(world))
+
+
+def recomputed(rank, world):
+    """Of each wrapper: gradients without and with."""
+    found, batch = {}, repeated_pairs(rank, 4)
+    for how in ("ddp", "fsdp2"):
+        both = []
+        for recomputes in (False, True):
+            model = llama_of(how, world, recomputes)
+            model(**batch).loss.backward()
+            both.append([whole(param.grad) for param in model.parameters()])
+        found[how] = both
+    return found
+
+
+def refused(rank, world):
+    """What projected gradients of shards are told, and released ones."""
+    model, found = llama_of("fsdp2", world, False), {}
+    optimizer = GaLoreAdamW(param_groups(model, rank=8), lr=0.01)
+    for call in (project_linears, release_gradients):
+        try:
+            call(model, optimizer)
+            model(**repeated_pairs(rank, 4)).loss.backward()
+        except Exception as error:
+            found[call.__name__] = f"{type(error).__name__}: {error}"
+    return found
+
+
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     folder = tmp_path_factory.mktemp("disk")
-    functions = (sampled, functools.partial(offloaded, folder=folder))
+    functions = (sampled, functools.partial(offloaded, folder=folder), recomputed, refused)
     return on_ranks(2, functions, tmp_path_factory.mktemp("ranks"))
 
 
@@ -101,6 +149,19 @@ def test_offloaded_gradients_are_the_same_in_every_bit(results, how):
         assert all(map(torch.equal, plain, offloaded))
         assert packed > 0
         assert in_use == 0
+
+
+@pytest.mark.parametrize("how", ["ddp", "fsdp2"])
+def test_recomputed_activations_give_the_same_gradients(results, how):
+    for found in results["recomputed"]:
+        plain, again = found[how]
+        assert all(map(torch.equal, plain, again))
+
+
+def test_what_shards_cannot_do_is_told(results):
+    for found in results["refused"]:
+        assert "shard" in found["project_linears"]
+        assert "whose step waits for other ranks" in found["release_gradients"]
 
 
 def test_compiled_models(tmp_path):
