@@ -109,8 +109,7 @@ class FineTuning:
         self.sampled = None
         self._has_norms = arm.norms
         if arm.keep < 1:
-            # The factor behind another one has few inputs, and would keep layers of one input from
-            # sharing a sample.
+            # The factor behind another one has an input of 8 features a token.
             targets = r"\.down$" if arm.lora else None
             norms = len(data.train.labels) if arm.norms else None
             self.sampled = sample_linears(
@@ -130,7 +129,6 @@ class FineTuning:
         index = torch.from_numpy(order[place * size : (place + 1) * size])
         batch = samples.batch(index)
         if self.sampled is not None:
-            # Who keeps no norms need not know: layers of one input then share a sample.
             self.sampled.of_batch(batch["attention_mask"], index if self._has_norms else None)
         return batch
 
