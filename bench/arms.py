@@ -216,7 +216,8 @@ def compare(
 def print_table(record: dict) -> None:
     found = new_table(
         record["command"],
-        "± standard error over seeds; edge: not tried on all sides",
+        "loss: of the last validation, in fine-tuning the share of wrong answers, ± standard error"
+        " over seeds; edge: not tried on all sides",
         ("arm",),
         ("lr", "loss", "seeds", "saved MB", "linears' MB", "step ms", "tried", ""),
     )
