@@ -62,7 +62,7 @@ class Arm:
 
 
 # Where the search of the rate begins: as usual for so small a model, and a few times that for LoRA.
-LR, LORA_LR = 5e-4, 5e-3
+LR, LORA_LR = 1e-3, 5e-3
 ARMS = {
     "plain": Arm(LR),
     "pps-0.3": Arm(LR, 0.3),

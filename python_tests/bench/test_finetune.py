@@ -241,7 +241,11 @@ def test_what_the_record_and_the_table_hold(whole, tmp_path):
         assert row["norm_bytes"] == (2 * 24 * 32 * 2 * 3 if ARMS[name].norms else 0)
     assert all(len(row["samples_ms"]) == 2 and row["ms"] > 0 for row in rows.values())
     # Arms differ in what they do, not in name only.
-    first = {arm: digest for (arm, lr, seed), digest in digests.items() if (lr, seed) == (5e-4, 0)}
+    first = {
+        arm: digest
+        for (arm, lr, seed), digest in digests.items()
+        if (lr, seed) == (ARMS["plain"].lr, 0)
+    }
     assert len(set(first.values())) == len(first) == 6
     assert (whole / "finetune.png").read_bytes().startswith(b"\x89PNG")
     os.link(whole / "finetune.json", tmp_path / "finetune.json")
