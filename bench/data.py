@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,7 +38,7 @@ def load_documents(path: str | None) -> list[Document]:
     else:
         root = Path(path)
         files = iter([root]) if root.is_file() else _visible(root)
-    documents = sorted(_read(files, root), key=lambda document: document.name)
+    documents = sorted(read(files, root), key=lambda document: document.name)
     if not documents:
         place = path or "the standard library"
         raise ValueError(f"no text in {place}: give --data a file or folder of UTF-8 text")
@@ -56,7 +56,8 @@ def _is_skipped(file: Path, root: Path) -> bool:
     return not STDLIB_SKIPPED.isdisjoint(file.relative_to(root).parts)
 
 
-def _read(files: Iterator[Path], root: Path) -> Iterator[Document]:
+def read(files: Iterable[Path], root: Path) -> Iterator[Document]:
+    """Files of UTF-8 text, named by their paths below a folder."""
     for file in files:
         if not file.is_file():
             continue

@@ -310,7 +310,7 @@ class Comparison:
                 **asdict(each.best),
                 "seeds": [seed for seed in seeds if seed in losses[each.start.optimizer]],
                 "losses": list(losses[each.start.optimizer].values()),
-                **_statistics(losses[each.start.optimizer], losses[against]),
+                **mean_and_difference(losses[each.start.optimizer], losses[against]),
                 "against": against,
                 "bracketed": self.options.search.bracketed(each.tried),
                 "finished": not each.missing,
@@ -326,7 +326,7 @@ class Comparison:
         runs = [self.runs[trial] for trial in each.timed if trial in self.runs]
         if not runs:
             return None
-        found = _statistics(losses_of(runs), {})
+        found = mean_and_difference(losses_of(runs), {})
         return {
             "as": self.options.same_time_as,
             "steps": each.timed[0].steps,
@@ -368,7 +368,7 @@ def losses_of(runs: list[dict]) -> dict[int, float]:
     return {run["seed"]: final_loss(run) for run in runs}
 
 
-def _statistics(losses: dict[int, float], others: dict[int, float]) -> dict:
+def mean_and_difference(losses: dict[int, float], others: dict[int, float]) -> dict:
     """Mean and standard error, and those of the difference to another method, paired by seed."""
     pairs = [losses[seed] - others[seed] for seed in losses if seed in others]
     facts = {"loss": list(losses.values()), "difference": pairs}

@@ -28,6 +28,7 @@ OPERATIONS = {
 }
 # Fira and AdaRankGrad take what GaLore takes, and a few bytes more.
 MEMORY_BARS = ("adamw", "adamw-8bit", "adamw-factored-8bit", "galore")
+MARKS = "os"
 MARKERS = {"project_moments": "o", "back_project_update": "s", "step": "D"}
 
 
@@ -306,7 +307,32 @@ def _label_beside(axes: Axes, points: list[tuple[float, float, str]]) -> None:
         )
 
 
+def draw_finetune(record: dict, path: Path) -> None:
+    """Accuracy of every arm against what it saves for backward, linear layers' and all."""
+    rows = [row for row in record["summary"] if row["loss"] is not None and "saved_bytes" in row]
+    figure = Figure(figsize=(15, 5), layout="constrained")
+    panels = figure.subplots(1, 2, sharey=True)
+    sides = {"linear_bytes": "by linear layers", "saved_bytes": "in all"}
+    for axes, (key, text) in zip(panels, sides.items(), strict=True):
+        points = [(row[key] / 1e6, 100 * (1 - row["loss"]), row["arm"]) for row in rows]
+        for index, (row, (x, y, _)) in enumerate(zip(rows, points, strict=True)):
+            error = 100 * (row["loss_error"] or 0.0)
+            shade = COLOURS[index % len(COLOURS)]
+            axes.errorbar(x, y, error, fmt=MARKS[index // len(COLOURS)], color=shade, capsize=3)
+        axes.set_xlabel(f"MB saved for backward {text}, a batch")
+        axes.set_xlim(left=0)
+        axes.margins(x=0.08, y=0.06)
+        tidy(axes)
+        _label_beside(axes, points)
+    panels[0].set_ylabel("right answers in validation, %, mean and standard error over seeds")
+    settings = record["settings"]
+    labels = f"{settings['packages']} packages, {settings['epochs']} epochs"
+    figure.suptitle(f"Fine-tuning with sampled activations: {labels}", fontweight="bold")
+    figure.savefig(path, dpi=130)
+
+
 # By the bench whose record of a device each draws.
 PICTURES = {"kernels": draw_roofline, "ranks": draw_ranks, "sizes": draw_sizes}
 # By the bench whose record, of no device, each draws.
 COUNTED = {"memory": draw_memory, "fits": draw_fits, "gpus": draw_gpus}
+COUNTED["finetune"] = draw_finetune

@@ -60,7 +60,7 @@ def family_texts(row: dict) -> tuple[str, ...]:
         f"{row['lr']:g}",
         "" if row["scale"] is None else f"{row['scale']:g}",
         loss_text(row),
-        _mean_text(row["difference"], row["difference_error"], "+.4f"),
+        mean_text(row["difference"], row["difference_error"], "+.4f"),
         str(len(row["seeds"])),
         f"{row['state_bytes'] / 1e6:.2f}",
         f"{row['step_ms']:.1f}",
@@ -73,11 +73,11 @@ def timed_text(row: dict) -> str:
     timed = row["timed"]
     if timed is None:
         return ""
-    return f"{_mean_text(timed['loss'], timed['loss_error'], '.4f')}, {timed['steps']} steps"
+    return f"{mean_text(timed['loss'], timed['loss_error'], '.4f')}, {timed['steps']} steps"
 
 
 def loss_text(row: dict) -> str:
-    return _mean_text(row["loss"], row["loss_error"], ".4f")
+    return mean_text(row["loss"], row["loss_error"], ".4f")
 
 
 def family_marks(row: dict) -> str:
@@ -85,10 +85,10 @@ def family_marks(row: dict) -> str:
     return ", ".join(word for word, holds in words.items() if holds)
 
 
-def _mean_text(mean: float | None, error: float | None, form: str) -> str:
+def mean_text(mean: float | None, error: float | None, form: str, error_form: str = ".4f") -> str:
     if mean is None:
         return "diverged"
-    return f"{mean:{form}}" + ("" if error is None else f" ± {error:.4f}")
+    return f"{mean:{form}}" + ("" if error is None else f" ± {error:{error_form}}")
 
 
 def tried_text(row: dict) -> str:

@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -191,9 +192,16 @@ def schedule(step: int, steps: int, warmup: int) -> float:
     return 0.1 + 0.45 * (1 + math.cos(math.pi * progress))
 
 
-def train(settings: Settings, job: Job, data: Path, vocab_size: int, folder: Path) -> dict:
+def train(
+    settings: Settings,
+    job: Job,
+    data: Path,
+    vocab_size: int,
+    folder: Path,
+    make: Callable[[Settings, Job, Path, int], Run] = Run,
+) -> dict:
     """Trains to the end, from the checkpoint in `folder` if any, and leaves the record there."""
-    run = Run(settings, job, data, vocab_size)
+    run = make(settings, job, data, vocab_size)
     checkpoint = folder / "checkpoint.pt"
     folder.mkdir(parents=True, exist_ok=True)
     if checkpoint.exists():

@@ -4,7 +4,7 @@ A function takes the records and returns Markdown; its name is what stands aroun
 `<!-- figure: NAME -->...<!-- end -->`.
 """
 
-from bench.figures import activations, gpu, layers, layouts, memory, steps, training
+from bench.figures import activations, gpu, layers, layouts, memory, sampled, steps, training
 from bench.figures.common import FIGURES, NOT_MEASURED, RESULTS, Records
 
 __all__ = [
@@ -17,6 +17,7 @@ __all__ = [
     "layers",
     "layouts",
     "memory",
+    "sampled",
     "steps",
     "training",
 ]

@@ -116,12 +116,12 @@ def test_shorter_runs_find_the_rate_and_full_ones_are_made_of_every_seed():
 
 
 def test_differences_are_paired_by_seed():
-    found = family._statistics({0: 1.5, 1: 1.6, 2: 1.4}, {0: 1.6, 1: 1.7, 2: 1.5})
+    found = family.mean_and_difference({0: 1.5, 1: 1.6, 2: 1.4}, {0: 1.6, 1: 1.7, 2: 1.5})
     assert found["loss"] == pytest.approx(1.5)
     assert found["loss_error"] == pytest.approx(0.1 / math.sqrt(3))
     assert found["difference"] == pytest.approx(-0.1)
     assert found["difference_error"] == pytest.approx(0.0, abs=1e-12)
-    assert family._statistics({0: math.inf}, {0: 1.0})["loss"] == math.inf
+    assert family.mean_and_difference({0: math.inf}, {0: 1.0})["loss"] == math.inf
 
 
 @pytest.mark.parametrize(
