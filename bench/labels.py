@@ -55,8 +55,8 @@ class Labelled(NamedTuple):
 def torch_documents() -> list[Document]:
     """torch's files, of which a folder, one below `include`, and a suffix make a package."""
     root, found = Path(torch.__file__).parent, []
-    files = (file for file in sorted(root.rglob("*")) if file.suffix in SUFFIXES)
-    for document in read(files, root):
+    files = (file for file in root.rglob("*") if file.suffix in SUFFIXES)
+    for document in sorted(read(files, root), key=lambda document: document.name):
         *folders, file = document.name.split("/")
         if folders:
             package = ".".join(folders[: 2 if folders[0] == "include" else 1]) + Path(file).suffix
