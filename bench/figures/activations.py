@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from bench.figures.common import Records, figure, source, table
+from bench.figures.common import NOT_MEASURED, Records, figure, source, table
 from bench.offload_speeds import DEVICES
 from bench.wtacrs import cells
 
@@ -48,3 +48,31 @@ def wtacrs(records: Records) -> str:
     headings = ("", "keep 0.3 where sampled", "saved MB a sequence", "peak GB", "times less")
     headings += ("published GB", "times less")
     return table(headings, lines, source(records, "wtacrs"))
+
+
+@figure
+def offload(records: Records) -> str:
+    """A process with a disk beside one without: memory, time, and what anything waited for."""
+    if "offload-cpu" not in records:
+        return f"\n{NOT_MEASURED}\n"
+    rows = records["offload-cpu"]["rows"]
+    plain, lines = rows[0], []
+    for row in rows:
+        memory, seconds = (row[key] / plain[key] for key in ("peak_bytes", "seconds"))
+        lines.append(
+            (
+                f"{row['arm']}, {row['layers']} layers, {row['tokens']:,} tokens",
+                f"{row['peak_bytes'] / 1e6:.0f} ({100 * memory:.0f} %)",
+                f"{row['seconds']:.2f} ({seconds:.2f} x)",
+                *_disk_texts(row["disk"]),
+            )
+        )
+    headings = ("", "resident MB", "s a step", "MB written a step", "s waited", "s stalled")
+    return table(headings, lines, source(records, "offload-cpu"))
+
+
+def _disk_texts(disk: dict | None) -> tuple[str, ...]:
+    if disk is None:
+        return ("", "", "")
+    written, *seconds = (disk[key] / disk["steps"] for key in ("written", "waited", "stalled"))
+    return (f"{written / 1e6:.0f}", *(f"{each:.3f}" for each in seconds))
