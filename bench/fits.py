@@ -25,7 +25,7 @@ from bench.record import head, write_lines
 from bench.tables import new_table, progress, show
 from lowrank_kernels import FiraAdamW, GaLoreAdamW, LowRankAdamW, param_groups
 from lowrank_kernels.activations.plan import Planner, Training
-from lowrank_kernels.cli.cards import bytes_of
+from lowrank_kernels.text import parse_bytes
 
 # Of a model's own rank.
 SHARES = (1, 2, 4)
@@ -41,7 +41,7 @@ TOKENS = 2048
 def rows_of(model: str, memories: list[str]) -> list[dict]:
     """A row a method, what it is trained with, rank and basis; AdamW first."""
     module = on_meta(model, "bf16")
-    sizes = {text: bytes_of(text) for text in memories}
+    sizes = {text: parse_bytes(text, "--memory") for text in memories}
     plain = Planner(module, Training("cuda", min(sizes.values())))
     rows = [{"model": model, "optimizer": "adamw", "with": [], **_row(plain, None, sizes)}]
     cases = [(name, how) for name, (_, ways) in METHODS.items() for how in ways]
