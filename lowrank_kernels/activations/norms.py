@@ -1,5 +1,7 @@
 """The norms of tokens' gradients in earlier epochs, from which the next draws its samples."""
 
+from __future__ import annotations
+
 import torch
 from torch import Tensor
 
@@ -17,6 +19,13 @@ class GradientNorms:
 
     def __init__(self, samples: int, length: int) -> None:
         self.values = torch.zeros(samples, length, dtype=torch.bfloat16, device="cpu")
+
+    @classmethod
+    def from_values(cls, values: Tensor) -> GradientNorms:
+        """Of `values` that others had."""
+        found = cls(*values.shape)
+        found.values.copy_(values)
+        return found
 
     def of(self, index: Tensor) -> Tensor:
         """Batch x length, float32: what scores are multiplied by, the same for all tokens of

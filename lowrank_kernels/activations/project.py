@@ -16,7 +16,7 @@ from .reduction import Reduction, is_reduced
 Start = Literal["activations", "gradient", "random", "dense"]
 STARTS = ("activations", "gradient", "random", "dense")
 SHARED_STARTS = ("activations", "gradient", "random")
-PATCHED_ALREADY = "its forward is patched already"
+PATCHED_ALREADY = "its forward is patched already, by project_linears, sample_linears or others"
 
 
 class Row(NamedTuple):

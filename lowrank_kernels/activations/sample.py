@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import weakref
 from collections import Counter
-from collections.abc import Iterable, MutableMapping
+from collections.abc import Iterable, Mapping, MutableMapping
 from typing import Literal, NamedTuple
 
 import torch
@@ -43,32 +43,82 @@ class SampledLinears:
 
     Attributes:
         rows: a `Row` for every linear layer of the model.
-        keep: share of tokens, or of features with "rademacher"; may be written to.
+        method: how.
     """
 
     def __init__(
         self, keep: float, method: Method, optimizer: LowRankAdamW | None, norms: int | None
     ) -> None:
-        self.keep, self.rows = keep, list[Row]()
+        self._keep, self.rows = keep, list[Row]()
         self.method, self._optimizer = method, optimizer and weakref.ref(optimizer)
         self._norms, self._norms_of = norms, dict[str, GradientNorms]()
         self._mask: Tensor | None = None
         self._index: Tensor | None = None
+        # Of the batch that was told, a backward pass has begun.
+        self._is_over = False
         # An entry goes with its input.
         self._inputs: MutableMapping[Tensor, _Input] = WeakIdKeyDictionary()
         self._siblings: dict[str, int] = {}
         self._layers: list[_Layer] = []
+        self._whole: set[str] = set()
+
+    @property
+    def keep(self) -> float:
+        """Share of tokens, or of features with "rademacher"; may be written to.
+
+        Raises:
+            ValueError: it is not above 0 and at most 1.
+        """
+        return self._keep
+
+    @keep.setter
+    def keep(self, keep: float) -> None:
+        self._keep = _checked_keep(keep)
 
     def of_batch(self, mask: Tensor | None = None, index: Tensor | None = None) -> None:
-        """Says what the next forward passes are about, until it is said anew.
+        """Says what the next forward passes are about, up to the backward pass after them.
 
         Args:
             mask: batch x length, 0 where a token's gradients are zero, as padding's that attention
                 and loss leave out: such tokens are not drawn. None: all may be drawn. It is for
                 inputs of its own shape, batch x length x n, and for no others.
             index: batch, int64: which samples of the data set these are, for `norms`.
+
+        Raises:
+            ValueError: `mask` is for a model with an encoder and a decoder, whose inputs are not
+                told apart; `index` comes without `norms`, is no vector of integers, or names a
+                sample that is none.
         """
-        self._mask, self._index = mask, index
+        if mask is not None and self._has_two_sides():
+            raise ValueError(
+                "mask would be taken for the encoder's and for the decoder's tokens alike: leave"
+                " it out, or call sample_linears with targets of one side"
+            )
+        if index is not None:
+            self._check_index(index)
+        self._mask, self._index, self._is_over = mask, index, False
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """What a run goes on from, beside random numbers: with `norms`, those that are known."""
+        return {name: norms.values for name, norms in self._norms_of.items()}
+
+    def load_state_dict(self, state_dict: Mapping[str, Tensor]) -> None:
+        """Loads what `state_dict` gave.
+
+        Raises:
+            ValueError: norms are of other layers, or of another number of samples; nothing was
+                changed.
+        """
+        names = {layer.name for layer in self._layers}
+        for name, values in state_dict.items():
+            if name not in names or values.ndim != 2 or len(values) != self._norms:
+                raise ValueError(
+                    f"the state has norms of {name}, {tuple(values.shape)}: here are"
+                    f" norms={self._norms} and {len(names)} layers; call sample_linears as before"
+                )
+        self._norms_of = {
+            name: GradientNorms.from_values(values) for name, values in state_dict.items()
+        }
 
     def undo(self) -> None:
         """Gives every layer its own forward again."""
@@ -82,7 +132,38 @@ class SampledLinears:
         reasons = Counter(row.reason for row in self.rows if not row.taken)
         others = "".join(f"\n  {count} not: {reason}" for reason, count in reasons.items())
         kept = f"keep {self.keep:g} of their inputs, by {self.method!r}"
+        if self._whole:
+            others = f"\n  {len(self._whole)} of them: another keeps all of it anyway{others}"
         return f"{taken} of {len(self.rows)} linear layers {kept}{others}"
+
+    def _has_two_sides(self) -> bool:
+        parts = {part for layer in self._layers for part in layer.name.split(".")}
+        return {"encoder", "decoder"} <= parts
+
+    def _check_index(self, index: Tensor) -> None:
+        if self._norms is None:
+            raise ValueError("index is for norms, which sample_linears was not given")
+        if not isinstance(index, Tensor) or index.dtype is not torch.int64 or index.ndim != 1:
+            told = f"{tuple(index.shape)}, {index.dtype}" if isinstance(index, Tensor) else index
+            raise ValueError(f"index must be a vector of int64, got {told}")
+        if index.numel() and not 0 <= int(index.min()) <= int(index.max()) < self._norms:
+            raise ValueError(
+                f"index must be from 0 to {self._norms - 1}, as norms={self._norms}, got"
+                f" {int(index.min())} to {int(index.max())}"
+            )
+
+    def _forget_last_batch(self) -> None:
+        """What was told is of no forward pass after its backward pass; what checkpoints compute
+        again within that is.
+        """
+        if self._is_over and torch._C._current_graph_task_id() == -1:
+            self._mask = self._index = None
+            self._is_over = False
+
+    def _saw(self, heads: Tensor, norms: _Noted | None) -> None:
+        self._is_over = True
+        if norms is not None:
+            norms.note(heads)
 
     def _sketch(self, x: Tensor, name: str, weight: Tensor) -> Sketch | None:
         """What a layer keeps of an input; None for all of it."""
@@ -105,6 +186,7 @@ class SampledLinears:
         """Of rows, or of columns, to keep; None if all of x is less, or costs nothing."""
         # Of what attention or a norm keeps anyway a sample would be kept beside it.
         if is_saved_anyway(x) or is_recomputed(x):
+            self._whole.add(name)
             return None
         features = x.shape[-1]
         of = features if self.method == "rademacher" else x.numel() // max(1, features)
@@ -129,7 +211,7 @@ class SampledLinears:
         self, rows: Tensor, shape: torch.Size, name: str, count: int, projector: Projector | None
     ) -> Sketch:
         if self.method == "rademacher":
-            return kept_columns(rows, count)
+            return kept_columns(rows, count)._replace(seen=functools.partial(self._saw, norms=None))
         norms = self._known_norms(name, shape)
         weight = norms.weights(rows.device) if norms is not None else None
         mask = self._mask
@@ -144,7 +226,7 @@ class SampledLinears:
             sketch = kept_rows(rows, score(rows), count, self.method)
         else:
             sketch = kept_in_subspace(rows, projector, score, count, self.method)
-        return sketch if norms is None else sketch._replace(seen=norms.note)
+        return sketch._replace(seen=functools.partial(self._saw, norms=norms))
 
     def _projector(self, weight: Tensor) -> Projector | None:
         """Of the optimizer, on the right side, where x P tells R exactly."""
@@ -158,8 +240,12 @@ class SampledLinears:
 
     def _known_norms(self, name: str, shape: torch.Size) -> _Noted | None:
         """Of this batch's tokens in this layer, if they are kept."""
-        if self._norms is None or self._index is None or len(shape) != 3:
+        if self._norms is None or len(shape) != 3:
             return None
+        if self._index is None:
+            raise ValueError(
+                "norms= needs of_batch(index=...) before each batch: which samples it has"
+            )
         if len(self._index) != shape[0]:
             raise ValueError(
                 f"{name} has an input of {tuple(shape)}, and of_batch was told"
@@ -228,6 +314,8 @@ class _Layer:
 
     def __call__(self, x: Tensor, module: nn.Linear) -> Tensor:
         sketch = None
+        # Also in a pass without gradients, which a checkpoint computes again.
+        self._sampled._forget_last_batch()
         # Evaluation is exact.
         if module.training and is_plain_pass(x, module.weight):
             sketch = self._sampled._sketch(x, self.name, module.weight)
@@ -289,6 +377,7 @@ def sample_linears(
         What was taken and why not; `of_batch` says what is padding, `undo` restores the layers.
 
     Raises:
+        TypeError: `optimizer` is none of this package.
         ValueError: `keep` or `method` does not fit, `norms` is below 1 or goes with "rademacher" or
             "uniform", `optimizer` goes with "rademacher" or with bases that are not orthonormal, or
             no layer can be taken.
@@ -298,10 +387,13 @@ def sample_linears(
         targets = list(targets)
     weights = {c.name: c.param for c in linear_weights(model) if matches(c.name, targets)}
     sampled, taken = SampledLinears(keep, method, optimizer, norms), []
+    left_out = "its name is not among the targets"
+    if targets is None:
+        left_out = "it is in no numbered block, or a head or router: name it by targets="
     for name, module in model.named_modules():
         if not isinstance(module, nn.Linear):
             continue
-        reason = None if name in weights else "its name is not among the targets"
+        reason = None if name in weights else left_out
         reason = reason or obstacle(module)
         if reason is None:
             taken.append(_Layer(name, module, sampled))
@@ -315,8 +407,7 @@ def sample_linears(
 
 
 def _check(keep: float, method: str, optimizer: LowRankAdamW | None, norms: int | None) -> None:
-    if isinstance(keep, bool) or not isinstance(keep, (int, float)) or not 0 < keep <= 1:
-        raise ValueError(f"keep must be above 0 and at most 1, got {keep!r}")
+    _checked_keep(keep)
     if method not in METHODS:
         raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
     if norms is not None and (not isinstance(norms, int) or norms < 1):
@@ -325,7 +416,18 @@ def _check(keep: float, method: str, optimizer: LowRankAdamW | None, norms: int 
         raise ValueError(f"norms do nothing with method={method!r}, which goes by no scores")
     if optimizer is None:
         return
+    if not isinstance(optimizer, LowRankAdamW):
+        raise TypeError(
+            f"optimizer must be one of lowrank_kernels, whose bases say what is kept whole, got"
+            f" {type(optimizer).__name__}: leave it out, any optimizer takes these gradients"
+        )
     if method == "rademacher":
         raise ValueError("optimizer goes with methods that draw tokens, and not with 'rademacher'")
     if not optimizer.subspace.orthonormal:
         raise ValueError("optimizer has bases that are not orthonormal: G P is no part of G there")
+
+
+def _checked_keep(keep: float) -> float:
+    if isinstance(keep, bool) or not isinstance(keep, (int, float)) or not 0 < keep <= 1:
+        raise ValueError(f"keep must be above 0 and at most 1, got {keep!r}")
+    return keep

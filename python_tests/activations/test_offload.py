@@ -368,8 +368,11 @@ def test_what_does_not_fit_is_refused(tmp_path):
     for name in ("least", "in_flight", "ahead"):
         with pytest.raises(ValueError, match=f"{name} must be an int of at least 1 byte, got 0"):
             offload_activations(tmp_path, **{name: 0})
-    with pytest.raises(ValueError, match="keep must be between 0 and 1, or None, got 2"):
-        offload_activations(tmp_path, keep=2)
+    for keep in (2, "0.5"):
+        with pytest.raises(
+            ValueError, match=f"keep must be between 0 and 1, or None, got {keep!r}"
+        ):
+            offload_activations(tmp_path, keep=keep)
     if os.path.ismount("/dev/shm"):
         with pytest.raises(ValueError, match="is a tmpfs, which is memory"):
             offload_activations("/dev/shm")

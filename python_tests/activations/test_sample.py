@@ -138,12 +138,10 @@ class Adapters(nn.Module):
         return (up(down(x)) + other_up(other_down(x))).sum()
 
 
-@pytest.mark.parametrize("index", [None, torch.arange(2)])
-def test_layers_share_a_sample_whatever_comes_between(index):
+def test_layers_share_a_sample_whatever_comes_between():
     x = torch.randn(2, 10, 8).requires_grad_()
     model = Adapters()
-    sampled = sample_linears(model, 0.3)
-    sampled.of_batch(index=index)
+    sample_linears(model, 0.3)
     # Six rows of x, and six of each factor's output, with their indices and weights.
     assert saved_bytes(model, x).by_kind()["linear"] == 6 * (4 * (8 + 2 + 2) + 3 * 8)
 
@@ -215,17 +213,17 @@ def test_padding_is_not_drawn():
     (exact,) = torch.autograd.grad(losses(), model.up.weight)
     sampled.keep = 0.3
 
-    def bias_and_variance():
+    def bias_and_variance(mask=None):
         total, squares = 0, 0.0
         for seed in range(DRAWS):
             torch.manual_seed(seed)
+            sampled.of_batch(mask)
             (grad,) = torch.autograd.grad(losses(), model.up.weight)
             total, squares = total + grad, squares + float((grad - exact).square().sum())
         return float((total / DRAWS - exact).norm()), squares / DRAWS
 
     _, blind = bias_and_variance()
-    sampled.of_batch(mask)
-    bias, variance = bias_and_variance()
+    bias, variance = bias_and_variance(mask)
     assert bias < 4 * (variance / DRAWS) ** 0.5
     # Of 21 tokens 9 count, and 6 are kept: of all, or of those.
     assert variance < 0.5 * blind
@@ -263,6 +261,110 @@ def test_norms_of_an_epoch_draw_for_the_next():
     sampled.of_batch(index=index)
     with pytest.raises(ValueError, match="pad all batches to one length"):
         model(x[:, :7])
+
+
+@pytest.mark.parametrize("reentrant", [None, True, False])
+def test_what_was_told_is_of_one_backward_pass(reentrant):
+    """Another batch's mask would hide tokens; what checkpoints draw again goes by the same."""
+    layers = [nn.Linear(6, 6).double() for _ in range(2)]
+    sample_linears(nn.Sequential(*layers), 0.5).of_batch(torch.tensor([[1, 0, 1, 0]]))
+    x = torch.randn(1, 4, 6, dtype=torch.float64, requires_grad=True)
+    seen = []
+
+    def whole(layer, x):
+        return layer(x) if reentrant is None else checkpoint(layer, x, use_reentrant=reentrant)
+
+    for _ in range(2):
+        # Of the two tokens that count both are kept, with a weight of 1.
+        y = whole(layers[1], whole(layers[0], x))
+        layers[0].weight.grad = None
+        y[:, ::2].sum().backward()
+        heads = torch.ones(2, 6, dtype=torch.float64) @ layers[1].weight.detach()
+        seen.append(torch.allclose(layers[0].weight.grad, heads.T @ x.detach()[0, ::2]))
+    assert seen == [True, False]
+
+
+def test_a_mask_is_not_taken_for_two_sides():
+    model = nn.ModuleDict(
+        {side: nn.ModuleList([nn.Linear(4, 4)]) for side in ("encoder", "decoder")}
+    )
+    sampled = sample_linears(model, 0.5)
+    with pytest.raises(ValueError, match="encoder's and for the decoder's tokens alike"):
+        sampled.of_batch(torch.ones(1, 4))
+    sampled.undo()
+    sample_linears(model, 0.5, targets="encoder").of_batch(torch.ones(1, 4))
+
+
+def test_keep_is_checked_when_it_is_written():
+    sampled = sample_linears(Net(), 0.5, targets=SAMPLED)
+    for keep in (0, 30, None, "x"):
+        with pytest.raises(ValueError, match="keep must be above 0 and at most 1"):
+            sampled.keep = keep
+    sampled.keep = 0.25
+    assert sampled.keep == 0.25
+
+
+def test_samples_have_to_be_told_and_known():
+    model = nn.Sequential(nn.Linear(6, 5))
+    x = torch.ones(2, 10, 6)
+    sampled = sample_linears(model, 0.3)
+    with pytest.raises(ValueError, match="index is for norms"):
+        sampled.of_batch(index=torch.arange(2))
+    sampled.undo()
+    sampled = sample_linears(model, 0.3, norms=4)
+    with pytest.raises(ValueError, match=r"needs of_batch\(index=...\) before each batch"):
+        model(x)
+    for index, text in (
+        ([0, 1], "must be a vector of int64, got"),
+        (torch.ones(2), "must be a vector of int64, got"),
+        (torch.tensor([0, 4]), "from 0 to 3, as norms=4, got 0 to 4"),
+        (torch.tensor([-1, 1]), "from 0 to 3, as norms=4, got -1 to 1"),
+    ):
+        with pytest.raises(ValueError, match=text):
+            sampled.of_batch(index=index)
+    sampled.of_batch(index=torch.arange(2))
+    model(x).sum().backward()
+    with pytest.raises(ValueError, match="needs of_batch"):
+        model(x)
+
+
+def test_a_run_with_norms_goes_on_from_its_state():
+    def run(steps, state=None, weights=None):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(6, 5))
+        sampled = sample_linears(model, 0.3, norms=4)
+        if state is not None:
+            sampled.load_state_dict(state)
+            model.load_state_dict(weights)
+        for step in steps:
+            torch.manual_seed(step)
+            sampled.of_batch(index=torch.tensor([step % 4]))
+            model.zero_grad()
+            (model(torch.randn(1, 10, 6)).tanh() ** 2).sum().backward()
+            with torch.no_grad():
+                model[0].weight -= 0.1 * model[0].weight.grad
+        return sampled.state_dict(), model.state_dict()
+
+    whole = run(range(9))
+    state, weights = run(range(5))
+    parts = run(range(5, 9), {key: value.clone() for key, value in state.items()}, weights)
+    for one, other in zip(whole, parts, strict=True):
+        assert all(torch.equal(one[key], other[key]) for key in one)
+    forgot = run(range(5, 9), {}, run(range(5))[1])
+    assert not torch.equal(forgot[1]["0.weight"], whole[1]["0.weight"])
+    sampled = sample_linears(nn.Sequential(nn.Linear(6, 5)), 0.3, norms=3)
+    with pytest.raises(ValueError, match=r"norms of 0, \(4, 10\): here are norms=3"):
+        sampled.load_state_dict(state)
+
+
+def test_layers_whose_input_is_kept_anyway_are_told():
+    model = language_model()
+    sampled = sample_linears(model, 0.3)
+    assert "of them" not in str(sampled).splitlines()[1]
+    gradients_of = model(input_ids=token_ids(), labels=token_ids()).loss
+    gradients_of.backward()
+    # Attention's output layer of each block.
+    assert "2 of them: another keeps all of it anyway" in str(sampled)
 
 
 def test_norms_of_new_samples_are_usual_ones():
@@ -407,6 +509,8 @@ def test_what_does_not_fit_is_refused(options, text):
 
 def test_bases_that_do_not_fit_are_refused():
     model = Net()
+    with pytest.raises(TypeError, match=r"must be one of lowrank_kernels, .* got AdamW"):
+        sample_linears(model, optimizer=torch.optim.AdamW(model.parameters()), targets=SAMPLED)
     optimizer = GaLoreAdamW(groups_of(model), subspace=Subspace("gaussian"))
     with pytest.raises(ValueError, match="not orthonormal"):
         sample_linears(model, optimizer=optimizer, targets=SAMPLED)

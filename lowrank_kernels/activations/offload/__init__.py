@@ -208,7 +208,7 @@ def offload_activations(
         keep: share of what a step saves that stays, the last part of it, which backward needs
             first; from the second step on. None measures in each step how much can leave while the
             forward runs, and keeps the rest: then nothing waits for it.
-        least: bytes of a tensor below which it stays.
+        least: bytes of a tensor below which it stays, 1 MiB by default.
         in_flight: bytes that may be on their way; the forward waits beyond that, on a GPU its
             stream and not the host.
         ahead: bytes that may be brought before backward asks for them.
@@ -229,7 +229,7 @@ def offload_activations(
     ):
         if not isinstance(value, int) or value < 1:
             raise ValueError(f"{name} must be an int of at least 1 byte, got {value!r}")
-    if keep is not None and not 0 <= keep <= 1:
+    if keep is not None and not (isinstance(keep, (int, float)) and 0 <= keep <= 1):
         raise ValueError(f"keep must be between 0 and 1, or None, got {keep!r}")
     if path is None and not torch.cuda.is_available():
         raise ValueError("path is None, and there is no GPU: name a folder on a disk")
