@@ -34,6 +34,9 @@ from .sketches import ROW_METHODS
 Method = Literal["pps", "wta", "crs", "uniform", "rademacher"]
 METHODS = (*ROW_METHODS, "rademacher")
 
+# Of a sampled row, its index and its weight.
+BYTES_OF_A_PLACE = 8
+
 # What is patched, so that a copy of a model, which is not, computes as before.
 _PATCHED: weakref.WeakKeyDictionary[nn.Module, _Layer] = weakref.WeakKeyDictionary()
 
@@ -86,8 +89,8 @@ class SampledLinears:
 
         Raises:
             ValueError: `mask` is for a model with an encoder and a decoder, whose inputs are not
-                told apart; `index` comes without `norms`, is no vector of integers, or names a
-                sample that is none.
+                told apart, or is no tensor; `index` comes without `norms`, is no vector of
+                integers, or names a sample that is none.
         """
         if mask is not None and self._has_two_sides():
             raise ValueError(
@@ -96,7 +99,10 @@ class SampledLinears:
             )
         if index is not None:
             self._check_index(index)
+        if mask is not None and not isinstance(mask, Tensor):
+            raise ValueError(f"mask must be a tensor, batch x length, got {type(mask).__name__}")
         self._mask, self._index, self._is_over = mask, index, False
+        self._inputs.clear()
 
     def state_dict(self) -> dict[str, Tensor]:
         """What a run goes on from, beside random numbers: with `norms`, those that are known."""
@@ -162,10 +168,11 @@ class SampledLinears:
 
     def _saw(self, heads: Tensor, norms: _Noted | None) -> None:
         self._is_over = True
+        self._inputs.clear()
         if norms is not None:
             norms.note(heads)
 
-    def _sketch(self, x: Tensor, name: str, weight: Tensor) -> Sketch | None:
+    def _sketch(self, x: Tensor, name: str, weight: Tensor, seed: int) -> Sketch | None:
         """What a layer keeps of an input; None for all of it."""
         projector, known = self._projector(weight), self._known(x, name)
         count = self._count(x, name, projector)
@@ -178,7 +185,7 @@ class SampledLinears:
             with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
                 rows = x.detach().reshape(-1, x.shape[-1])
                 rows = rows if dtype is None else rows.to(dtype)
-                made = self._made(rows, x.shape, name, count, projector)
+                made = self._made(rows, x.shape, name, count, projector, seed)
             known.sketches[key] = made._replace(dtype=dtype)
         return known.sketches[key]
 
@@ -192,6 +199,8 @@ class SampledLinears:
         of = features if self.method == "rademacher" else x.numel() // max(1, features)
         count = max(1, round(self.keep * of))
         share = count / max(1, of)
+        if self.method != "rademacher":
+            share *= 1 + BYTES_OF_A_PLACE / max(1, features * x.element_size())
         if projector is not None:
             # Each layer of an input keeps x P, and rows, of its own.
             share = (share + projector.rank / features) * self._siblings.get(name, 1)
@@ -208,10 +217,18 @@ class SampledLinears:
         return known
 
     def _made(
-        self, rows: Tensor, shape: torch.Size, name: str, count: int, projector: Projector | None
+        self,
+        rows: Tensor,
+        shape: torch.Size,
+        name: str,
+        count: int,
+        projector: Projector | None,
+        seed: int,
     ) -> Sketch:
         if self.method == "rademacher":
-            return kept_columns(rows, count)._replace(seen=functools.partial(self._saw, norms=None))
+            return kept_columns(rows, count, seed)._replace(
+                seen=functools.partial(self._saw, norms=None)
+            )
         norms = self._known_norms(name, shape)
         weight = norms.weights(rows.device) if norms is not None else None
         mask = self._mask
@@ -220,12 +237,15 @@ class SampledLinears:
             weight = flat if weight is None else weight * flat
 
         def score(rows: Tensor) -> Tensor:
-            return norms_of(rows) if weight is None else norms_of(rows) * weight
+            if weight is None:
+                return norms_of(rows)
+            # What is not to be drawn may be anything.
+            return torch.where(weight != 0, norms_of(rows) * weight, 0.0)
 
         if projector is None:
-            sketch = kept_rows(rows, score(rows), count, self.method)
+            sketch = kept_rows(rows, score(rows), count, self.method, seed)
         else:
-            sketch = kept_in_subspace(rows, projector, score, count, self.method)
+            sketch = kept_in_subspace(rows, projector, score, count, self.method, seed)
         return sketch._replace(seen=functools.partial(self._saw, norms=norms))
 
     def _projector(self, weight: Tensor) -> Projector | None:
@@ -314,11 +334,14 @@ class _Layer:
 
     def __call__(self, x: Tensor, module: nn.Linear) -> Tensor:
         sketch = None
-        # Also in a pass without gradients, which a checkpoint computes again.
-        self._sampled._forget_last_batch()
         # Evaluation is exact.
-        if module.training and is_plain_pass(x, module.weight):
-            sketch = self._sampled._sketch(x, self.name, module.weight)
+        if module.training:
+            # Also in a pass without gradients, which a checkpoint computes again: as many random
+            # numbers for each, and of the host, where no device is waited for.
+            seed = int(torch.randint(2**62, (), device="cpu"))
+            self._sampled._forget_last_batch()
+            if is_plain_pass(x, module.weight):
+                sketch = self._sampled._sketch(x, self.name, module.weight, seed)
         if sketch is not None:
             result: Tensor = SampledLinear.apply(x, module.weight, module.bias, sketch)  # type: ignore[no-untyped-call]
             return result
@@ -352,9 +375,10 @@ def sample_linears(
     of one input, as q, k and v, share one sample. Evaluation (`model.eval()`) is exact, and so is a
     layer whose input attention keeps anyway. For any optimizer.
 
-    Draws are torch's own random numbers of the device, which checkpointing, of both kinds, and a
-    resume restore. Works with autocast, accumulation, DistributedDataParallel and FSDP2; in a
-    compiled model each layer is a graph break. No host waits for a device, but for `norms`.
+    Draws begin with a random number of torch's for the CPU, one for each pass of a layer, which
+    checkpointing, of both kinds, and a resume restore; what `norms` knows is in `state_dict`. Works
+    with autocast, accumulation, DistributedDataParallel and FSDP2; in a compiled model each layer
+    is a graph break. No host waits for a device, but for `norms`.
 
     Args:
         model: with the layers.
@@ -394,6 +418,8 @@ def sample_linears(
         if not isinstance(module, nn.Linear):
             continue
         reason = None if name in weights else left_out
+        if reason and targets is not None and matches(f"{name}.weight", targets):
+            reason = "its weight is shared, or no matrix of real numbers"
         reason = reason or obstacle(module)
         if reason is None:
             taken.append(_Layer(name, module, sampled))

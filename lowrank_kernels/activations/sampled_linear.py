@@ -10,6 +10,7 @@ y, dx and db are what they are without. Sources: WTA-CRS (arXiv 2305.15265), RAD
 see `sketches` for how rows are drawn.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -42,7 +43,7 @@ class Sketch(NamedTuple):
     seen: Seen | None = None
 
 
-def kept_rows(x: Tensor, scores: Tensor, count: int, method: str) -> Sketch:
+def kept_rows(x: Tensor, scores: Tensor, count: int, method: str, seed: int) -> Sketch:
     """Some rows.
 
     Args:
@@ -50,22 +51,26 @@ def kept_rows(x: Tensor, scores: Tensor, count: int, method: str) -> Sketch:
         scores: of its rows, see `sketches`.
         count: of rows to keep.
         method: of `sketches.ROW_METHODS`.
+        seed: of the draws.
     """
-    sample = sample_rows(scores, count, method)
+    generator = None if x.is_meta else torch.Generator(x.device).manual_seed(seed)
+    sample = sample_rows(scores, count, method, generator)
     # Half of what int64 would take; nobody has 2^31 rows.
     index, weights = sample.places.int(), sample.weights.to(_wide(x.dtype))
     return Sketch((x.index_select(0, index), index, weights), _of_rows)
 
 
 def _of_rows(heads: Tensor, rows: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+    if heads.dtype is torch.float16:
+        # A large weight belongs to a short row: only together they are in range.
+        picked = scaled_rows(heads.float(), index, weights)
+        return (picked.mT @ rows.float()).to(heads.dtype)
     # Weights may be large: they are not rounded with what is saved.
     return scaled_rows(heads, index, weights).mT @ rows
 
 
-def kept_columns(x: Tensor, count: int) -> Sketch:
+def kept_columns(x: Tensor, count: int, seed: int) -> Sketch:
     """Products with random signs, of t x n as t x count."""
-    # Drawn on the host, where no device is waited for, from what checkpoints restore.
-    seed = int(torch.randint(2**62, (), device="cpu"))
     features = x.shape[1]
 
     def gradient(heads: Tensor, product: Tensor) -> Tensor:
@@ -75,7 +80,12 @@ def kept_columns(x: Tensor, count: int) -> Sketch:
 
 
 def kept_in_subspace(
-    x: Tensor, projector: Projector, score: Callable[[Tensor], Tensor], count: int, method: str
+    x: Tensor,
+    projector: Projector,
+    score: Callable[[Tensor], Tensor],
+    count: int,
+    method: str,
+    seed: int,
 ) -> Sketch:
     """All that a basis spans, and some rows of the rest.
 
@@ -85,11 +95,12 @@ def kept_in_subspace(
         score: of the rest's rows.
         count: of them to keep.
         method: of `sketches.ROW_METHODS`.
+        seed: of the draws.
     """
     basis = projector.basis().to(x.dtype)
     product = x @ basis
     rest = torch.addmm(x, product, basis.mT, alpha=-1)
-    rows = kept_rows(rest, score(rest), count, method)
+    rows = kept_rows(rest, score(rest), count, method, seed)
 
     def gradient(heads: Tensor, product: Tensor, *tensors: Tensor) -> Tensor:
         basis = projector.basis().to(product.dtype)
@@ -124,7 +135,8 @@ class SampledLinear(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         weight, *saved = ctx.saved_tensors
         needs_x, needs_weight, needs_bias, _ = ctx.needs_input_grad
-        heads = grad.reshape(-1, grad.shape[-1])
+        *rows, features = grad.shape
+        heads = grad.reshape(math.prod(rows), features)
         if ctx.sketch.seen is not None:
             ctx.sketch.seen(heads)
         of_x = of_weight = of_bias = None

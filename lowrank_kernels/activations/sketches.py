@@ -27,7 +27,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-TINY = torch.finfo(torch.float64).tiny
+TINY, LARGEST = torch.finfo(torch.float64).tiny, torch.finfo(torch.float64).max
 
 
 class Sample(NamedTuple):
@@ -48,12 +48,16 @@ def sample_rows(
     """Draws rows by one of `ROW_METHODS`.
 
     Args:
-        scores: of t rows, at least 0.
+        scores: of t rows, at least 0; what is not finite counts more than all others together.
         count: k, from 1 to t.
         method: see above.
         generator: on the scores' device; None for torch's own.
     """
-    return ROW_METHODS[method](scores.double(), count, generator)
+    scores = scores.double()
+    finite = scores.isfinite()
+    # A gradient that is not finite has to be seen, and not to make all others 0.
+    scores = scores.where(finite, 2 * scores.where(finite, 0.0).sum() + 1)
+    return ROW_METHODS[method](scores, count, generator)
 
 
 def _pps(scores: Tensor, count: int, generator: torch.Generator | None) -> Sample:
@@ -63,7 +67,8 @@ def _pps(scores: Tensor, count: int, generator: torch.Generator | None) -> Sampl
     open_draws = count - torch.arange(count, device=scores.device)
     # The first from which on nobody's share would be more than 1: those before are certain.
     certain = (open_draws * ordered[:count] <= left).int().argmax().view(1)
-    tau = open_draws[certain] / left[certain].clamp(min=TINY)
+    # Finite, for rows of no score to have no share where nothing is left.
+    tau = (open_draws[certain] / left[certain].clamp(min=TINY)).clamp(max=LARGEST)
     shares = (tau * scores).clamp(max=1.0)
     shuffled = torch.randperm(len(scores), device=scores.device, generator=generator)
     ends = shares[shuffled].cumsum(0)

@@ -284,6 +284,67 @@ def test_what_was_told_is_of_one_backward_pass(reentrant):
     assert seen == [True, False]
 
 
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_dropout_drops_the_same_in_checkpoints_of_sampled_layers(reentrant, method):
+    """One layer's input is also multiplied outside of the checkpoint."""
+
+    def run(checkpoints):
+        torch.manual_seed(0)
+        outer, inner, last = (nn.Linear(6, 6).double() for _ in range(3))
+        sample_linears(nn.Sequential(outer, inner, last), 0.5, method)
+        x = torch.randn(9, 6, dtype=torch.float64, requires_grad=True)
+        shared = x.sin()
+
+        def block(shared):
+            hidden = nn.functional.dropout(inner(shared), 0.5)
+            return nn.functional.dropout(last(hidden), 0.5)
+
+        inside = (
+            checkpoint(block, shared, use_reentrant=reentrant) if checkpoints else block(shared)
+        )
+        y = outer(shared) + inside
+        y.square().sum().backward()
+        return y.detach(), x.grad, outer.bias.grad, inner.bias.grad, last.bias.grad
+
+    # What is exact by contract.
+    for one, other in zip(run(True), run(False), strict=True):
+        torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("method", ["pps", "wta", "crs"])
+def test_large_weights_of_short_rows_are_in_the_range_of_float16(method):
+    layer = nn.Linear(8, 4).half()
+    sample_linears(nn.Sequential(layer), 0.3, method)
+    x = torch.ones(40, 8, dtype=torch.float16)
+    x[::2] /= 500
+    for _ in range(20):
+        layer.weight.grad = None
+        (layer(x) * 200).sum().backward()
+        assert layer.weight.grad.isfinite().all()
+
+
+def test_no_features_and_no_rows():
+    layer = nn.Linear(8, 0)
+    sample_linears(nn.Sequential(layer), 0.3)
+    layer(torch.ones(5, 8, requires_grad=True)).sum().backward()
+    assert layer.weight.grad.shape == (0, 8)
+
+
+def test_another_mask_of_the_same_input_draws_anew():
+    layers = [nn.Linear(6, 6).double() for _ in range(2)]
+    sampled = sample_linears(nn.Sequential(*layers), 0.5)
+    x = torch.randn(1, 4, 6, dtype=torch.float64, requires_grad=True)
+    ys = []
+    for layer, mask in zip(layers, ([[1, 0, 1, 0]], [[0, 1, 0, 1]]), strict=True):
+        sampled.of_batch(torch.tensor(mask))
+        ys.append(layer(x)[torch.tensor(mask) == 1])
+    sum(y.sum() for y in ys).backward()
+    for layer, start in zip(layers, (0, 1), strict=True):
+        exact = torch.ones(6, 2, dtype=torch.float64) @ x.detach()[0, start::2]
+        torch.testing.assert_close(layer.weight.grad, exact)
+
+
 def test_a_mask_is_not_taken_for_two_sides():
     model = nn.ModuleDict(
         {side: nn.ModuleList([nn.Linear(4, 4)]) for side in ("encoder", "decoder")}

@@ -154,3 +154,28 @@ def test_random_signs_are_the_identity_in_the_mean():
     error = (total / DRAWS - torch.eye(6)).abs().max()
     assert error < 5 * (1 / 3 / DRAWS) ** 0.5
     assert torch.equal(signs, random_signs(6, 3, DRAWS - 1, like))
+
+
+@pytest.mark.parametrize("method", ["pps", "uniform", "wta", "crs"])
+@pytest.mark.parametrize("scored", [1, 2, 5, 8, 11, 12])
+def test_rows_of_no_score_leave_the_others_their_weights(method, scored):
+    """Fewer rows count than are kept, as behind a mask: without replacement all of them are."""
+    scores = torch.zeros(40, dtype=torch.float64)
+    scores[::3][:scored] = torch.arange(1.0, scored + 1, dtype=torch.float64)
+    sample = sample_rows(scores, 12, method, torch.Generator().manual_seed(0))
+    found = torch.zeros(40, dtype=torch.float64).index_add_(0, sample.places, sample.weights)
+    assert (found[scores == 0] == 0).all()
+    if method in ("pps", "uniform"):
+        torch.testing.assert_close(found, (scores != 0).double())
+    assert found.sum() > 0
+
+
+@pytest.mark.parametrize("method", ["pps", "wta", "crs"])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_row_that_is_not_finite_is_seen(method, bad):
+    scores = torch.ones(40, dtype=torch.float64)
+    scores[7] = bad
+    sample = sample_rows(scores, 12, method, torch.Generator().manual_seed(0))
+    assert 7 in sample.places
+    assert sample.weights.isfinite().all()
+    assert (sample.weights > 0).all()
