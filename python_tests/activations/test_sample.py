@@ -318,7 +318,8 @@ def test_large_weights_of_short_rows_are_in_the_range_of_float16(method):
     sample_linears(nn.Sequential(layer), 0.3, method)
     x = torch.ones(40, 8, dtype=torch.float16)
     x[::2] /= 500
-    for _ in range(20):
+    torch.manual_seed(0)
+    for _ in range(300):
         layer.weight.grad = None
         (layer(x) * 200).sum().backward()
         assert layer.weight.grad.isfinite().all()

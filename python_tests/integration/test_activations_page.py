@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from integration.easy_tasks import GAP, RANK, repeated_pairs, tiny_llama
+from transformers import Trainer, TrainingArguments
 
 import lowrank_kernels
 
@@ -27,7 +28,20 @@ def test_the_code_of_the_page_trains(code, tmp_path):
     before = [param.detach().clone() for param in model.parameters()]
     names = {name: getattr(lowrank_kernels, name) for name in lowrank_kernels.__all__}
     loader = [repeated_pairs(seed, 8) for seed in range(3)]
-    names |= {"torch": torch, "model": model, "loader": loader}
+    names |= {"torch": torch, "model": model, "loader": loader, "Trainer": Trainer}
+    dataset = repeated_pairs(0, 8)
+    rows = [{key: values[row] for key, values in dataset.items()} for row in range(8)]
+    names["dataset"] = [row | {"index": place} for place, row in enumerate(rows)]
+    names["arguments"] = TrainingArguments(
+        tmp_path,
+        max_steps=3,
+        learning_rate=1e-2,
+        per_device_train_batch_size=4,
+        remove_unused_columns=False,
+        use_cpu=True,
+        report_to=[],
+        disable_tqdm=True,
+    )
     exec(compile(code, PAGE.name, "exec"), names)
     for old, param in zip(before, model.parameters(), strict=True):
         assert param.isfinite().all()
