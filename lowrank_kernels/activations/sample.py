@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..linears import linear_weights, matches
 from ..ops.contract import Side
 from ..optim.lowrank_adamw import LowRankAdamW, not_compiled
-from ..optim.param_groups import linear_weights, matches
 from ..optim.projected_gradient import Projector
 from .layers import autocast_dtype, is_plain_pass
 from .norms import GradientNorms

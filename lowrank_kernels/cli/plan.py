@@ -15,9 +15,9 @@ from ..activations.plan import (
     adamw_bytes,
     projects,
 )
+from ..linears import collapsed
 from ..ops import requested_backend
 from ..optim import LowRankAdamW
-from ..optim.param_groups import collapsed
 from ..text import amount, parse_bytes, table
 from . import gpus
 from .cards import CARDS, card_bytes

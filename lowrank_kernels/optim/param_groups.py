@@ -1,30 +1,26 @@
 """Splits a model's parameters into projected and plain groups."""
 
 import logging
-import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
+from ..linears import (
+    IN_A_BLOCK,
+    ROUTER,
+    Candidate,
+    collapsed,
+    embeddings_and_heads,
+    linear_weights,
+    matches,
+)
 from ..ops import Side
 from ..ops.contract import basis_shape, projected_shape
+from ..ranks import Ranks, ranks_of
 from .groups import PROJECTION_DEFAULTS, PROJECTION_TYPES, Group, side_of
-from .ranks import Ranks, ranks_of
 
 logger = logging.getLogger("lowrank_kernels")
-
-# "layers.3" and "encoder_layer_3.mlp", but not "fc3": a module of the last kind holds others.
-IN_A_BLOCK = re.compile(r"(^|\.)(\d+(\.|$)|[^.]*\D\d+\.)")
-ROUTER = re.compile(r"(^|\.)(router|gate|shared_expert_gate)(\.|$)")
-
-
-class Candidate(NamedTuple):
-    """A linear weight; `transposed` if it is stored as in_features x out_features."""
-
-    name: str
-    param: Tensor
-    transposed: bool
 
 
 class Decision(NamedTuple):
@@ -137,7 +133,7 @@ def decide(
         if id(param) in candidates and matches(candidates[id(param)].name, targets)
     }
     ranks = ranks_of(rank, matched)
-    outside = _embeddings_and_heads(model)
+    outside = embeddings_and_heads(model)
     decisions = []
     for name, param in model.named_parameters():
         candidate = candidates.get(id(param))
@@ -217,58 +213,6 @@ def _tell_what_is_left_out(decisions: list[Decision], scale: float) -> None:
         )
 
 
-def _embeddings_and_heads(model: nn.Module) -> set[int]:
-    """Identities of the weights of embeddings and of the output head."""
-    found = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-    for module in model.modules():  # the model may be wrapped, by DDP or PEFT
-        head = getattr(module, "get_output_embeddings", lambda: None)()
-        found.add(id(getattr(head, "weight", None)))
-    return found
-
-
-def linear_weights(model: nn.Module) -> list[Candidate]:
-    """Linear weights by module name, without the output head and without tied embeddings."""
-    excluded = _embeddings_and_heads(model)
-    found: dict[int, Candidate] = {}
-    for name, module in model.named_modules():
-        for suffix, weight, transposed in _weights_of(module):
-            if weight.is_floating_point() and id(weight) not in excluded:
-                found.setdefault(id(weight), Candidate(name + suffix, weight, transposed))
-    return list(found.values())
-
-
-def _weights_of(module: nn.Module) -> Iterator[tuple[str, Tensor, bool]]:
-    """(what names it beside the module, weight, transposed) of a module's own linear weights.
-
-    A parametrized weight is no parameter and is not trained itself.
-    """
-    params = dict(module.named_parameters(recurse=False))
-    transposed = _is_transformers_conv1d(module)
-    if (transposed or isinstance(module, nn.Linear)) and "weight" in params:
-        yield "", params["weight"], transposed
-    if isinstance(module, nn.MultiheadAttention):
-        for key in ("in_proj", "q_proj", "k_proj", "v_proj"):
-            if f"{key}_weight" in params:
-                yield f".{key}", params[f"{key}_weight"], False
-
-
-def _is_transformers_conv1d(module: nn.Module) -> bool:
-    """Told by name: transformers is no dependency, and users call their convolutions so too."""
-    return any(
-        base.__name__ == "Conv1D" and base.__module__.startswith("transformers.")
-        for base in type(module).__mro__
-    )
-
-
-def matches(name: str, targets: str | Iterable[str] | None) -> bool:
-    if targets is None:
-        return bool(IN_A_BLOCK.search(name)) and not ROUTER.search(name)
-    if targets == "all-linear":
-        return True
-    patterns = [targets] if isinstance(targets, str) else targets
-    return any(re.search(pattern, name) for pattern in patterns)
-
-
 def _saves_memory(param: Tensor, rank: int) -> bool:
     """Whether basis and two low-rank moments have fewer elements than AdamW's two moments."""
     shape = (param.shape[0], param.shape[1])
@@ -287,8 +231,3 @@ def _stored_proj_type(decision: Decision, proj_type: str) -> str:
     if side_of(proj_type, cols, rows) == stored_side:
         return proj_type
     return stored_side.name.lower()
-
-
-def collapsed(name: str) -> str:
-    """A name with block numbers as *: 24 layers read as one."""
-    return re.sub(r"(?<=\.)\d+(?=\.)", "*", name)

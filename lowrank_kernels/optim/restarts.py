@@ -8,7 +8,7 @@ import torch
 from torch.optim import Adagrad
 from torch.optim.optimizer import Optimizer
 
-from .groups import int_from, positive_int
+from ..values import int_from, positive_int
 from .lowrank_adamw import LowRankAdamW
 from .state import forget_moments
 
