@@ -2,8 +2,10 @@
 
 import re
 from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 # "layers.3" and "encoder_layer_3.mlp", but not "fc3": a module of the last kind holds others.
@@ -17,6 +19,20 @@ class Candidate(NamedTuple):
     name: str
     param: Tensor
     transposed: bool
+
+
+class Row(NamedTuple):
+    """What became of a linear layer.
+
+    Attributes:
+        name: of the layer.
+        taken: whether it is among those that were asked for and can be taken.
+        reason: why not; of a layer that is taken, how.
+    """
+
+    name: str
+    taken: bool
+    reason: str
 
 
 def embeddings_and_heads(model: nn.Module) -> set[int]:
@@ -74,3 +90,18 @@ def matches(name: str, targets: str | Iterable[str] | None) -> bool:
 def collapsed(name: str) -> str:
     """A name with block numbers as *: 24 layers read as one."""
     return re.sub(r"(?<=\.)\d+(?=\.)", "*", name)
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """In which autocast would compute a linear layer; None without it."""
+    kind = x.device.type
+    if x.dtype is torch.float64 or not torch.amp.is_autocast_available(kind):
+        return None
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[object]:
+    """In which products have the dtype of their operands."""
+    if not torch.amp.is_autocast_available(device.type):
+        return nullcontext()
+    return torch.autocast(device.type, enabled=False)
