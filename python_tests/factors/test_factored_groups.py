@@ -65,7 +65,9 @@ def test_nothing_but_factors_needs_no_rank() -> None:
 
 def test_no_warning_names_what_the_user_has_factored(caplog) -> None:
     with caplog.at_level(logging.WARNING, "lowrank_kernels"):
-        param_groups(net(), 4)
+        for model in (net(), whole()):
+            groups = param_groups(model, 4)
+            LowRankAdamW(groups)
     assert not caplog.records
 
 
