@@ -433,7 +433,8 @@ class LowRankAdamW(Optimizer):
     def _judge(self, params: Iterable[Tensor]) -> None:
         """Warns if the given parameters that are trained have no projected one among them.
 
-        Factors are meant to be plain. The optimizer of a single parameter, as gradient release uses them, is none to judge.
+        Factors are meant to be plain, and the optimizer of a single parameter, as gradient release
+        uses them, is none to judge.
         """
         trained = {param for param in params if param.requires_grad}
         groups = filter(is_projected, self.param_groups)
