@@ -11,6 +11,7 @@ from .activations import (
     sample_linears,
     saved_bytes,
 )
+from .factors import FactoredLinear, densify, factorize, refactorize
 from .ops import BackendUnavailable, backends
 from .optim import (
     AdaRankGradAdamW,
@@ -31,6 +32,7 @@ __all__ = [
     "AdaRankGradAdamW",
     "ApolloAdamW",
     "BackendUnavailable",
+    "FactoredLinear",
     "FiraAdamW",
     "GaLoreAdamW",
     "GaLoreAdamW8bit",
@@ -40,10 +42,13 @@ __all__ = [
     "Restarts",
     "Subspace",
     "backends",
+    "densify",
+    "factorize",
     "offload_activations",
     "param_groups",
     "project_linears",
     "recompute_activations",
+    "refactorize",
     "release_gradients",
     "sample_linears",
     "saved_bytes",

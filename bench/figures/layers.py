@@ -149,3 +149,22 @@ def peak(records: Records) -> str:
         for row in records["peak-cpu"]["rows"]
     ]
     return table(("", "planned MB", "resident MB", ""), lines, source(records, "peak-cpu"))
+
+
+@figure
+def factored(records: Records) -> str:
+    """Forward and backward of factored layers as shares of nn.Linear's time."""
+    if "factored-cpu" not in records:
+        return f"\n{NOT_MEASURED}\n"
+    rows = records["factored-cpu"]["rows"]
+    names = [name for name in rows[0]["results"] if name != "dense"]
+    lines = []
+    for row in rows:
+        results = row["results"]
+        cells = (
+            f"{results[name]['of_dense']:.2f} ({results[name]['operations']:.2f})" for name in names
+        )
+        size = f"{row['rows']} x {row['cols']}, {row['dtype']}"
+        lines.append((size, f"{row['tokens']:,}", ms(results["dense"]), *cells))
+    headings = ("layer", "tokens", "`nn.Linear`, ms", *names)
+    return table(headings, lines, source(records, "factored-cpu"))

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..linears import autocast_dtype
 from ..ops.contract import Side
 from ..ops.notices import notice_once
 from ..optim.first_bases import begin, can_begin, share_first
@@ -268,11 +269,3 @@ def _forward(module: nn.Linear, input: Tensor) -> Tensor:
         return F.linear(input, weight, module.bias)
     projected: Tensor = ProjectedLinear.apply(input, weight, module.bias, use)  # type: ignore[no-untyped-call]
     return projected
-
-
-def autocast_dtype(x: Tensor) -> torch.dtype | None:
-    """In which autocast would compute a linear layer; None without it."""
-    kind = x.device.type
-    if x.dtype is torch.float64 or not torch.amp.is_autocast_available(kind):
-        return None
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None

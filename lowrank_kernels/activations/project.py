@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
-from typing import Literal, NamedTuple
+from typing import Literal
 
 from torch import Tensor, nn
 
+from ..linears import Row
 from ..optim.groups import is_projected
 from ..optim.lowrank_adamw import LowRankAdamW
 from .layers import LastInput, Layer
@@ -17,20 +18,6 @@ Start = Literal["activations", "gradient", "random", "dense"]
 STARTS = ("activations", "gradient", "random", "dense")
 SHARED_STARTS = ("activations", "gradient", "random")
 PATCHED_ALREADY = "its forward is patched already, by project_linears, sample_linears or others"
-
-
-class Row(NamedTuple):
-    """What became of a linear layer.
-
-    Attributes:
-        name: of the layer.
-        taken: whether its weight's gradient is projected.
-        reason: why not; of a layer that is taken, its side.
-    """
-
-    name: str
-    taken: bool
-    reason: str
 
 
 class ProjectedLinears:

@@ -34,7 +34,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from ..optim.param_groups import collapsed
+from ..linears import collapsed
 from ..text import table
 
 Run = Callable[..., Tensor]

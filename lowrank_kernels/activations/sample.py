@@ -13,13 +13,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
+from ..linears import Row, autocast_dtype, linear_weights, matches
 from ..ops.contract import Side
 from ..optim.lowrank_adamw import LowRankAdamW, not_compiled
-from ..optim.param_groups import linear_weights, matches
 from ..optim.projected_gradient import Projector
-from .layers import autocast_dtype, is_plain_pass
+from .layers import is_plain_pass
 from .norms import GradientNorms
-from .project import Row, obstacle
+from .project import obstacle
 from .recompute import is_recomputed, is_saved_anyway
 from .sampled_linear import (
     SampledLinear,

@@ -4,10 +4,11 @@ import argparse
 import math
 from typing import Any
 
+from ..linears import collapsed
 from ..ops.adamw import stepped_by
 from ..ops.codes import FORMATS
 from ..ops.dispatch import Kind
-from ..optim.param_groups import collapsed, decide
+from ..optim.param_groups import decide
 from ..text import amount, table
 from .models import (
     OPTIMIZERS,

@@ -15,11 +15,11 @@ from ..activations.plan import (
     adamw_bytes,
     projects,
 )
+from ..linears import collapsed
 from ..ops import requested_backend
 from ..optim import LowRankAdamW
-from ..optim.param_groups import collapsed
 from ..text import amount, parse_bytes, table
-from . import gpus, offload
+from . import factored, gpus, offload
 from .cards import CARDS, card_bytes
 from .models import (
     OPTIMIZERS,
@@ -73,6 +73,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="CARD",
         help=f"whose memory to fit into, implies --device cuda: {', '.join(CARDS)}",
     )
+    factored.add_arguments(parser)
     gpus.add_arguments(parser)
 
 
@@ -82,6 +83,7 @@ def facts(args: argparse.Namespace) -> dict[str, Any]:
     those of `gpus`.
     """
     gpus.check(args, TOKENS)
+    factored.check(args)
     args.device = args.device or ("cpu" if args.card is None else "cuda")
     names = args.optimizers.split(",")
     for name in names:
@@ -114,6 +116,14 @@ def facts(args: argparse.Namespace) -> dict[str, Any]:
             rows = optimizer.plan()
             optimizers[name]["remark"] = _more_than_adamw(rows, model, args.state)
             backends |= {backend_of(args, row).backend for row in rows if row["projected"]}
+    if args.factored is not None:
+        twin, optimizer, remark = factored.twin_of(args)
+        # Factors are never projected.
+        training = _training(argparse.Namespace(**vars(args) | {"project": False}), memory)
+        planner_of_twin = Planner(twin, training)
+        plan = planner_of_twin.plan(optimizer, tokens)
+        needs = _needs(plan, planner_of_twin, optimizer, memory)
+        optimizers[factored.NAME] = needs | {"rank": None, "remark": remark}
     ours = [name for name in names if name != "adamw"]
     advice = None
     if ours and memory is not None and all(each["left_bytes"] < 0 for each in optimizers.values()):
@@ -155,19 +165,25 @@ def as_text(facts: dict[str, Any]) -> str:
     header = ["optimizer", "state", "gradients", "activations", "step", "refresh", "peak", "in the"]
     if offloads:
         header[4:4] = ["offloaded", "GB/s"]
+    with_twin = factored.NAME in facts["optimizers"]
+    if with_twin:
+        header.insert(1, "weights")
     if facts["memory_bytes"] is not None:
         header.append(f"in {amount(facts['memory_bytes'])}")
     rows, about = [], defaultdict(list)
     for name, needs in facts["optimizers"].items():
         saved = needs["activation_bytes"]
         row = [
-            *(name, amount(needs["state_bytes"]), amount(needs["gradient_bytes"])),
+            name,
+            *(amount(needs[f"{kind}_bytes"]) for kind in ("state", "gradient")),
             "-" if saved is None else amount(saved),
             *(amount(needs[f"{part}_workspace_bytes"]) for part in ("step", "refresh")),
             *(amount(needs["total_bytes"]), needs["peak_in"]),
         ]
         if offloads:
             row[4:4] = offload.cells_of(needs)
+        if with_twin:
+            row.insert(1, amount(needs["weight_bytes"]))
         if facts["memory_bytes"] is not None:
             row.append(_verdict(needs, facts["tokens"]))
         rows.append(row)
@@ -287,6 +303,7 @@ def _needs(
     if memory is not None and plan.tokens is not None:
         most = planner.most_tokens(optimizer, memory)
     return {
+        "weight_bytes": plan.weights,
         "state_bytes": plan.state,
         "gradient_bytes": plan.gradients,
         "activation_bytes": None if activations is None else activations.saved,

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..factors.linear import all_trained_parts
 from ..ops import Side
 from ..ops.notices import notice_once
 from .formats import has_low_bits
@@ -19,7 +20,10 @@ from .projected_gradient import ProjectedGradient, held, is_projected_gradient
 
 
 def check_params(group: Group, index: int) -> None:
-    """Raises if a parameter cannot be trained: complex, overlapping, projected and no matrix."""
+    """Raises if a parameter cannot be trained: complex, overlapping, projected and no matrix, or
+    projected and a factor.
+    """
+    factors = all_trained_parts() if is_projected(group) else set()
     for name, param in named_params(group, index):
         if not isinstance(param, Tensor):
             continue  # torch refuses it with its own text
@@ -28,6 +32,12 @@ def check_params(group: Group, index: int) -> None:
             raise TypeError(f"{name} is {param.dtype}; only real floating-point weights are served")
         check_memory(name, param)
         if is_projected(group):
+            if param in factors:
+                raise ValueError(
+                    f"{name}, {tuple(param.shape)}, is a part of a FactoredLinear, of a low rank"
+                    " already: take the rank out of its group, or use param_groups(model, rank),"
+                    " and it is trained by AdamW"
+                )
             check_matrix(name, param)
 
 

@@ -3,7 +3,6 @@
 import difflib
 import logging
 import math
-import operator
 import zlib
 from collections.abc import Iterable, Iterator
 from numbers import Real
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from ..ops import Side, Size
 from ..ops.notices import notice_once
+from ..values import positive_int
 from .placement import divides
 
 Group = dict[str, Any]
@@ -251,19 +251,3 @@ def _rename_alpha(group: Group, index: int) -> None:
             f"group {index}: alpha is another name of scale, got alpha={alpha} and"
             f" scale={group['scale']}"
         )
-
-
-def positive_int(value: object, name: str) -> int:
-    return int_from(1, value, name)
-
-
-def int_from(least: int, value: object, name: str) -> int:
-    if isinstance(value, bool):
-        raise TypeError(f"{name} must be an int, got {value!r}")
-    try:
-        number = operator.index(value)  # type: ignore[arg-type]
-    except TypeError:
-        raise TypeError(f"{name} must be an int, got {value!r}") from None
-    if number < least:
-        raise ValueError(f"{name} must be at least {least}, got {number}")
-    return number

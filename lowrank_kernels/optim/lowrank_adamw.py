@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
 from .. import ops
+from ..factors.linear import all_trained_parts
 from ..ops import Choice, Scalars, Side
 from ..ops.contract import rank_axis
 from ..ops.dispatch import ENVIRONMENT_VARIABLE
@@ -432,12 +433,13 @@ class LowRankAdamW(Optimizer):
     def _judge(self, params: Iterable[Tensor]) -> None:
         """Warns if the given parameters that are trained have no projected one among them.
 
-        The optimizer of a single parameter, as gradient release uses them, is none to judge.
+        Factors are meant to be plain, and the optimizer of a single parameter, as gradient release
+        uses them, is none to judge.
         """
         trained = {param for param in params if param.requires_grad}
         groups = filter(is_projected, self.param_groups)
         projected = {param for group in groups for param in group["params"]}
-        if self._judged or len(trained) < 2 or trained & projected:
+        if self._judged or len(trained) < 2 or trained & (projected | all_trained_parts()):
             return
         self._judged = True
         logger.warning(

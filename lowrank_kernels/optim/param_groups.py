@@ -1,30 +1,31 @@
 """Splits a model's parameters into projected and plain groups."""
 
 import logging
-import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
+from ..factors.linear import factored_in, trained_parts
+from ..linears import (
+    IN_A_BLOCK,
+    ROUTER,
+    Candidate,
+    collapsed,
+    embeddings_and_heads,
+    linear_weights,
+    matches,
+)
 from ..ops import Side
 from ..ops.contract import basis_shape, projected_shape
+from ..ranks import Ranks, ranks_of
 from .groups import PROJECTION_DEFAULTS, PROJECTION_TYPES, Group, side_of
-from .ranks import Ranks, ranks_of
 
 logger = logging.getLogger("lowrank_kernels")
 
-# "layers.3" and "encoder_layer_3.mlp", but not "fc3": a module of the last kind holds others.
-IN_A_BLOCK = re.compile(r"(^|\.)(\d+(\.|$)|[^.]*\D\d+\.)")
-ROUTER = re.compile(r"(^|\.)(router|gate|shared_expert_gate)(\.|$)")
 
-
-class Candidate(NamedTuple):
-    """A linear weight; `transposed` if it is stored as in_features x out_features."""
-
-    name: str
-    param: Tensor
-    transposed: bool
+# Why a part of a FactoredLinear is not projected.
+FACTOR = "a part of a FactoredLinear, which is never projected"
 
 
 class Decision(NamedTuple):
@@ -68,6 +69,10 @@ def param_groups(
     is meant for embeddings and norms, they would take steps several times as large as their
     neighbours'. A warning says which they are and why.
 
+    B, A and the sparse values of a `FactoredLinear` are left to AdamW, at lr * scale as well, and
+    with the decay of matrices: they are of a low rank already. The groups of a model in which
+    nothing else could be projected have no rank; `LowRankAdamW(groups, state="int8")` takes them.
+
     A `Conv1D` weight is the transpose of a linear weight, so its `proj_type` is turned around where
     the shape alone would choose another side than for the linear layer (square matrices).
 
@@ -97,8 +102,8 @@ def param_groups(
     Raises:
         TypeError: `model` is no module, or a rank no int.
         ValueError: nothing that is trained matched, and the text lists the linear modules; or no
-            rank saves memory on any of it; or a rank is below 1; or a pattern decides nothing; or
-            `proj_type` is unknown.
+            rank saves memory on any of it; or `targets` are factored modules; or a rank is below 1;
+            or a pattern decides nothing; or `proj_type` is unknown.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"param_groups takes the model, not {type(model).__name__}")
@@ -120,7 +125,8 @@ def param_groups(
             # APOLLO's factors on whole gradients may be above 1.
             options = {"scale": min(scale, 1.0)}
         if weight_decay is not None:
-            options["weight_decay"] = weight_decay if each.param.dim() > 1 else 0.0
+            matrix = each.param.dim() > 1 or each.reason == FACTOR
+            options["weight_decay"] = weight_decay if matrix else 0.0
         key = tuple(options.items())
         groups.setdefault(key, {"params": [], **options})["params"].append((each.name, each.param))
     return list(groups.values())
@@ -137,7 +143,7 @@ def decide(
         if id(param) in candidates and matches(candidates[id(param)].name, targets)
     }
     ranks = ranks_of(rank, matched)
-    outside = _embeddings_and_heads(model)
+    outside, factors = embeddings_and_heads(model), _factors(model)
     decisions = []
     for name, param in model.named_parameters():
         candidate = candidates.get(id(param))
@@ -150,6 +156,8 @@ def decide(
             if own is None:
                 reason = "given no rank"
             decision = Decision(name, param, saves, not saves, reason, candidate.transposed, own)
+        elif id(param) in factors:
+            decision = Decision(name, param, False, True, FACTOR)
         elif param.dim() < 2:
             decision = Decision(name, param, False, False, "not a matrix")
         elif id(param) in outside:
@@ -160,6 +168,12 @@ def decide(
             decision = Decision(name, param, False, True, _why_not(name, param, candidate, targets))
         decisions.append(decision)
     return decisions
+
+
+def _factors(model: nn.Module) -> set[int]:
+    """Identities of the parameters that stand for weights."""
+    modules = factored_in(model).values()
+    return {id(part) for module in modules for part in trained_parts(module).values()}
 
 
 def _why_not(
@@ -194,6 +208,16 @@ def _check_something_is_projected(
     matched = [candidate.name for candidate in candidates if matches(candidate.name, targets)]
     if matched:
         raise ValueError(f"rank gives none to any matched trained module, as {matched[0]}")
+    if any(each.reason == FACTOR for each in trained):
+        if targets is None or targets == "all-linear":
+            return
+        factored = [name for name in factored_in(model) if matches(name, targets)]
+        if factored:
+            raise ValueError(
+                f"targets={targets!r}: {factored[0]} is factored, of a low rank already, and so"
+                " never projected: leave targets out, and its factors to AdamW, or"
+                " densify(model) first"
+            )
     names = "\n  ".join(dict.fromkeys(collapsed(c.name) for c in candidates)) or "none"
     raise ValueError(
         f"no trained linear module matches targets={targets!r}; give a list of name parts, or"
@@ -204,7 +228,8 @@ def _check_something_is_projected(
 def _tell_what_is_left_out(decisions: list[Decision], scale: float) -> None:
     left: dict[str, int] = {}
     for each in decisions:
-        if each.hidden and each.param.requires_grad:
+        # Factors are what the user has made of a weight.
+        if each.hidden and each.param.requires_grad and each.reason != FACTOR:
             shape = " x ".join(map(str, each.param.shape))
             line = f"{collapsed(each.name)} ({shape}): {each.reason}"
             left[line] = left.get(line, 0) + 1
@@ -215,58 +240,6 @@ def _tell_what_is_left_out(decisions: list[Decision], scale: float) -> None:
             scale,
             lines,
         )
-
-
-def _embeddings_and_heads(model: nn.Module) -> set[int]:
-    """Identities of the weights of embeddings and of the output head."""
-    found = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-    for module in model.modules():  # the model may be wrapped, by DDP or PEFT
-        head = getattr(module, "get_output_embeddings", lambda: None)()
-        found.add(id(getattr(head, "weight", None)))
-    return found
-
-
-def linear_weights(model: nn.Module) -> list[Candidate]:
-    """Linear weights by module name, without the output head and without tied embeddings."""
-    excluded = _embeddings_and_heads(model)
-    found: dict[int, Candidate] = {}
-    for name, module in model.named_modules():
-        for suffix, weight, transposed in _weights_of(module):
-            if weight.is_floating_point() and id(weight) not in excluded:
-                found.setdefault(id(weight), Candidate(name + suffix, weight, transposed))
-    return list(found.values())
-
-
-def _weights_of(module: nn.Module) -> Iterator[tuple[str, Tensor, bool]]:
-    """(what names it beside the module, weight, transposed) of a module's own linear weights.
-
-    A parametrized weight is no parameter and is not trained itself.
-    """
-    params = dict(module.named_parameters(recurse=False))
-    transposed = _is_transformers_conv1d(module)
-    if (transposed or isinstance(module, nn.Linear)) and "weight" in params:
-        yield "", params["weight"], transposed
-    if isinstance(module, nn.MultiheadAttention):
-        for key in ("in_proj", "q_proj", "k_proj", "v_proj"):
-            if f"{key}_weight" in params:
-                yield f".{key}", params[f"{key}_weight"], False
-
-
-def _is_transformers_conv1d(module: nn.Module) -> bool:
-    """Told by name: transformers is no dependency, and users call their convolutions so too."""
-    return any(
-        base.__name__ == "Conv1D" and base.__module__.startswith("transformers.")
-        for base in type(module).__mro__
-    )
-
-
-def matches(name: str, targets: str | Iterable[str] | None) -> bool:
-    if targets is None:
-        return bool(IN_A_BLOCK.search(name)) and not ROUTER.search(name)
-    if targets == "all-linear":
-        return True
-    patterns = [targets] if isinstance(targets, str) else targets
-    return any(re.search(pattern, name) for pattern in patterns)
 
 
 def _saves_memory(param: Tensor, rank: int) -> bool:
@@ -287,8 +260,3 @@ def _stored_proj_type(decision: Decision, proj_type: str) -> str:
     if side_of(proj_type, cols, rows) == stored_side:
         return proj_type
     return stored_side.name.lower()
-
-
-def collapsed(name: str) -> str:
-    """A name with block numbers as *: 24 layers read as one."""
-    return re.sub(r"(?<=\.)\d+(?=\.)", "*", name)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from .. import ops
+from ..factors.linear import all_trained_parts
 from ..ops import BackendUnavailable, Choice, Side
 from ..ops.adamw import stepped_by
 from ..ops.dispatch import Kind
@@ -26,12 +27,13 @@ Row = dict[str, Any]
 
 def explain(optimizer: LowRankAdamW) -> list[Row]:
     """See `LowRankAdamW.explain`."""
+    factors = all_trained_parts()
     return [
         {
             "name": name,
             "shape": tuple(param.shape),
             "dtype": param.dtype,
-            **_who(optimizer, name, group, param),
+            **_who(optimizer, name, group, param, factors),
             "lr": learning_rate(group),
             **_formats(optimizer, group, param),
             **_spread(optimizer, group, param),
@@ -84,7 +86,9 @@ def _parameters(optimizer: LowRankAdamW) -> Iterator[tuple[str, Group, Tensor]]:
             yield name, group, param
 
 
-def _who(optimizer: LowRankAdamW, name: str, group: Group, param: Tensor) -> Row:
+def _who(
+    optimizer: LowRankAdamW, name: str, group: Group, param: Tensor, factors: set[Tensor]
+) -> Row:
     projected, side, rank = is_projected(group), None, None
     if projected:
         _, _, rank, side = size_of(group, param)
@@ -94,7 +98,7 @@ def _who(optimizer: LowRankAdamW, name: str, group: Group, param: Tensor) -> Row
         if projected:
             choice = _choice(optimizer, name, group, param)
         else:
-            choice = _plain_choice(optimizer, group, param)
+            choice = _plain_choice(optimizer, group, param, factors)
     except (ValueError, BackendUnavailable) as error:  # what a step would raise
         choice = Choice("none", str(error))
     side_name = None if side is None else side.name.lower()
@@ -109,9 +113,12 @@ def _choice(optimizer: LowRankAdamW, name: str, group: Group, param: Tensor) -> 
     return choice._replace(reason=choice.reason + kept)
 
 
-def _plain_choice(optimizer: LowRankAdamW, group: Group, param: Tensor) -> Choice:
+def _plain_choice(
+    optimizer: LowRankAdamW, group: Group, param: Tensor, factors: set[Tensor]
+) -> Choice:
     at = " at lr * scale" if "scale" in group else ""
-    reason = f"AdamW{at}: no rank in its group{_kept(optimizer, param)}"
+    why = "a part of a FactoredLinear" if param in factors else "no rank in its group"
+    reason = f"AdamW{at}: {why}{_kept(optimizer, param)}"
     form, backend = format_for(param, False, optimizer.state_format), "torch"
     if form != "float32":
         dtypes = param.dtype, (param if param.grad is None else param.grad).dtype

@@ -1,14 +1,18 @@
 """Momentum that begins anew every so many steps, at a rate that recovers."""
 
+from collections.abc import Iterable
 from functools import wraps
 from types import MethodType
 from typing import Any
 
 import torch
+from torch import nn
+from torch.distributed import ProcessGroup
 from torch.optim import Adagrad
 from torch.optim.optimizer import Optimizer
 
-from .groups import int_from, positive_int
+from ..factors.refactorize import checked_modules, refactorize
+from ..values import int_from, positive_int
 from .lowrank_adamw import LowRankAdamW
 from .state import forget_moments
 
@@ -42,28 +46,43 @@ class Restarts:
     schedulers, logs and checkpoints never see it. The published code takes the scheduler's rate of
     the end of the recovery in place of the step's own.
 
+    With `modules` their factors are balanced at each restart, by `refactorize`, and what the
+    optimizer keeps of the factors is dropped, low bits included.
+
     A copy of the optimizer, by `copy.deepcopy` or pickle, has no restarts, since torch leaves hooks
     out of it: make others for it, and load the `state_dict` of these.
 
     Args:
         optimizer: of torch or of this package, before accelerate or the like wraps it.
+        modules: a model, or modules, whose `FactoredLinear` layers are refactorized.
         every: calls of `step` between two restarts.
         recovery: steps at a lower rate, from 2 up to `every`, or 0 for none.
+        shrink: of `refactorize`.
+        process_group: of `refactorize`.
 
     Attributes:
         steps: calls of `step` so far.
 
     Raises:
         TypeError: `optimizer` is none, is wrapped, or is Adagrad, which makes its state once;
-            `every` or `recovery` is no int.
+            `modules` holds something else; `every` or `recovery` is no int.
         ValueError: `every` is below 1; `recovery` is 1, negative or above `every`; the optimizer
             has others; it is capturable: a CUDA graph would go on with the state and the rate that
-            it captured.
+            it captured; what `refactorize` refuses.
 
-    Source: Glentis et al. (arXiv 2505.22922), the restarts without the refactorization.
+    Source: Glentis et al. (arXiv 2505.22922).
     """
 
-    def __init__(self, optimizer: Optimizer, every: int = 200, recovery: int = 10) -> None:
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        modules: nn.Module | Iterable[nn.Module] = (),
+        every: int = 200,
+        recovery: int = 10,
+        *,
+        shrink: float = 0.0,
+        process_group: ProcessGroup | None = None,
+    ) -> None:
         if not isinstance(optimizer, Optimizer) or not hasattr(optimizer, HOOKS):
             raise TypeError(
                 f"Restarts takes an optimizer of torch or of lowrank_kernels, not"
@@ -74,8 +93,19 @@ class Restarts:
             raise TypeError("Adagrad makes its state when it is made, and cannot begin anew")
         if _of(optimizer):
             raise ValueError("the optimizer has Restarts already: remove() the other ones")
+        if isinstance(modules, int):
+            raise TypeError(
+                f"Restarts(optimizer, modules, every=..., recovery=...): {modules} are no modules;"
+                " pass every and recovery by their names"
+            )
         self.every, self.recovery = _checked(every, recovery)
         self.optimizer, self.steps = optimizer, 0
+        # Of an iterator nothing would be left at the first restart.
+        self._modules = modules if isinstance(modules, nn.Module) else list(modules)
+        self._refactorizes = self._modules != []
+        self._shrink, self._process_group = shrink, process_group
+        if self._refactorizes or shrink:
+            checked_modules(self._modules, shrink, optimizer, process_group)
         self._check_capturable()
         self._lowered: list[tuple[dict[str, Any], object]] = []
         self._handles = [
@@ -98,7 +128,7 @@ class Restarts:
 
         Raises:
             RuntimeError: the optimizer is a copy, which has no restarts.
-            ValueError: it has become capturable.
+            ValueError: it has become capturable, or factors are not finite; nothing was changed.
         """
         if self not in _of(self.optimizer):
             raise RuntimeError(
@@ -140,6 +170,13 @@ class Restarts:
 
     @torch.no_grad()
     def _restart(self) -> None:
+        if self._refactorizes:
+            refactorize(
+                self._modules,
+                self._shrink,
+                optimizer=self.optimizer,
+                process_group=self._process_group,
+            )
         for group in self.optimizer.param_groups:
             for param in group["params"]:
                 state = self.optimizer.state.get(param)

@@ -125,7 +125,7 @@ def test_totals_and_what_is_left(json_of):
         assert set(needs) == {
             *("state_bytes", "gradient_bytes", "activation_bytes", "step_workspace_bytes"),
             *("refresh_workspace_bytes", "peak_bytes", "peak_in", "total_bytes", "left_bytes"),
-            *("most_tokens", "projected", "released", "rank", "remark"),
+            *("most_tokens", "projected", "released", "rank", "remark", "weight_bytes"),
         }
 
 

@@ -265,7 +265,7 @@ def test_begins_anew_with_the_moments(how: str) -> None:
     source = Source(1.0, 0, shapes=SHAPES * 8)
     moments = "reset" if how == "reset" else "keep"
     optimizer = source.optimizer(gap=20, subspace=Subspace(stagger=False, moments=moments))
-    restarts = Restarts(optimizer, 20, 0) if how == "restarts" else None
+    restarts = Restarts(optimizer, every=20, recovery=0) if how == "restarts" else None
     for step in range(26):
         source.draw()
         if step < 20:

@@ -96,7 +96,7 @@ OURS = ("galore", "fira", "fira, paper")
 def test_the_rate_of_every_step(name: str) -> None:
     params = parameters()
     optimizer = MAKERS[name](params)
-    restarts, seen = Restarts(optimizer, EVERY, RECOVERY), []
+    restarts, seen = Restarts(optimizer, every=EVERY, recovery=RECOVERY), []
     optimizer.register_step_pre_hook(
         lambda *_: seen.append([g["lr"] for g in optimizer.param_groups])
     )
@@ -126,7 +126,7 @@ def test_ten_steps_recover_by_default() -> None:
 def test_after_a_restart_as_a_new_optimizer(name: str) -> None:
     params = parameters()
     optimizer = MAKERS[name](params)
-    restarts = Restarts(optimizer, EVERY, 0)
+    restarts = Restarts(optimizer, every=EVERY, recovery=0)
     train(params, optimizer, restarts, range(EVERY))
     others = [nn.Parameter(param.detach().clone()) for param in params]
     new = MAKERS[name](others)
@@ -141,7 +141,7 @@ def test_muon_begins_anew_too() -> None:
         pytest.skip("torch is older than Muon")
     params = parameters()[:2]
     optimizer = torch.optim.Muon(params, lr=0.01)
-    restarts = Restarts(optimizer, EVERY, 0)
+    restarts = Restarts(optimizer, every=EVERY, recovery=0)
     train(params, optimizer, restarts, range(EVERY))
     others = [nn.Parameter(param.detach().clone()) for param in params]
     new = torch.optim.Muon(others, lr=0.01)
@@ -162,7 +162,7 @@ def test_after_a_restart_as_a_new_optimizer_with_the_old_bases(name: str, backen
     }[name]
     params = parameters()
     optimizer = make(params, **options)
-    restarts = Restarts(optimizer, EVERY, 0)
+    restarts = Restarts(optimizer, every=EVERY, recovery=0)
     train(params, optimizer, restarts, range(EVERY))
 
     others = [nn.Parameter(param.detach().clone()) for param in params]
@@ -203,7 +203,7 @@ FORMATS = [
 def test_what_is_forgotten_and_what_stays(make, options: dict) -> None:
     params = parameters(torch.bfloat16)
     optimizer = make(params, monitor=True, **options)
-    restarts = Restarts(optimizer, EVERY, RECOVERY)
+    restarts = Restarts(optimizer, every=EVERY, recovery=RECOVERY)
     train(params, optimizer, restarts, range(EVERY - 1))
     set_gradients(params, EVERY - 1)
     optimizer.step()
@@ -245,7 +245,7 @@ def test_the_bias_correction_counts_from_the_restart(options: dict) -> None:
         lr=0.01,
         **{**options, "master": None},
     )
-    restarts = Restarts(optimizer, EVERY, 0)
+    restarts = Restarts(optimizer, every=EVERY, recovery=0)
     train(params, optimizer, restarts, range(EVERY))
     before = params[0].detach().clone()
     train(params, optimizer, restarts, range(EVERY, EVERY + 1))
@@ -276,7 +276,7 @@ def test_a_scheduler_never_sees_the_lower_rate(schedule, make, restarts_first: b
     params, others = parameters(), parameters()
     alone, optimizer = make(others), make(params)
     expected_schedule, own_schedule = schedule(alone), schedule(optimizer)
-    restarts, within = Restarts(optimizer, EVERY, RECOVERY), []
+    restarts, within = Restarts(optimizer, every=EVERY, recovery=RECOVERY), []
     optimizer.register_step_pre_hook(
         lambda *_: within.append(float(optimizer.param_groups[0]["lr"]))
     )
@@ -296,7 +296,7 @@ def test_a_scheduler_never_sees_the_lower_rate(schedule, make, restarts_first: b
 def test_a_plateau_is_seen_at_the_groups_rate() -> None:
     params = parameters()
     optimizer = galore(params)
-    restarts = Restarts(optimizer, 2, 2)
+    restarts = Restarts(optimizer, every=2, recovery=2)
     plateau = lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.5, patience=0)
     for step in range(4):
         train(params, optimizer, restarts, range(step, step + 1))
@@ -321,7 +321,7 @@ def test_resume_bit_for_bit(name: str, stop: int) -> None:
     def start():
         params = parameters()
         optimizer = RESUMED[name](params)
-        return params, optimizer, Restarts(optimizer, EVERY, RECOVERY)
+        return params, optimizer, Restarts(optimizer, every=EVERY, recovery=RECOVERY)
 
     params, optimizer, restarts = start()
     schedule = lr_scheduler.ExponentialLR(optimizer, 0.97)
@@ -353,7 +353,7 @@ def test_steps_in_the_backward_pass_recover_as_well(make) -> None:
     def run(release: bool, closure: bool) -> list[nn.Parameter]:
         params = parameters()
         optimizer = make(params)
-        restarts = Restarts(optimizer, EVERY, RECOVERY)
+        restarts = Restarts(optimizer, every=EVERY, recovery=RECOVERY)
         if release:
             release_gradients(None, optimizer)
         for step in range(2 * EVERY + 3):
@@ -382,7 +382,7 @@ def test_steps_in_the_backward_pass_recover_as_well(make) -> None:
 def test_a_step_that_raises_leaves_no_lower_rate_in_a_checkpoint() -> None:
     params = parameters()
     optimizer = galore(params)
-    restarts = Restarts(optimizer, EVERY, RECOVERY)
+    restarts = Restarts(optimizer, every=EVERY, recovery=RECOVERY)
     train(params, optimizer, restarts, range(EVERY))
     for after in (optimizer.state_dict, restarts.step, lambda: set_gradients(params, 0)):
         set_gradients(params, 0)
@@ -403,7 +403,7 @@ def test_a_state_dict_within_a_step_has_the_own_rates_and_the_step_the_lower(nam
         params = parameters()
         optimizer = MAKERS[name](params)
         rates = [group["lr"] for group in optimizer.param_groups]
-        restarts = Restarts(optimizer, EVERY, RECOVERY)
+        restarts = Restarts(optimizer, every=EVERY, recovery=RECOVERY)
         for step in range(EVERY + 2):
 
             def closure(step: int = step) -> float:
@@ -431,7 +431,7 @@ def test_a_scheduler_after_a_step_that_raised_in_a_recovery(
     optimizer = make(params)
     made = [Restarts, lr_scheduler.ExponentialLR]
     first, second = made[:: -1 if scheduler_first else 1]
-    arguments = {Restarts: (EVERY, RECOVERY), lr_scheduler.ExponentialLR: (0.5,)}
+    arguments = {Restarts: ((), EVERY, RECOVERY), lr_scheduler.ExponentialLR: (0.5,)}
     parts = {kind: kind(optimizer, *arguments[kind]) for kind in (first, second)}
     restarts, schedule = (parts[kind] for kind in made)
     train(params, optimizer, restarts, range(EVERY))
@@ -468,7 +468,7 @@ def test_a_scheduler_after_a_step_that_raised_in_a_recovery(
 def test_a_copy_has_no_restarts_and_is_told_so(make, copied) -> None:
     params = parameters()
     optimizer = make(params)
-    restarts = Restarts(optimizer, EVERY, RECOVERY)
+    restarts = Restarts(optimizer, every=EVERY, recovery=RECOVERY)
     train(params, optimizer, restarts, range(EVERY + 1))
     others, twin, lost = copied((params, optimizer, restarts))
     before = lost.state_dict()
@@ -494,7 +494,7 @@ def test_gradient_scaling_goes_on() -> None:
 def test_removed() -> None:
     params = parameters()
     optimizer = galore(params)
-    restarts = Restarts(optimizer, EVERY, RECOVERY)
+    restarts = Restarts(optimizer, every=EVERY, recovery=RECOVERY)
     train(params, optimizer, restarts, range(EVERY))
     restarts.remove()
     seen = []
@@ -504,14 +504,14 @@ def test_removed() -> None:
     assert optimizer.lr_factor == 1.0
     with pytest.raises(RuntimeError, match="were removed"):
         restarts.step()
-    Restarts(optimizer, EVERY, RECOVERY)
+    Restarts(optimizer, every=EVERY, recovery=RECOVERY)
 
 
 def test_parameters_without_a_state_are_left_alone() -> None:
     params = parameters()
     params[1].requires_grad_(False)
     optimizer = galore(params)
-    restarts = Restarts(optimizer, 2, 2)
+    restarts = Restarts(optimizer, every=2, recovery=2)
     for step in range(5):
         set_gradients(params, step)
         params[1].grad = None
@@ -527,16 +527,33 @@ class Wrapped(torch.optim.Optimizer):
         self.optimizer = optimizer
 
 
+def some_galore():
+    return galore(parameters())
+
+
 REFUSED = {
     "no optimizer": (lambda: (nn.Linear(2, 2),), TypeError, "not Linear"),
     "wrapped": (lambda: (Wrapped(galore(parameters())),), TypeError, "before it is wrapped"),
     "adagrad": (lambda: (torch.optim.Adagrad(parameters()),), TypeError, "Adagrad"),
-    "every": (lambda: (galore(parameters()), 0), ValueError, "every must be at least 1"),
-    "every, float": (lambda: (galore(parameters()), 2.5), TypeError, "every must be an int"),
-    "recovery of one": (lambda: (galore(parameters()), 20, 1), ValueError, "from 2 up to every=20"),
-    "recovery too long": (lambda: (galore(parameters()), 5, 6), ValueError, "got 6"),
-    "recovery below": (lambda: (galore(parameters()), 5, -1), ValueError, "recovery must be at"),
-    "recovery, bool": (lambda: (galore(parameters()), 5, False), TypeError, "recovery must be an"),
+    "every as modules": (lambda: (some_galore(), 20), TypeError, "by their names"),
+    "every": (lambda: (some_galore(), (), 0), ValueError, "every must be at least 1"),
+    "every, float": (lambda: (some_galore(), (), 2.5), TypeError, "every must be an int"),
+    "recovery of one": (
+        lambda: (some_galore(), (), 20, 1),
+        ValueError,
+        "from 2 up to every=20",
+    ),
+    "recovery too long": (lambda: (some_galore(), (), 5, 6), ValueError, "got 6"),
+    "recovery below": (
+        lambda: (some_galore(), (), 5, -1),
+        ValueError,
+        "recovery must be at",
+    ),
+    "recovery, bool": (
+        lambda: (some_galore(), (), 5, False),
+        TypeError,
+        "recovery must be an",
+    ),
     "capturable": (
         lambda: (galore(parameters(), capturable=True),),
         ValueError,
@@ -576,7 +593,7 @@ def test_a_second_one_is_refused() -> None:
     ],
 )
 def test_a_state_dict_that_is_none(state: dict | None, error: type[Exception]) -> None:
-    restarts = Restarts(galore(parameters()), EVERY, RECOVERY)
+    restarts = Restarts(galore(parameters()), every=EVERY, recovery=RECOVERY)
     before = restarts.state_dict()
     with pytest.raises(error):
         restarts.load_state_dict(state)

@@ -6,7 +6,7 @@ from glob import escape
 
 from torch import Tensor
 
-from .groups import positive_int
+from .values import positive_int
 
 RankRule = Callable[[str, Tensor], int | None]
 Ranks = int | Mapping[str, int | None] | RankRule
