@@ -79,12 +79,27 @@ def _is_transformers_conv1d(module: nn.Module) -> bool:
 
 
 def matches(name: str, targets: str | Iterable[str] | None) -> bool:
+    """Whether targets, regular expressions, name a weight.
+
+    Raises:
+        ValueError: one of them is no regular expression.
+    """
     if targets is None:
         return bool(IN_A_BLOCK.search(name)) and not ROUTER.search(name)
     if targets == "all-linear":
         return True
     patterns = [targets] if isinstance(targets, str) else targets
-    return any(re.search(pattern, name) for pattern in patterns)
+    return any(_finds(pattern, name) for pattern in patterns)
+
+
+def _finds(pattern: str, name: str) -> bool:
+    try:
+        return re.search(pattern, name) is not None
+    except re.error as error:
+        raise ValueError(
+            f"targets has {pattern!r}, which is no regular expression: {error}; parts of names, as"
+            " 'mlp', are"
+        ) from None
 
 
 def collapsed(name: str) -> str:

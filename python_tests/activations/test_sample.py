@@ -560,6 +560,7 @@ def test_odd_inputs(method):
         ({"norms": 0}, "norms must be how many samples"),
         ({"norms": 3, "method": "uniform"}, "norms do nothing"),
         ({"targets": ["nothing"]}, "no linear layer can be sampled"),
+        ({"targets": "*.mlp.*"}, "targets has .* no regular expression: nothing to repeat"),
     ],
 )
 def test_what_does_not_fit_is_refused(options, text):
