@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from ..activations.dry_offload import AHEAD, IN_FLIGHT
 from ..text import amount
-from .cards import CARDS
+from .cards import CARDS, Card
 from .text import UserError
 
 SHARE = 0.5
@@ -110,7 +110,15 @@ def notes(facts: dict[str, Any]) -> Iterator[str]:
     card = CARDS[facts["offload_card"]]
     yield (
         f"Nothing waits if so many GB/s are written, computed at {100 * REACHED:g} % of"
-        f" {card.tflops:g} TFLOP/s. PCIe {card.pcie}.0 does about {PCIE[card.pcie] / 1e9:g} GB/s,"
-        " a good NVMe drive 5 to 7; written day and night it takes"
+        f" {card.tflops:g} TFLOP/s. {_judged(facts, card)}"
+        " A good NVMe drive does 5 to 7; written day and night it takes"
         f" {worn / 1e12:,.0f} TB a day, of some hundreds to thousands that it is rated for."
     )
+
+
+def _judged(facts: dict[str, Any], card: Card) -> str:
+    """Whether a card's lanes carry what its optimizers' runs send."""
+    lanes = PCIE[card.pcie]
+    speeds = [each["offload_bytes_per_second"] or 0 for each in facts["optimizers"].values()]
+    verdict = "a step waits for them" if max(speeds) > lanes else "they follow"
+    return f"PCIe {card.pcie}.0 does about {lanes / 1e9:g} GB/s: {verdict}."
