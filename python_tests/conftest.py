@@ -16,8 +16,10 @@ from lowrank_kernels.ops import dispatch, notices, selfcheck
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
-# Of the processes that tests start; of this one, see `few_threads`.
+# Most matrices here are tiny: a second thread only waits for the first. Of the processes that tests
+# start, and of this one, in which fixtures of modules come before those of tests.
 os.environ["OMP_NUM_THREADS"] = "1"
+torch.set_num_threads(1)
 
 sys.path.insert(0, str(Path(__file__).parent))
 # `bench`, behind whatever package is tested.
@@ -30,11 +32,9 @@ settings.load_profile("fixed")
 
 @pytest.fixture(autouse=True)
 def few_threads():
-    """Most matrices here are tiny: a second thread only waits for the first."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+    """Whatever a test has set."""
     yield
-    torch.set_num_threads(threads)
+    torch.set_num_threads(1)
 
 
 @pytest.fixture
