@@ -322,6 +322,34 @@ def test_a_forked_process_is_refused(offload):
     loss.backward()
 
 
+def test_processes_forked_before_the_first_use_write_files_of_their_own(tmp_path):
+    offload, (ready, go) = offload_activations(tmp_path, least=1), (os.pipe(), os.pipe())
+
+    def child(value):
+        weight = torch.zeros(64, 64, requires_grad=True)
+        with settled(offload):
+            loss = (torch.full((64, 64), value) * weight).sum()
+        os.write(ready[1], b"w")
+        os.read(go[0], 1)
+        loss.backward()
+        return offload.counts.read > 0 and bool((weight.grad == value).all())
+
+    children = []
+    for value in (1.0, 2.0):
+        children.append(os.fork())
+        if children[-1] == 0:
+            code = 1
+            try:
+                code = 0 if child(value) else 2
+            finally:
+                os.write(ready[1], b"w")  # also when it has failed
+                os._exit(code)
+    for _ in children:
+        assert os.read(ready[0], 1) == b"w"
+    os.write(go[1], b"gg")
+    assert [os.waitstatus_to_exitcode(os.waitpid(each, 0)[1]) for each in children] == [0, 0]
+
+
 def test_a_killed_process_leaves_no_file(tmp_path):
     text = f"""
         import os, signal, torch

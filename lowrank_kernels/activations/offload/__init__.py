@@ -52,7 +52,8 @@ class Places:
     def of(self, device: torch.device) -> Engine | None:
         """None where tensors stay."""
         if device not in self.engines:
-            self.engines[device] = self._made(device)
+            # Of two threads that come at once, one counts.
+            return self.engines.setdefault(device, self._made(device))
         return self.engines[device]
 
     def _made(self, device: torch.device) -> Engine | None:
@@ -67,6 +68,8 @@ class Places:
     def _disk(self, keep: float | None) -> Disk | None:
         if self.slots is None:
             return None
+        if self.slots.process != os.getpid():
+            self.slots = Slots(self.slots.folder)
         return Disk(self.slots, self._in_flight, self._ahead, keep)
 
 

@@ -33,6 +33,7 @@ class Slots:
 
     Attributes:
         in_use: slots that are taken.
+        process: whose they are; a fork shares the file, and would write over them.
 
     Raises:
         ValueError: the folder is none, or lies in memory.
@@ -50,7 +51,7 @@ class Slots:
         self._end = self._allocated = 0
         self._lock = threading.Lock()
         self._bounces = threading.local()
-        self.in_use = 0
+        self.in_use, self.process = 0, os.getpid()
 
     def take(self, size: int) -> int:
         """Where so many bytes may be written; OSError with ENOSPC if the disk is full."""
