@@ -308,6 +308,27 @@ def test_other_errors_of_a_thread_leave_nobody_waiting(name, offload):
     gc.collect()
 
 
+@pytest.mark.parametrize("name", ["_write_all", "_read_all"])
+def test_a_thread_that_cannot_be_started_leaves_nobody_waiting(name, offload, monkeypatch):
+    start, failed = threading.Thread.start, []
+
+    def fails_once(thread):
+        if name in thread.name and not failed:
+            failed.append(thread)
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", fails_once)
+    model = net()
+    for _ in range(2):
+        model.zero_grad()
+        passes(model, lambda: settled(offload))
+        assert all(map(torch.equal, gradients(model), plain(passes)))
+    assert failed
+    assert (offload.counts.kept > 0) == (name == "_write_all")
+    assert offload.counts.written > 0
+
+
 def test_a_forked_process_is_refused(offload):
     with offload:
         loss = net()(inputs()).sum()
