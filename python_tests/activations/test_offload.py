@@ -167,6 +167,39 @@ def test_what_is_changed_after_backward_is_none(offload):
         x.mul_(2)
 
 
+@pytest.mark.parametrize("meanwhile", [0, 1 << 20])
+@pytest.mark.parametrize("refilled", [True, False])
+def test_a_storage_that_is_resized_before_it_is_written_stays(meanwhile, refilled, offload):
+    """As sharded training frees and gathers again. A larger one would lie in others' slots."""
+    slots, started = offload._places.slots, threading.Event()
+    take = slots.take
+
+    def late(size):
+        started.wait(5)
+        return take(size)
+
+    slots.take = late
+    saved, weight = torch.full((64, 64), 3.0), torch.ones(64, 64, requires_grad=True)
+    storage = saved.untyped_storage()
+    size = storage.nbytes()
+    with offload:
+        loss = (saved * weight).sum()
+    storage.resize_(meanwhile)
+    started.set()
+    disk_of(offload).finish()
+    assert offload.counts.written == 0
+    if refilled:
+        storage.resize_(size)
+        saved.data.fill_(3)
+    if refilled or meanwhile:
+        loss.backward()
+        assert torch.equal(weight.grad, torch.full((64, 64), 3.0))
+    else:
+        with pytest.raises(RuntimeError, match="of 16384 bytes was resized to 0 since it was"):
+            loss.backward()
+    del loss
+
+
 def test_exceptions_and_graphs_that_are_dropped_leave_nothing(offload):
     model = net()
     with pytest.raises(RuntimeError, match="normalized_shape"), offload:

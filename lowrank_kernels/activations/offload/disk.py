@@ -110,7 +110,10 @@ class Disk(Engine):
                 waiting.event.synchronize()
             start = time.monotonic()
             slot = self.slots.take(waiting.size)
-            self.slots.write(slot, bytes_of(memory))
+            found = bytes_of(memory)
+            if len(found) != waiting.size:
+                raise ValueError(f"a storage of {waiting.size} bytes has {len(found)} now")
+            self.slots.write(slot, found)
         except Exception as error:  # whatever it is, the forward waits for this thread
             if slot is not None:
                 self.slots.give(slot, waiting.size)

@@ -82,13 +82,19 @@ class Waiting:
         self.error: Exception | None = None
 
     def check(self) -> None:
-        """RuntimeError if it was changed in place since it was saved."""
+        """RuntimeError if it was changed in place, or cut, since it was saved."""
         if self._counter._version != self.version:
             raise RuntimeError(
                 "one of the variables needed for gradient computation has been modified by an"
                 f" inplace operation: a storage of {self.size} bytes, saved at version"
                 f" {self.version}, is at version {self._counter._version}"
             )
+        if self.memory is not None and (size := self.memory.nbytes()) < self.size:
+            if self.place is None:
+                raise RuntimeError(
+                    f"a storage of {self.size} bytes was resized to {size} since it was saved"
+                )
+            self.memory = None
 
     def let_go(self) -> None:
         """Only its other place has it now."""
@@ -208,7 +214,7 @@ class Engine:
         """The storage, which is brought if it has to be.
 
         Raises:
-            RuntimeError: it was changed in place since it was saved.
+            RuntimeError: it was changed in place, or cut, since it was saved.
             OSError: it cannot be read.
         """
         self._check_process()
