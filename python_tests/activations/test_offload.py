@@ -9,7 +9,7 @@ import sys
 import textwrap
 import threading
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import pytest
 import torch
@@ -25,6 +25,7 @@ from offload_runs import (
     plain,
 )
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from lowrank_kernels import offload_activations
 from lowrank_kernels.activations.offload.slots import BLOCK, BOUNCE, Slots
@@ -41,6 +42,15 @@ def offload(tmp_path):
 
 def disk_of(offload):
     return offload._places.of(torch.device("cpu"))
+
+
+def sines(x, times, context):
+    """So many tensors are saved."""
+    with context() if callable(context) else context:
+        hidden = x * 1
+        for _ in range(times):
+            hidden = hidden.sin() * 1
+    return hidden
 
 
 @contextmanager
@@ -198,6 +208,81 @@ def test_a_storage_that_is_resized_before_it_is_written_stays(meanwhile, refille
         with pytest.raises(RuntimeError, match="of 16384 bytes was resized to 0 since it was"):
             loss.backward()
     del loss
+
+
+@pytest.mark.parametrize("settles", [True, False])
+def test_what_changed_unseen_between_two_forwards_is_saved_anew(settles, offload):
+    """Through `.data`, or numpy, while a graph of before is alive."""
+    x, weights = torch.ones(64, 64), [torch.ones(64, 64, requires_grad=True) for _ in range(2)]
+    with settled(offload):
+        first = (x * weights[0]).sum()
+    x.data.mul_(7)
+    with settled(offload) if settles else offload:
+        second = (x * weights[1]).sum()
+    second.backward()
+    assert torch.equal(weights[1].grad, torch.full((64, 64), 7.0))
+    del first, second
+
+
+def test_graphs_that_are_dropped_are_forgotten(offload):
+    x = inputs().requires_grad_()
+    with offload:
+        kept = sines(x, 2, nullcontext)
+        for _ in range(50):
+            sines(x, 2, nullcontext)
+    disk = disk_of(offload)
+    disk.finish()
+    assert len(disk._living) == len(disk._known) == 2
+    assert len(disk._away) <= 2
+    assert offload.places_in_use <= 2
+    del kept
+
+
+@pytest.mark.parametrize("keep", [0.0, 1.0])
+def test_memory_of_a_dropped_graph_is_free_at_once(keep, tmp_path):
+    offload = offload_activations(tmp_path, keep=keep, least=1)
+    x = inputs().requires_grad_()
+    sines(x, 1, offload).sum().backward()
+    start, written = threading.Event(), offload._places.slots.write
+    offload._places.slots.write = lambda *args: (start.wait(5), written(*args))
+    with offload:
+        hidden = x * 1
+        storage, total = StorageWeakRef(hidden.untyped_storage()), hidden.sin()
+    del hidden, total
+    start.set()
+    while any("_write_all" in thread.name for thread in threading.enumerate()):
+        time.sleep(0.001)
+    assert storage.expired()
+
+
+def test_a_step_without_a_backward_is_none(tmp_path):
+    offload = offload_activations(tmp_path, keep=0.5, least=1)
+    x, written = inputs().requires_grad_(), []
+    for step in range(5):
+        before = offload.counts.written
+        hidden = sines(x, 4, lambda: settled(offload))
+        written.append((offload.counts.written - before) // x.nbytes)
+        if step != 2:
+            hidden.sum().backward()
+        del hidden
+    assert written == [4, 2, 2, 2, 2]
+
+
+def test_what_is_to_be_brought_is_looked_for_once(offload):
+    class Counted(dict):
+        looks = 0
+
+        def __getitem__(self, key):
+            self.looks += 1
+            return super().__getitem__(key)
+
+    x, disk = inputs().requires_grad_(), disk_of(offload)
+    disk._living = Counted()
+    hidden = sines(x, 100, lambda: settled(offload))
+    hidden.sum().backward()
+    assert offload.counts.read == 100 * x.nbytes
+    assert 100 <= disk._living.looks <= 300
+    del hidden
 
 
 def test_exceptions_and_graphs_that_are_dropped_leave_nothing(offload):

@@ -178,7 +178,7 @@ def test_memory_is_given_up_beyond_what_may_be_in_flight():
         hidden = x * 1
         for _ in range(4):
             hidden = hidden.sin() * 1
-    waiting = [each() for each in offload._places.engines[CPU]._order]
+    waiting = [each() for each in offload._places.engines[CPU]._living.values()]
     assert [each.memory is None for each in waiting] == [True, True, False, False]
     assert len(lane.copies) == 2
     hidden.sum().backward(retain_graph=True)
@@ -199,6 +199,18 @@ def test_graphs_that_are_dropped_wait_for_their_copies():
     gc.collect()
     passes(net(), lambda: offload)
     assert offload.places_in_use == 0
+
+
+def test_forwards_without_backward_leave_nothing():
+    offload = offload_on(LateLane(), 1 << 22)
+    for _ in range(50):
+        with offload:
+            net()(inputs())
+    device = offload._places.engines[CPU]
+    assert offload.places_in_use == 0
+    assert not device._living
+    assert not device._away
+    assert not device._copies
 
 
 def test_a_graph_that_is_kept_outlives_the_next_forward():

@@ -97,11 +97,13 @@ class OffloadActivations:
 
     def _engines(self) -> list[Engine]:
         """Those that drop what waits in others come first."""
-        found = [engine for engine in self._places.engines.values() if engine is not None]
+        found = [engine for engine in list(self._places.engines.values()) if engine is not None]
         disks = (each.disk for each in found if isinstance(each, Device))
         return found + [disk for disk in disks if disk is not None]
 
     def __enter__(self) -> OffloadActivations:
+        for engine in self._engines():
+            engine.begin_forward()
         self._stack.enter_context(saved_tensors_hooks(self._pack, self._unpack))
         return self
 

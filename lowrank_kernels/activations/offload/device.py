@@ -179,7 +179,7 @@ class Device(Engine):
         self._lane, self.host, self.disk, self._in_flight = lane, host, disk, in_flight
         self._leaving: deque[tuple[ref[Waiting], int]] = deque()
         self._held = 0
-        # Of a step: when its forward began and ended, and what was copied.
+        # Of a step: when its forward began and ended, and what was copied, where that is measured.
         self._span: list[Any] = []
         self._copies: list[tuple[Copying, int]] = []
 
@@ -216,7 +216,8 @@ class Device(Engine):
         if block is None:
             block = self.host.allocate(waiting.size)
         copying = self._lane.out(waiting.memory, block)
-        self._copies.append((copying, waiting.size))
+        if self._keep is None:
+            self._copies.append((copying, waiting.size))
         self.counts.copied += waiting.size
         waiting.place = self._to_disk(block, copying) if is_overflow else block
         waiting.event = copying.done
@@ -238,7 +239,7 @@ class Device(Engine):
         waiting = reference()
         if waiting is not None:
             self._lane.wait(waiting.event)
-            waiting.let_go()
+            self._let_go(waiting)
 
     def _stop_sending(self) -> None:
         self._leaving.clear()

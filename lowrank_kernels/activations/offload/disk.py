@@ -128,7 +128,7 @@ class Disk(Engine):
             waiting.place = slot
             # What has changed is an error, also when the change came while it was written.
             if not self._is_backward:
-                waiting.let_go()
+                self._let_go(waiting)
 
     def _bring_ahead(self, waiting: Waiting) -> bool:
         self._reads = self._reads or _is_started(self._read_all)
