@@ -3,6 +3,7 @@
 import errno
 import gc
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import textwrap
 import threading
 import time
 from contextlib import contextmanager, nullcontext
+from itertools import pairwise
 
 import pytest
 import torch
@@ -28,6 +30,7 @@ from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from lowrank_kernels import offload_activations
+from lowrank_kernels.activations.offload.extents import Extents
 from lowrank_kernels.activations.offload.slots import BLOCK, BOUNCE, Slots
 
 
@@ -527,6 +530,65 @@ def test_slots_hold_bytes_of_any_number_and_are_used_again(size, tmp_path):
         places.append(sorted(own))
     assert places[0] == places[1] == places[2]
     assert slots.in_use == 0
+
+
+def test_slots_whose_sizes_change_take_no_more_of_the_disk(tmp_path):
+    slots = Slots(tmp_path)
+    grown = []
+    slots._grow, grow = lambda needed: (grown.append(needed), grow(needed)), slots._grow
+    for step in range(50):
+        size = (1 << 25) + BLOCK * step
+        places = [slots.take(size) for _ in range(7)]
+        assert all(two - one >= size for one, two in pairwise(sorted(places)))
+        for place in places[step % 2 :: 2] + places[1 - step % 2 :: 2]:
+            slots.give(place, size)
+    assert len(grown) == 1
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EFBIG, errno.EDQUOT])
+def test_where_no_chunk_may_be_taken_slots_take_what_they_need(code, tmp_path, monkeypatch):
+    allocate, sizes = os.posix_fallocate, []
+
+    def limited(file, start, size):
+        if start + size > 5 * BLOCK:
+            raise OSError(code, os.strerror(code))
+        sizes.append(size)
+        allocate(file, start, size)
+
+    monkeypatch.setattr(os, "posix_fallocate", limited)
+    slots = Slots(tmp_path)
+    for room in (1, 3):
+        slots.give(slots.take(room * BLOCK), room * BLOCK)
+    taken = [slots.take(BLOCK) for _ in range(5)]
+    assert sorted(taken) == [number * BLOCK for number in range(5)]
+    assert sizes == [BLOCK, 2 * BLOCK, BLOCK, BLOCK]
+    with pytest.raises(OSError, match=os.strerror(code)):
+        slots.take(1)
+    assert slots.in_use == 5
+
+
+def test_parts_that_are_given_back_become_one():
+    """Against a list of what is free."""
+    extents, free, held = Extents(), [True] * 64, []
+    extents.give(0, 64)
+    rng = random.Random(0)
+    for _ in range(500):
+        if held and rng.random() < 0.5:
+            place, size = held.pop(rng.randrange(len(held)))
+            extents.give(place, size)
+            free[place : place + size] = [True] * size
+        else:
+            size = rng.randrange(1, 9)
+            wanted = [True] * size
+            first = (p for p in range(65 - size) if free[p : p + size] == wanted)
+            place = extents.take(size)
+            assert place == next(first, None)
+            if place is not None:
+                held.append((place, size))
+                free[place : place + size] = [False] * size
+    for place, size in held:
+        extents.give(place, size)
+    assert extents._free == [(0, 64)]
 
 
 def test_what_does_not_fit_is_refused(tmp_path):
