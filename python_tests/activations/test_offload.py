@@ -3,13 +3,15 @@
 import errno
 import gc
 import os
+import random
 import signal
 import subprocess
 import sys
 import textwrap
 import threading
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from itertools import pairwise
 
 import pytest
 import torch
@@ -25,8 +27,10 @@ from offload_runs import (
     plain,
 )
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from lowrank_kernels import offload_activations
+from lowrank_kernels.activations.offload.extents import Extents
 from lowrank_kernels.activations.offload.slots import BLOCK, BOUNCE, Slots
 
 
@@ -41,6 +45,15 @@ def offload(tmp_path):
 
 def disk_of(offload):
     return offload._places.of(torch.device("cpu"))
+
+
+def sines(x, times, context):
+    """So many tensors are saved."""
+    with context() if callable(context) else context:
+        hidden = x * 1
+        for _ in range(times):
+            hidden = hidden.sin() * 1
+    return hidden
 
 
 @contextmanager
@@ -165,6 +178,114 @@ def test_what_is_changed_after_backward_is_none(offload):
     total.backward()
     with torch.no_grad():
         x.mul_(2)
+
+
+@pytest.mark.parametrize("meanwhile", [0, 1 << 20])
+@pytest.mark.parametrize("refilled", [True, False])
+def test_a_storage_that_is_resized_before_it_is_written_stays(meanwhile, refilled, offload):
+    """As sharded training frees and gathers again. A larger one would lie in others' slots."""
+    slots, started = offload._places.slots, threading.Event()
+    take = slots.take
+
+    def late(size):
+        started.wait(5)
+        return take(size)
+
+    slots.take = late
+    saved, weight = torch.full((64, 64), 3.0), torch.ones(64, 64, requires_grad=True)
+    storage = saved.untyped_storage()
+    size = storage.nbytes()
+    with offload:
+        loss = (saved * weight).sum()
+    storage.resize_(meanwhile)
+    started.set()
+    disk_of(offload).finish()
+    assert offload.counts.written == 0
+    if refilled:
+        storage.resize_(size)
+        saved.data.fill_(3)
+    if refilled or meanwhile:
+        loss.backward()
+        assert torch.equal(weight.grad, torch.full((64, 64), 3.0))
+    else:
+        with pytest.raises(RuntimeError, match="of 16384 bytes was resized to 0 since it was"):
+            loss.backward()
+    del loss
+
+
+@pytest.mark.parametrize("settles", [True, False])
+def test_what_changed_unseen_between_two_forwards_is_saved_anew(settles, offload):
+    """Through `.data`, or numpy, while a graph of before is alive."""
+    x, weights = torch.ones(64, 64), [torch.ones(64, 64, requires_grad=True) for _ in range(2)]
+    with settled(offload):
+        first = (x * weights[0]).sum()
+    x.data.mul_(7)
+    with settled(offload) if settles else offload:
+        second = (x * weights[1]).sum()
+    second.backward()
+    assert torch.equal(weights[1].grad, torch.full((64, 64), 7.0))
+    del first, second
+
+
+def test_graphs_that_are_dropped_are_forgotten(offload):
+    x = inputs().requires_grad_()
+    with offload:
+        kept = sines(x, 2, nullcontext)
+        for _ in range(50):
+            sines(x, 2, nullcontext)
+    disk = disk_of(offload)
+    disk.finish()
+    assert len(disk._living) == len(disk._known) == 2
+    assert len(disk._away) <= 2
+    assert offload.places_in_use <= 2
+    del kept
+
+
+@pytest.mark.parametrize("keep", [0.0, 1.0])
+def test_memory_of_a_dropped_graph_is_free_at_once(keep, tmp_path):
+    offload = offload_activations(tmp_path, keep=keep, least=1)
+    x = inputs().requires_grad_()
+    sines(x, 1, offload).sum().backward()
+    start, written = threading.Event(), offload._places.slots.write
+    offload._places.slots.write = lambda *args: (start.wait(5), written(*args))
+    with offload:
+        hidden = x * 1
+        storage, total = StorageWeakRef(hidden.untyped_storage()), hidden.sin()
+    del hidden, total
+    start.set()
+    while any("_write_all" in thread.name for thread in threading.enumerate()):
+        time.sleep(0.001)
+    assert storage.expired()
+
+
+def test_a_step_without_a_backward_is_none(tmp_path):
+    offload = offload_activations(tmp_path, keep=0.5, least=1)
+    x, written = inputs().requires_grad_(), []
+    for step in range(5):
+        before = offload.counts.written
+        hidden = sines(x, 4, lambda: settled(offload))
+        written.append((offload.counts.written - before) // x.nbytes)
+        if step != 2:
+            hidden.sum().backward()
+        del hidden
+    assert written == [4, 2, 2, 2, 2]
+
+
+def test_what_is_to_be_brought_is_looked_for_once(offload):
+    class Counted(dict):
+        looks = 0
+
+        def __getitem__(self, key):
+            self.looks += 1
+            return super().__getitem__(key)
+
+    x, disk = inputs().requires_grad_(), disk_of(offload)
+    disk._living = Counted()
+    hidden = sines(x, 100, lambda: settled(offload))
+    hidden.sum().backward()
+    assert offload.counts.read == 100 * x.nbytes
+    assert 100 <= disk._living.looks <= 300
+    del hidden
 
 
 def test_exceptions_and_graphs_that_are_dropped_leave_nothing(offload):
@@ -308,6 +429,27 @@ def test_other_errors_of_a_thread_leave_nobody_waiting(name, offload):
     gc.collect()
 
 
+@pytest.mark.parametrize("name", ["_write_all", "_read_all"])
+def test_a_thread_that_cannot_be_started_leaves_nobody_waiting(name, offload, monkeypatch):
+    start, failed = threading.Thread.start, []
+
+    def fails_once(thread):
+        if name in thread.name and not failed:
+            failed.append(thread)
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", fails_once)
+    model = net()
+    for _ in range(2):
+        model.zero_grad()
+        passes(model, lambda: settled(offload))
+        assert all(map(torch.equal, gradients(model), plain(passes)))
+    assert failed
+    assert (offload.counts.kept > 0) == (name == "_write_all")
+    assert offload.counts.written > 0
+
+
 def test_a_forked_process_is_refused(offload):
     with offload:
         loss = net()(inputs()).sum()
@@ -320,6 +462,34 @@ def test_a_forked_process_is_refused(offload):
         os._exit(2)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
     loss.backward()
+
+
+def test_processes_forked_before_the_first_use_write_files_of_their_own(tmp_path):
+    offload, (ready, go) = offload_activations(tmp_path, least=1), (os.pipe(), os.pipe())
+
+    def child(value):
+        weight = torch.zeros(64, 64, requires_grad=True)
+        with settled(offload):
+            loss = (torch.full((64, 64), value) * weight).sum()
+        os.write(ready[1], b"w")
+        os.read(go[0], 1)
+        loss.backward()
+        return offload.counts.read > 0 and bool((weight.grad == value).all())
+
+    children = []
+    for value in (1.0, 2.0):
+        children.append(os.fork())
+        if children[-1] == 0:
+            code = 1
+            try:
+                code = 0 if child(value) else 2
+            finally:
+                os.write(ready[1], b"w")  # also when it has failed
+                os._exit(code)
+    for _ in children:
+        assert os.read(ready[0], 1) == b"w"
+    os.write(go[1], b"gg")
+    assert [os.waitstatus_to_exitcode(os.waitpid(each, 0)[1]) for each in children] == [0, 0]
 
 
 def test_a_killed_process_leaves_no_file(tmp_path):
@@ -360,6 +530,65 @@ def test_slots_hold_bytes_of_any_number_and_are_used_again(size, tmp_path):
         places.append(sorted(own))
     assert places[0] == places[1] == places[2]
     assert slots.in_use == 0
+
+
+def test_slots_whose_sizes_change_take_no_more_of_the_disk(tmp_path):
+    slots = Slots(tmp_path)
+    grown = []
+    slots._grow, grow = lambda needed: (grown.append(needed), grow(needed)), slots._grow
+    for step in range(50):
+        size = (1 << 25) + BLOCK * step
+        places = [slots.take(size) for _ in range(7)]
+        assert all(two - one >= size for one, two in pairwise(sorted(places)))
+        for place in places[step % 2 :: 2] + places[1 - step % 2 :: 2]:
+            slots.give(place, size)
+    assert len(grown) == 1
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EFBIG, errno.EDQUOT])
+def test_where_no_chunk_may_be_taken_slots_take_what_they_need(code, tmp_path, monkeypatch):
+    allocate, sizes = os.posix_fallocate, []
+
+    def limited(file, start, size):
+        if start + size > 5 * BLOCK:
+            raise OSError(code, os.strerror(code))
+        sizes.append(size)
+        allocate(file, start, size)
+
+    monkeypatch.setattr(os, "posix_fallocate", limited)
+    slots = Slots(tmp_path)
+    for room in (1, 3):
+        slots.give(slots.take(room * BLOCK), room * BLOCK)
+    taken = [slots.take(BLOCK) for _ in range(5)]
+    assert sorted(taken) == [number * BLOCK for number in range(5)]
+    assert sizes == [BLOCK, 2 * BLOCK, BLOCK, BLOCK]
+    with pytest.raises(OSError, match=os.strerror(code)):
+        slots.take(1)
+    assert slots.in_use == 5
+
+
+def test_parts_that_are_given_back_become_one():
+    """Against a list of what is free."""
+    extents, free, held = Extents(), [True] * 64, []
+    extents.give(0, 64)
+    rng = random.Random(0)
+    for _ in range(500):
+        if held and rng.random() < 0.5:
+            place, size = held.pop(rng.randrange(len(held)))
+            extents.give(place, size)
+            free[place : place + size] = [True] * size
+        else:
+            size = rng.randrange(1, 9)
+            wanted = [True] * size
+            first = (p for p in range(65 - size) if free[p : p + size] == wanted)
+            place = extents.take(size)
+            assert place == next(first, None)
+            if place is not None:
+                held.append((place, size))
+                free[place : place + size] = [False] * size
+    for place, size in held:
+        extents.give(place, size)
+    assert extents._free == [(0, 64)]
 
 
 def test_what_does_not_fit_is_refused(tmp_path):

@@ -178,7 +178,7 @@ def test_memory_is_given_up_beyond_what_may_be_in_flight():
         hidden = x * 1
         for _ in range(4):
             hidden = hidden.sin() * 1
-    waiting = [each() for each in offload._places.engines[CPU]._order]
+    waiting = [each() for each in offload._places.engines[CPU]._living.values()]
     assert [each.memory is None for each in waiting] == [True, True, False, False]
     assert len(lane.copies) == 2
     hidden.sum().backward(retain_graph=True)
@@ -199,6 +199,18 @@ def test_graphs_that_are_dropped_wait_for_their_copies():
     gc.collect()
     passes(net(), lambda: offload)
     assert offload.places_in_use == 0
+
+
+def test_forwards_without_backward_leave_nothing():
+    offload = offload_on(LateLane(), 1 << 22)
+    for _ in range(50):
+        with offload:
+            net()(inputs())
+    device = offload._places.engines[CPU]
+    assert offload.places_in_use == 0
+    assert not device._living
+    assert not device._away
+    assert not device._copies
 
 
 def test_a_graph_that_is_kept_outlives_the_next_forward():
@@ -271,18 +283,29 @@ def test_blocks_are_cut_from_pieces_and_used_again():
     assert len(taken) == 2
 
 
-def test_a_block_larger_than_a_piece_does_not_lose_the_rest():
+@pytest.mark.parametrize("mib", [1, 31, 33, 65, 129, 200, 257, 600, 1000])
+def test_blocks_of_any_size_find_nearly_all_of_the_hosts_memory(mib):
+    """Eight ninths of it; of blocks that are larger than a ninth, what powers of 2 leave."""
+    host, blocks = HostMemory(16 << 30, lambda size: unpinned(1).expand(size)), 0
+    while host.take(mib << 20) is not None:
+        blocks += 1
+    assert blocks * mib << 20 >= 8 * (16 << 30) // 9
+    assert host.in_use == blocks
+
+
+def test_blocks_whose_sizes_change_find_what_was_given_back():
     taken = []
 
     def allocate(size):
         taken.append(size)
-        return unpinned(1).expand(size)
+        return unpinned(size)
 
-    host = HostMemory(4 * PIECE, allocate)
-    host.take(PIECE // 2)
-    host.take(2 * PIECE)
-    host.take(PIECE // 2)
-    assert taken == [PIECE, 2 * PIECE]
+    host = HostMemory(1 << 40, allocate)
+    for step in range(50):
+        blocks = [host.take((1 << 25) + 4096 * step) for _ in range(7)]
+        for block in blocks[step % 2 :: 2] + blocks[1 - step % 2 :: 2]:
+            host.give(block)
+    assert taken == [PIECE]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

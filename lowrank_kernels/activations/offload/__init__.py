@@ -52,7 +52,8 @@ class Places:
     def of(self, device: torch.device) -> Engine | None:
         """None where tensors stay."""
         if device not in self.engines:
-            self.engines[device] = self._made(device)
+            # Of two threads that come at once, one counts.
+            return self.engines.setdefault(device, self._made(device))
         return self.engines[device]
 
     def _made(self, device: torch.device) -> Engine | None:
@@ -67,6 +68,8 @@ class Places:
     def _disk(self, keep: float | None) -> Disk | None:
         if self.slots is None:
             return None
+        if self.slots.process != os.getpid():
+            self.slots = Slots(self.slots.folder)
         return Disk(self.slots, self._in_flight, self._ahead, keep)
 
 
@@ -94,11 +97,13 @@ class OffloadActivations:
 
     def _engines(self) -> list[Engine]:
         """Those that drop what waits in others come first."""
-        found = [engine for engine in self._places.engines.values() if engine is not None]
+        found = [engine for engine in list(self._places.engines.values()) if engine is not None]
         disks = (each.disk for each in found if isinstance(each, Device))
         return found + [disk for disk in disks if disk is not None]
 
     def __enter__(self) -> OffloadActivations:
+        for engine in self._engines():
+            engine.begin_forward()
         self._stack.enter_context(saved_tensors_hooks(self._pack, self._unpack))
         return self
 

@@ -12,7 +12,7 @@ after another, so that nobody has to know when a copy is done.
 from __future__ import annotations
 
 import logging
-from collections import defaultdict, deque
+from collections import deque
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 from weakref import ref
@@ -23,6 +23,7 @@ from torch import Tensor
 from ...ops.notices import notice_once
 from .disk import Disk
 from .engine import Engine, Left, Waiting, bytes_of
+from .extents import Extents
 
 # Blocks are cut from pieces of so many bytes: allocators of pinned memory round up to powers of 2.
 PIECE = 1 << 28
@@ -115,40 +116,39 @@ class HostMemory:
 
     def __init__(self, most: int, allocate: Callable[[int], Tensor] = pinned) -> None:
         self._left, self.allocate = most, allocate
-        self._free: dict[int, list[Tensor]] = defaultdict(list)
-        self._rest = torch.empty(0, dtype=torch.uint8, device="cpu")
+        # By where they lie, as a block knows it.
+        self._pieces: dict[int, tuple[Tensor, Extents]] = {}
         self.in_use = 0
 
     def take(self, size: int) -> Tensor | None:
         """A block, uint8; None if there is no room."""
         room = _rounded(size)
-        if self._free[room]:
-            block = self._free[room].pop()
-        elif (cut := self._cut(room)) is not None:
-            block = cut
-        else:
-            return None
-        self.in_use += 1
-        return block[:size]
+        for memory, free in self._pieces.values():
+            if (place := free.take(room)) is not None:
+                self.in_use += 1
+                return memory[place : place + size]
+        return self.take(size) if self._grow(room) else None
 
     def give(self, block: Tensor) -> None:
         """It may be used again."""
-        room = _rounded(len(block))
-        self._free[room].append(block.as_strided((room,), (1,)))
+        _, free = self._pieces[block.untyped_storage().data_ptr()]
+        free.give(int(block.storage_offset()), _rounded(len(block)))
         self.in_use -= 1
 
-    def _cut(self, room: int) -> Tensor | None:
-        if len(self._rest) >= room:
-            block, self._rest = self._rest[:room], self._rest[room:]
-            return block
-        usual = min(PIECE, 1 << max(self._left.bit_length() - 1, 0))
-        size = max(usual, 1 << (room - 1).bit_length())
-        if size > self._left:
-            return None
+    def _grow(self, room: int) -> bool:
+        # Of eight equal blocks and more, a ninth is the most that is left over.
+        size = min(max(PIECE, _power(8 * room)), _power(self._left + 1) // 2)
+        if size < room:
+            return False
         self._left -= size
-        piece = self.allocate(size)
-        self._rest = max(self._rest, piece[room:], key=len)
-        return piece[:room]
+        memory, free = self.allocate(size), Extents()
+        free.give(0, size)
+        self._pieces[memory.untyped_storage().data_ptr()] = memory, free
+        return True
+
+
+def _power(least: int) -> int:
+    return 1 << (least - 1).bit_length()
 
 
 def _rounded(size: int) -> int:
@@ -179,7 +179,7 @@ class Device(Engine):
         self._lane, self.host, self.disk, self._in_flight = lane, host, disk, in_flight
         self._leaving: deque[tuple[ref[Waiting], int]] = deque()
         self._held = 0
-        # Of a step: when its forward began and ended, and what was copied.
+        # Of a step: when its forward began and ended, and what was copied, where that is measured.
         self._span: list[Any] = []
         self._copies: list[tuple[Copying, int]] = []
 
@@ -216,7 +216,8 @@ class Device(Engine):
         if block is None:
             block = self.host.allocate(waiting.size)
         copying = self._lane.out(waiting.memory, block)
-        self._copies.append((copying, waiting.size))
+        if self._keep is None:
+            self._copies.append((copying, waiting.size))
         self.counts.copied += waiting.size
         waiting.place = self._to_disk(block, copying) if is_overflow else block
         waiting.event = copying.done
@@ -238,7 +239,7 @@ class Device(Engine):
         waiting = reference()
         if waiting is not None:
             self._lane.wait(waiting.event)
-            waiting.let_go()
+            self._let_go(waiting)
 
     def _stop_sending(self) -> None:
         self._leaving.clear()

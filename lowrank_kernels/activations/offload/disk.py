@@ -13,6 +13,7 @@ import threading
 import time
 import weakref
 from collections import deque
+from collections.abc import Callable
 
 import torch
 
@@ -58,11 +59,16 @@ class Disk(Engine):
 
     def _send(self, waiting: Waiting) -> None:
         self._wait_for_room(waiting.size)
+        self._writes = self._writes or _is_started(self._write_all)
+        if not self._writes:
+            self._stays(waiting, "no thread can be started")
+            return
         self._queued += waiting.size
         self._to_write.append((weakref.ref(waiting), waiting.size))
-        if not self._writes:
-            self._writes = True
-            threading.Thread(target=self._write_all, daemon=True).start()
+
+    def _stays(self, waiting: Waiting, why: str) -> None:
+        notice_once(logging.WARNING, f"activations stay in memory: {why}")
+        self.counts.kept += waiting.size
 
     def _wait_for_room(self, size: int) -> None:
         start = time.monotonic()
@@ -104,17 +110,16 @@ class Disk(Engine):
                 waiting.event.synchronize()
             start = time.monotonic()
             slot = self.slots.take(waiting.size)
-            self.slots.write(slot, bytes_of(memory))
+            found = bytes_of(memory)
+            if len(found) != waiting.size:
+                raise ValueError(f"a storage of {waiting.size} bytes has {len(found)} now")
+            self.slots.write(slot, found)
         except Exception as error:  # whatever it is, the forward waits for this thread
-            notice_once(
-                logging.WARNING,
-                f"activations stay in memory: {self.slots.folder} takes no more"
-                f" ({getattr(error, 'strerror', None) or error})",
-            )
             if slot is not None:
                 self.slots.give(slot, waiting.size)
+            reason = getattr(error, "strerror", None) or error
             with self._changed:
-                self.counts.kept += waiting.size
+                self._stays(waiting, f"{self.slots.folder} takes no more ({reason})")
             return
         with self._changed:
             self.counts.written += waiting.size
@@ -123,15 +128,14 @@ class Disk(Engine):
             waiting.place = slot
             # What has changed is an error, also when the change came while it was written.
             if not self._is_backward:
-                waiting.let_go()
+                self._let_go(waiting)
 
     def _bring_ahead(self, waiting: Waiting) -> bool:
-        waiting.is_loading = True
-        self._to_read.append(weakref.ref(waiting))
-        if not self._reads:
-            self._reads = True
-            threading.Thread(target=self._read_all, daemon=True).start()
-        return True
+        self._reads = self._reads or _is_started(self._read_all)
+        if self._reads:
+            waiting.is_loading = True
+            self._to_read.append(weakref.ref(waiting))
+        return self._reads
 
     def _read_all(self) -> None:
         while True:
@@ -181,3 +185,12 @@ class Disk(Engine):
     def _free(self, left: Left) -> None:
         if left.place is not None:
             self.slots.give(left.place, left.size)
+
+
+def _is_started(work: Callable[[], None]) -> bool:
+    """False where the process may have no more threads, or ends."""
+    try:
+        threading.Thread(target=work, daemon=True).start()
+    except (RuntimeError, MemoryError):
+        return False
+    return True

@@ -1,6 +1,6 @@
 """Storages that wait somewhere else between a forward and its backward.
 
-    pack      a storage that is saved is sent away, once, whatever views of it are saved
+    pack      a storage that is saved is sent away, once a forward, whatever views of it are saved
     unpack    the backward goes through the storages the other way round: the next ones are brought
               ahead. What has not left when it begins stays
     free      a place is free when autograd has dropped what was saved: nobody has to call anything
@@ -15,6 +15,7 @@ import math
 import os
 import threading
 import weakref
+from bisect import bisect_left, insort
 from collections import deque
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -58,7 +59,8 @@ class Waiting:
     """A storage that is saved.
 
     Attributes:
-        engine, order: whose, and how many are saved before it.
+        engine, order: whose, and how many were saved before it.
+        key: of what it was made, as far as storages and counts of changes tell.
         memory: itself; None while it is elsewhere alone.
         place: where else it is, as its engine says; None if nowhere.
         event: what memory has to wait for before it is used or given up, on a GPU.
@@ -73,6 +75,7 @@ class Waiting:
         self.memory: torch.UntypedStorage | None = tensor.untyped_storage()
         self.alive: Any = StorageWeakRef(self.memory)  # type: ignore[no-untyped-call]
         self.size, self.version = self.memory.nbytes(), tensor._version
+        self.key = self.memory._cdata, self.version
         # Shares the count of changes, and later no memory.
         self._counter = tensor.detach()
         self.place: Any = None
@@ -82,13 +85,19 @@ class Waiting:
         self.error: Exception | None = None
 
     def check(self) -> None:
-        """RuntimeError if it was changed in place since it was saved."""
+        """RuntimeError if it was changed in place, or cut, since it was saved."""
         if self._counter._version != self.version:
             raise RuntimeError(
                 "one of the variables needed for gradient computation has been modified by an"
                 f" inplace operation: a storage of {self.size} bytes, saved at version"
                 f" {self.version}, is at version {self._counter._version}"
             )
+        if self.memory is not None and (size := self.memory.nbytes()) < self.size:
+            if self.place is None:
+                raise RuntimeError(
+                    f"a storage of {self.size} bytes was resized to {size} since it was saved"
+                )
+            self.memory = None
 
     def let_go(self) -> None:
         """Only its other place has it now."""
@@ -96,15 +105,20 @@ class Waiting:
         self._counter.data = self._counter.new_empty(0)
 
     def __del__(self) -> None:
-        left = Left(self.place, self.size, self.memory, self.event)
-        self.engine.forget(left, self.is_ahead)
+        # Memory is needed by nobody but a copy under way.
+        memory = None if self.event is None else self.memory
+        left = Left(self.order, self.key, self.place, self.size, self.is_ahead, memory, self.event)
+        self.engine.forget(left)
 
 
 class Left(NamedTuple):
     """What a `Waiting` had when nobody needed it any more."""
 
+    order: int
+    key: tuple[int, int]
     place: Any
     size: int
+    is_ahead: bool
     memory: torch.UntypedStorage | None
     event: Any
 
@@ -130,8 +144,11 @@ class Engine:
         self._process = os.getpid()
         self._changed = threading.Condition()
         self._known: dict[tuple[int, int], weakref.ref[Waiting]] = {}
-        self._order: list[weakref.ref[Waiting]] = []
-        self._forgotten: deque[tuple[Left, bool]] = deque()
+        # By order, which counts on: all there are, and which of them are to be brought ahead.
+        self._living: dict[int, weakref.ref[Waiting]] = {}
+        self._away: list[int] = []
+        self._next = 0
+        self._forgotten: deque[Left] = deque()
         self._brought_ahead = 0
         self._is_backward = False
 
@@ -179,21 +196,19 @@ class Engine:
             event: after which it is filled.
         """
         self._check_process()
-        storage = tensor.untyped_storage()
-        key = storage._cdata, tensor._version
+        key = tensor.untyped_storage()._cdata, tensor._version
         with self._changed:
             self._tidy()
             known = self._known.get(key, lambda: None)()
             if known is not None and not known.alive.expired():
                 known.uses += 1
                 return known
-            if self._is_backward:
+            if self._is_backward or not self._living:
                 self._begin()
-            waiting = Waiting(self, tensor, len(self._order))
+            waiting = Waiting(self, tensor, self._next)
             waiting.uses, waiting.event = 1, event
-            reference = weakref.ref(waiting)
-            self._known[key] = reference
-            self._order.append(reference)
+            self._known[key] = self._living[self._next] = weakref.ref(waiting)
+            self._next += 1
             if not self._saved:
                 self._step_began()
             self.counts.packed += waiting.size
@@ -208,7 +223,7 @@ class Engine:
         """The storage, which is brought if it has to be.
 
         Raises:
-            RuntimeError: it was changed in place since it was saved.
+            RuntimeError: it was changed in place, or cut, since it was saved.
             OSError: it cannot be read.
         """
         self._check_process()
@@ -229,47 +244,61 @@ class Engine:
                 waiting.memory = memory if waiting.uses > 0 else None
         return memory
 
-    def forget(self, left: Left, was_ahead: bool) -> None:
+    def forget(self, left: Left) -> None:
         """Of a storage that nobody has any more; takes no lock, as finalizers run anywhere."""
-        self._forgotten.append((left, was_ahead))
+        self._forgotten.append(left)
+
+    def begin_forward(self) -> None:
+        """What is saved from now on may have changed in ways that no count of changes tells."""
+        self._check_process()
+        with self._changed:
+            self._known.clear()
 
     def _check_process(self) -> None:
         if os.getpid() != self._process:
             raise RuntimeError("offloaded activations do not survive a fork: spawn processes")
 
     def _begin(self) -> None:
-        """A forward after a backward."""
-        if self._keep is not None:
-            self.budget = (1 - self._keep) * self._saved if self._keep else math.inf
-        elif (measured := self._could_send()) is not None:
-            self.budget = measured
+        """A forward after a backward, or after others of which nothing is left."""
+        if self._is_backward:
+            if self._keep is not None:
+                self.budget = (1 - self._keep) * self._saved if self._keep else math.inf
+            elif (measured := self._could_send()) is not None:
+                self.budget = measured
         self._is_backward, self._saved = False, 0
-        self._order = [each for each in self._order if each() is not None]
-        for place, reference in enumerate(self._order):
-            if (waiting := reference()) is not None:
-                waiting.order = place
-        self._known = {key: each for key, each in self._known.items() if each() is not None}
+        self._known.clear()
 
     def _tidy(self) -> None:
         while self._forgotten:
-            left, was_ahead = self._forgotten.popleft()
+            left = self._forgotten.popleft()
             self._free(left)
-            if was_ahead:
+            if left.is_ahead:
                 self._brought_ahead -= left.size
+            self._living.pop(left.order, None)
+            place = bisect_left(self._away, left.order)
+            if self._away[place : place + 1] == [left.order]:
+                del self._away[place]
+            # Another one may have its key.
+            if self._known.get(left.key, lambda: self)() is None:
+                del self._known[left.key]
+
+    def _let_go(self, waiting: Waiting) -> None:
+        waiting.let_go()
+        insort(self._away, waiting.order)
 
     def _prefetch(self, order: int) -> None:
-        """Orders what comes next, backwards."""
-        for reference in reversed(self._order[:order]):
-            waiting = reference()
-            if waiting is None or waiting.memory is not None or waiting.is_loading:
-                continue
-            if waiting.place is None or waiting.uses <= 0 or waiting.error is not None:
-                continue
-            if self._brought_ahead + waiting.size > self._ahead:
-                return
-            if self._bring_ahead(waiting):
-                waiting.is_ahead = True
-                self._brought_ahead += waiting.size
+        """Orders what comes next, backwards; each is looked at once."""
+        place = bisect_left(self._away, order)
+        while place > 0:
+            place -= 1
+            waiting = self._living[self._away[place]]()
+            if waiting is not None and waiting.memory is None and waiting.uses > 0:
+                if self._brought_ahead + waiting.size > self._ahead:
+                    return
+                if self._bring_ahead(waiting):
+                    waiting.is_ahead = True
+                    self._brought_ahead += waiting.size
+            del self._away[place]
 
 
 def bytes_of(memory: torch.UntypedStorage) -> Tensor:

@@ -3,7 +3,7 @@
 name      none (O_TMPFILE), so that nothing is left of it, whatever ends the process
 cache     none (O_DIRECT) where the file system has that: the memory is to be free
 place     allocated before it is written, in chunks; a full disk is known before that
-slots     of as many bytes as a piece rounded up to whole blocks, used again
+slots     whole blocks, used again by pieces of any size
 """
 
 import contextlib
@@ -12,11 +12,12 @@ import mmap
 import os
 import tempfile
 import threading
-from collections import defaultdict
 from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from .extents import Extents
 
 BLOCK = 4096
 CHUNK = 1 << 28
@@ -33,6 +34,7 @@ class Slots:
 
     Attributes:
         in_use: slots that are taken.
+        process: whose they are; a fork shares the file, and would write over them.
 
     Raises:
         ValueError: the folder is none, or lies in memory.
@@ -46,29 +48,27 @@ class Slots:
         if (kind := file_system(self.folder)) in IN_MEMORY:
             raise ValueError(f"{self.folder} is a {kind}, which is memory: take a folder on a disk")
         self._file = _unnamed(self.folder)
-        self._free: dict[int, list[int]] = defaultdict(list)
-        self._end = self._allocated = 0
+        self._free, self._allocated = Extents(), 0
         self._lock = threading.Lock()
         self._bounces = threading.local()
-        self.in_use = 0
+        self.in_use, self.process = 0, os.getpid()
 
     def take(self, size: int) -> int:
-        """Where so many bytes may be written; OSError with ENOSPC if the disk is full."""
+        """Where so many bytes may be written; OSError, as of a full disk, if they may not."""
         room = _rounded(size)
         with self._lock:
-            if self._free[room]:
-                place = self._free[room].pop()
-            else:
-                self._grow(self._end + room)
-                place = self._end
-                self._end += room
+            place = self._free.take(room)
+            if place is None:
+                self._grow(room - self._free.before(self._allocated))
+                place = self._free.take(room)
+                assert place is not None
             self.in_use += 1
         return place
 
     def give(self, place: int, size: int) -> None:
         """A slot may be used again."""
         with self._lock:
-            self._free[_rounded(size)].append(place)
+            self._free.give(place, _rounded(size))
             self.in_use -= 1
 
     def write(self, place: int, memory: Tensor) -> None:
@@ -99,17 +99,15 @@ class Slots:
         with contextlib.suppress(AttributeError):
             self.close()
 
-    def _grow(self, end: int) -> None:
-        if end <= self._allocated:
-            return
-        size = max(CHUNK, end - self._allocated)
+    def _grow(self, needed: int) -> None:
+        size = max(CHUNK, needed)
         try:
             os.posix_fallocate(self._file, self._allocated, size)
-        except OSError as error:
-            if error.errno != errno.ENOSPC:
-                raise
-            size = end - self._allocated
+        except OSError:
+            # A full disk, or a limit or quota of what may be taken.
+            size = needed
             os.posix_fallocate(self._file, self._allocated, size)
+        self._free.give(self._allocated, size)
         self._allocated += size
 
     def _bounce(self) -> tuple[Tensor, memoryview]:
