@@ -307,7 +307,7 @@ def _configurations(case: Case, target: Target) -> Iterator[tuple]:
 
 
 def _add(found: dict[str, Variant], target: Target, case: Case) -> None:
-    for kernel, arguments, options in launches(target, case):
+    for kernel, arguments, options in (*launches(target, case), *launches_of_samples(case)):
         key = _key(kernel, target, arguments, options)
         new = Variant(kernel, target, arguments, options, case.dtypes, case.aligned)
         variant = found.setdefault(key, new)
@@ -378,9 +378,20 @@ def launches(target: Target, case: Case) -> list[tuple[JITFunction, tuple, dict]
             whole = new_stored(case.shape, moments, meta, FLAT_GROUPS)
             grad = torch.empty_like(matrices.params[0], dtype=dtypes.grad)
             plain.adamw(matrices.params[0], grad, whole, scalars, salt=1)
-        if case.residual is None:
-            index = torch.empty(case.rank, dtype=torch.int32, device="meta")
-            rows.scaled_rows(matrices.grads[0], index, torch.empty(case.rank, device="meta"))
+    return recorded
+
+
+def launches_of_samples(case: Case) -> list[tuple[JITFunction, tuple, dict]]:
+    """As `launches`, for the weighted rows of a sampled layer's backward pass."""
+    recorded = []
+
+    def record(kernel: JITFunction, grid: tuple, arguments: tuple, options: dict) -> None:
+        recorded.append((kernel, arguments, options))
+
+    heads = torch.empty(case.shape, dtype=DTYPES[case.dtypes].grad, device="meta")
+    index = torch.empty(case.rank, dtype=torch.int32, device="meta")
+    with mock.patch.object(launch, "by_jit", record):
+        rows.scaled_rows(heads, index, torch.empty(case.rank, device="meta"))
     return recorded
 
 
