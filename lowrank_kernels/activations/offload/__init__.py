@@ -199,10 +199,13 @@ def offload_activations(
     What a GPU saves goes to the host's memory, and to the disk when that is full; what the host
     saves, to the disk. Gradients are the same in every bit, also through retain_graph, double
     backward, exceptions and checkpointing of both kinds, of which only the blocks' inputs are
-    saved. Whole storages go away, once, whatever views of them are saved; parameters are left out.
+    saved. Whole storages go away, once a forward, whatever views of them are saved; parameters and
+    nested tensors are left out.
     The file has no name, nobody else can read it, and nothing of it is left, whatever ends the
     process. Of a full disk the rest stays in memory, with one warning. What is changed in place
-    after it was saved is an error in backward, as without.
+    after it was saved is an error in backward, as without; what autograd cannot see is none: of
+    changes through `.data` or numpy within a forward either state may come back, and what a
+    backward of your own does to its saved tensors may be lost.
 
     Only one context of saved tensors' hooks counts, the innermost: leave out `save_on_cpu` and
     other packages' offloading. On a GPU, forward and backward are to run on one stream; where a
@@ -233,7 +236,7 @@ def offload_activations(
         ("in_flight", in_flight),
         ("ahead", ahead),
     ):
-        if not isinstance(value, int) or value < 1:
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ValueError(f"{name} must be an int of at least 1 byte, got {value!r}")
     if keep is not None and not (isinstance(keep, (int, float)) and 0 <= keep <= 1):
         raise ValueError(f"keep must be between 0 and 1, or None, got {keep!r}")
