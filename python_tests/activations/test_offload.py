@@ -532,6 +532,13 @@ def test_slots_hold_bytes_of_any_number_and_are_used_again(size, tmp_path):
     assert slots.in_use == 0
 
 
+@pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="no file system without files")
+def test_a_folder_where_no_file_can_be_made_is_named():
+    with pytest.raises(OSError, match="no file for activations can be made here") as found:
+        Slots("/proc")
+    assert found.value.filename == "/proc"
+
+
 def test_slots_whose_sizes_change_take_no_more_of_the_disk(tmp_path):
     slots = Slots(tmp_path)
     grown = []
@@ -597,6 +604,9 @@ def test_what_does_not_fit_is_refused(tmp_path):
     for name in ("least", "in_flight", "ahead"):
         with pytest.raises(ValueError, match=f"{name} must be an int of at least 1 byte, got 0"):
             offload_activations(tmp_path, **{name: 0})
+    for value in (True, 1.5, "1GiB"):
+        with pytest.raises(ValueError, match=f"of at least 1 byte, got {value!r}"):
+            offload_activations(tmp_path, least=value)
     for keep in (2, "0.5"):
         with pytest.raises(
             ValueError, match=f"keep must be between 0 and 1, or None, got {keep!r}"

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
-from contextlib import ExitStack
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -15,6 +17,7 @@ from ...text import parse_bytes
 from .device import CudaLane, Device, HostMemory
 from .disk import Disk
 from .engine import Counts, Engine, Waiting
+from .install import Installed
 from .slots import Slots
 
 __all__ = ["Counts", "OffloadActivations", "offload_activations"]
@@ -31,6 +34,12 @@ class _View(NamedTuple):
     offset: int
     shape: torch.Size
     stride: tuple[int, ...]
+
+
+class _Here(threading.local):
+    """Of a thread: the storages of the installed models that it is in."""
+
+    others: frozenset[int] = frozenset()
 
 
 class Places:
@@ -78,8 +87,7 @@ class OffloadActivations:
 
     def __init__(self, places: Places, least: int) -> None:
         self._places, self._least = places, least
-        self._others: set[int] = set()
-        self._stack = ExitStack()
+        self._here = _Here()
 
     @property
     def counts(self) -> Counts:
@@ -104,35 +112,37 @@ class OffloadActivations:
     def __enter__(self) -> OffloadActivations:
         for engine in self._engines():
             engine.begin_forward()
-        self._stack.enter_context(saved_tensors_hooks(self._pack, self._unpack))
+        self._hooks().__enter__()
         return self
 
     def __exit__(self, *error: Any) -> None:
-        self._stack.close()
+        self._hooks().__exit__(*error)
+
+    def _hooks(self) -> saved_tensors_hooks:
+        # They keep nothing themselves: torch has a stack of them for each thread.
+        return saved_tensors_hooks(self._pack, self._unpack)
 
     def install(self, model: nn.Module) -> RemovableHandle:
         """Enters the context in each forward of a model in training.
 
-        Parameters and buffers of the model stay in memory.
+        Parameters and buffers of the model stay in memory. Deep copies do the same; a pickled model
+        comes back without.
 
         Returns:
-            Its `remove()` takes the hooks away again.
+            Its `remove()` ends that.
         """
+        return Installed(model, self._around)
 
-        def enter(module: nn.Module, args: Any) -> None:
-            self._others = {
-                tensor.untyped_storage()._cdata
-                for tensor in (*module.parameters(), *module.buffers())
-            }
-            if module.training and torch.is_grad_enabled():
-                self.__enter__()
-
-        def leave(module: nn.Module, args: Any, output: Any) -> None:
-            self._stack.close()
-
-        before = model.register_forward_pre_hook(enter)
-        after = model.register_forward_hook(leave, always_call=True)
-        return _Both(before, after)
+    @contextmanager
+    def _around(self, module: nn.Module) -> Iterator[None]:
+        before = self._here.others
+        tensors = (*module.parameters(), *module.buffers())
+        self._here.others = before | {each.untyped_storage()._cdata for each in tensors}
+        try:
+            with self:
+                yield
+        finally:
+            self._here.others = before
 
     def _pack(self, tensor: Tensor) -> Tensor | _View:
         engine = self._places.of(tensor.device) if self._takes(tensor) else None
@@ -154,7 +164,9 @@ class OffloadActivations:
         size = tensor.numel() * tensor.element_size()
         if size < self._least or type(tensor) not in (Tensor, nn.Parameter):
             return False
-        if tensor.device.type not in ("cpu", "cuda") or tensor.layout is not torch.strided:
+        if tensor.is_nested or tensor.layout is not torch.strided:
+            return False
+        if tensor.device.type not in ("cpu", "cuda"):
             return False
         if tensor.is_cuda and torch.cuda.is_current_stream_capturing():
             return False
@@ -165,18 +177,7 @@ class OffloadActivations:
         if isinstance(base, nn.Parameter) or (base.is_leaf and base.requires_grad):
             return False
         storage = tensor.untyped_storage()
-        return storage._cdata not in self._others and LEAST_SHARE * size >= storage.nbytes()
-
-
-class _Both(RemovableHandle):
-    """Two hooks as one."""
-
-    def __init__(self, *handles: RemovableHandle) -> None:
-        self._handles = handles
-
-    def remove(self) -> None:
-        for handle in self._handles:
-            handle.remove()
+        return storage._cdata not in self._here.others and LEAST_SHARE * size >= storage.nbytes()
 
 
 def offload_activations(
@@ -198,10 +199,13 @@ def offload_activations(
     What a GPU saves goes to the host's memory, and to the disk when that is full; what the host
     saves, to the disk. Gradients are the same in every bit, also through retain_graph, double
     backward, exceptions and checkpointing of both kinds, of which only the blocks' inputs are
-    saved. Whole storages go away, once, whatever views of them are saved; parameters are left out.
+    saved. Whole storages go away, once a forward, whatever views of them are saved; parameters and
+    nested tensors are left out.
     The file has no name, nobody else can read it, and nothing of it is left, whatever ends the
     process. Of a full disk the rest stays in memory, with one warning. What is changed in place
-    after it was saved is an error in backward, as without.
+    after it was saved is an error in backward, as without; what autograd cannot see is none: of
+    changes through `.data` or numpy within a forward either state may come back, and what a
+    backward of your own does to its saved tensors may be lost.
 
     Only one context of saved tensors' hooks counts, the innermost: leave out `save_on_cpu` and
     other packages' offloading. On a GPU, forward and backward are to run on one stream; where a
@@ -232,7 +236,7 @@ def offload_activations(
         ("in_flight", in_flight),
         ("ahead", ahead),
     ):
-        if not isinstance(value, int) or value < 1:
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ValueError(f"{name} must be an int of at least 1 byte, got {value!r}")
     if keep is not None and not (isinstance(keep, (int, float)) and 0 <= keep <= 1):
         raise ValueError(f"keep must be between 0 and 1, or None, got {keep!r}")

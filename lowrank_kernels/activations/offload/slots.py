@@ -141,7 +141,11 @@ def _unnamed(folder: Path) -> int:
     for extra in (getattr(os, "O_DIRECT", 0), 0):
         with contextlib.suppress(OSError, AttributeError):
             return os.open(folder, os.O_TMPFILE | flags | extra, 0o600)
-    file, name = tempfile.mkstemp(dir=folder)
+    try:
+        file, name = tempfile.mkstemp(dir=folder)
+    except OSError as error:
+        text = f"{error.strerror}: no file for activations can be made here"
+        raise OSError(error.errno, text, str(folder)) from error
     os.unlink(name)
     return file
 
