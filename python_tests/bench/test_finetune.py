@@ -161,7 +161,8 @@ def test_training_is_sampled_and_evaluation_is_not(name, bench, monkeypatch):
     if calls:
         rows = {len(sketch.tensors[0]) for sketch in calls}
         assert rows == {round(ARMS[name].keep * 8 * 32)} or name.startswith("lora")
-    assert all((sketch.seen is not None) == ARMS[name].norms for sketch in calls)
+    noted = (sketch.seen.keywords["norms"] for sketch in calls)
+    assert all((norms is not None) == ARMS[name].norms for norms in noted)
     calls.clear()
     modes = []
     run.model.register_forward_pre_hook(lambda model, _: modes.append(model.training))
@@ -178,8 +179,8 @@ def test_padding_is_never_drawn(bench, monkeypatch):
     seen = []
     kept_rows = sample.kept_rows
 
-    def noted(rows, scores, count, method):
-        sketch = kept_rows(rows, scores, count, method)
+    def noted(rows, scores, *others):
+        sketch = kept_rows(rows, scores, *others)
         seen.append((scores, sketch.tensors[1], sketch.tensors[2]))
         return sketch
 
