@@ -308,6 +308,16 @@ def test_blocks_whose_sizes_change_find_what_was_given_back():
     assert taken == [PIECE]
 
 
+def test_memory_that_cannot_be_had_is_no_room():
+    def allocate(size):
+        raise RuntimeError("CUDA error: out of memory")
+
+    host = HostMemory(1 << 20, allocate)
+    assert host.take(100) is None
+    assert host.take(100) is None
+    assert host.in_use == 0
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_there_has_to_be_a_folder():
     with pytest.raises(ValueError, match="there is no GPU: name a folder"):

@@ -140,8 +140,12 @@ class HostMemory:
         size = min(max(PIECE, _power(8 * room)), _power(self._left + 1) // 2)
         if size < room:
             return False
+        try:
+            memory, free = self.allocate(size), Extents()
+        except RuntimeError:  # the host has no more that can be pinned
+            self._left = 0
+            return False
         self._left -= size
-        memory, free = self.allocate(size), Extents()
         free.give(0, size)
         self._pieces[memory.untyped_storage().data_ptr()] = memory, free
         return True
